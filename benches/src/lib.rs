@@ -1,0 +1,84 @@
+//! Shared parts of the benchmarks: the shape table, the device and the timing of one kernel.
+//!
+//! Every kernel bench first runs the kernel's oracle check on a small case (`check`), then times named shapes
+//! by device timestamps. `cargo bench -p mor-bench` times; `cargo test -p mor-bench --benches` runs each once.
+
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use mor_kernels::gpu::Gpu;
+use mor_kernels::plan::{Plan, PlanBuilder};
+use mor_kernels::timing;
+
+/// Sizes of a model whose kernels are timed.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Short name, used as bench id.
+    pub name: &'static str,
+    /// Residual stream width.
+    pub hidden_size: u32,
+    /// MLP width.
+    pub intermediate_size: u32,
+    /// Query heads.
+    pub num_attention_heads: u32,
+    /// Key-value heads.
+    pub num_key_value_heads: u32,
+    /// Elements of a head.
+    pub head_dim: u32,
+    /// Vocabulary.
+    pub vocab_size: u32,
+}
+
+/// The SmolLM shapes and the embedded default.
+pub const SHAPES: &[Shape] = &[
+    shape("tinystories-5m", 256, 704, 4, 2, 4096),
+    shape("135m", 576, 1536, 9, 3, 49152),
+    shape("360m", 960, 2560, 15, 5, 49152),
+    shape("730m", 1536, 4096, 24, 8, 49152),
+    shape("1.7b", 2048, 8192, 32, 32, 49152),
+];
+
+const fn shape(name: &'static str, hidden: u32, mlp: u32, heads: u32, kv_heads: u32, vocab: u32) -> Shape {
+    Shape {
+        name,
+        hidden_size: hidden,
+        intermediate_size: mlp,
+        num_attention_heads: heads,
+        num_key_value_heads: kv_heads,
+        head_dim: 64,
+        vocab_size: vocab,
+    }
+}
+
+/// Records a plan, or explains why it cannot run here and returns `None` (a shape too large for a small device).
+pub fn record(
+    gpu: &Gpu,
+    what: &str,
+    record: impl FnOnce(&mut PlanBuilder<'_>) -> mor_kernels::Result<()>,
+) -> Option<Plan> {
+    let plan = PlanBuilder::new(gpu).and_then(|mut plan| {
+        record(&mut plan)?;
+        plan.finish()
+    });
+    plan.inspect_err(|error| eprintln!("{what} skipped: {error}")).ok()
+}
+
+/// Times `plan` under `group/id` by device timestamps; `bytes` is the least it must move.
+pub fn time(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, bytes: u64, plan: &Plan) {
+    let mut group = criterion.benchmark_group(group);
+    group.throughput(Throughput::Bytes(bytes));
+    group.bench_function(BenchmarkId::from_parameter(id), |bencher| {
+        bencher.iter_custom(|iterations| {
+            let mut total = Duration::ZERO;
+            let mut left = iterations;
+            while left > 0 {
+                let batch = left.min(100);
+                let micros = timing::device_micros(gpu, plan, batch as u32).expect("the device writes timestamps");
+                total += Duration::from_nanos((micros * 1e3) as u64) * batch as u32;
+                left -= batch;
+            }
+            total
+        });
+    });
+    group.finish();
+}

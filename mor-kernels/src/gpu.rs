@@ -1,0 +1,379 @@
+//! [`Gpu`]: one opened device, and how one is found and chosen.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use crate::caps::DeviceCaps;
+use crate::error::{KernelError, Result};
+use crate::kernel::{CompiledKernel, PipelineKey};
+use crate::tensor::Tensor;
+
+/// What kind of hardware an adapter is, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum AdapterKind {
+    /// A card of its own.
+    Discrete,
+    /// A part of the processor.
+    Integrated,
+    /// A GPU seen through a virtual machine.
+    Virtual,
+    /// Unknown to wgpu.
+    Other,
+    /// A software rasteriser on the CPU.
+    Cpu,
+}
+
+impl AdapterKind {
+    /// Lower-case name, for tables and JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            AdapterKind::Discrete => "discrete",
+            AdapterKind::Integrated => "integrated",
+            AdapterKind::Virtual => "virtual",
+            AdapterKind::Other => "other",
+            AdapterKind::Cpu => "cpu",
+        }
+    }
+}
+
+/// One adapter of this machine, as listed; `index` is what `--device` takes.
+#[derive(Clone, Debug)]
+pub struct AdapterSummary {
+    /// Place in the ranked list.
+    pub index: usize,
+    /// Name the driver gives.
+    pub name: String,
+    /// Hardware kind.
+    pub kind: AdapterKind,
+    /// `vulkan`, `metal`, `dx12`.
+    pub backend: String,
+    /// Driver name and version.
+    pub driver: String,
+    /// What a device opened on it offers.
+    pub caps: DeviceCaps,
+    /// Bytes of the largest device-local heap, where the backend tells.
+    pub memory_bytes: Option<u64>,
+}
+
+/// Which adapter to open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum DeviceSelector {
+    /// The best by [`AdapterKind`].
+    #[default]
+    Best,
+    /// The entry of [`Gpu::adapters`] with this index.
+    Index(usize),
+    /// The first whose name contains this, ignoring case.
+    Name(String),
+}
+
+/// How to open a device.
+#[derive(Clone, Debug)]
+pub struct GpuOptions {
+    /// Which adapter.
+    pub device: DeviceSelector,
+    /// Compile shaders with run-time bounds checks. Default: the environment variable `MOR_CHECKED=1`.
+    pub checked: bool,
+    /// Use subgroup operations where the adapter has them.
+    pub subgroups: bool,
+    /// Clamp every limit to WebGPU's defaults, as a browser would.
+    pub webgpu_limits: bool,
+}
+
+impl Default for GpuOptions {
+    fn default() -> Self {
+        let on = |name| std::env::var_os(name).is_some_and(|value| value == "1");
+        Self {
+            device: DeviceSelector::Best,
+            checked: on("MOR_CHECKED"),
+            subgroups: !on("MOR_NO_SUBGROUPS"),
+            webgpu_limits: on("MOR_WEBGPU_LIMITS"),
+        }
+    }
+}
+
+/// An opened device. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Gpu {
+    pub(crate) inner: Arc<GpuInner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct GpuInner {
+    pub(crate) device: wgpu::Device,
+    pub(crate) queue: wgpu::Queue,
+    pub(crate) summary: AdapterSummary,
+    pub(crate) checked: bool,
+    pub(crate) pipelines: Mutex<HashMap<PipelineKey, Arc<CompiledKernel>>>,
+    fault: Arc<Mutex<Option<Fault>>>,
+}
+
+#[derive(Clone, Debug)]
+struct Fault {
+    out_of_memory: bool,
+    reason: String,
+}
+
+impl Gpu {
+    /// Opens the adapter that `options` choose.
+    ///
+    /// # Errors
+    /// [`KernelError::NoAdapter`] if none fits, [`KernelError::OpenDevice`] if it refuses.
+    pub fn open(options: &GpuOptions) -> Result<Self> {
+        let mut adapters = ranked_adapters();
+        let summaries: Vec<_> =
+            adapters.iter().enumerate().map(|(index, adapter)| summarise(index, adapter, options)).collect();
+        let chosen = match &options.device {
+            DeviceSelector::Best => (!adapters.is_empty()).then_some(0),
+            DeviceSelector::Index(index) => (*index < adapters.len()).then_some(*index),
+            DeviceSelector::Name(name) => {
+                let name = name.to_lowercase();
+                summaries.iter().position(|summary| summary.name.to_lowercase().contains(&name))
+            }
+        };
+        let Some(chosen) = chosen else {
+            let found: Vec<_> = summaries.iter().map(|s| format!("{} \"{}\"", s.index, s.name)).collect();
+            return Err(KernelError::NoAdapter {
+                wanted: match &options.device {
+                    DeviceSelector::Best => "answers on this machine".to_owned(),
+                    DeviceSelector::Index(index) => format!("has index {index}"),
+                    DeviceSelector::Name(name) => format!("is named like \"{name}\""),
+                },
+                found: if found.is_empty() { "none".to_owned() } else { found.join(", ") },
+            });
+        };
+        let summary = summaries[chosen].clone();
+        Self::from_adapter(adapters.swap_remove(chosen), summary, options)
+    }
+
+    fn from_adapter(adapter: wgpu::Adapter, summary: AdapterSummary, options: &GpuOptions) -> Result<Self> {
+        let (features, limits) = wanted(&adapter, options);
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("mor"),
+            required_features: features,
+            required_limits: limits,
+            memory_hints: wgpu::MemoryHints::MemoryUsage,
+            ..Default::default()
+        };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
+            .map_err(|error| KernelError::OpenDevice { adapter: summary.name.clone(), reason: error.to_string() })?;
+        let fault = Arc::new(Mutex::new(None));
+        let sink = Arc::clone(&fault);
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            let out_of_memory = matches!(error, wgpu::Error::OutOfMemory { .. });
+            let mut slot = sink.lock().expect("no panic happens while the fault is held");
+            // The first error is the cause, later ones are its echoes.
+            slot.get_or_insert(Fault { out_of_memory, reason: error.to_string() });
+        }));
+        let sink = Arc::clone(&fault);
+        device.set_device_lost_callback(move |reason, message| {
+            if reason != wgpu::DeviceLostReason::Destroyed {
+                let mut slot = sink.lock().expect("no panic happens while the fault is held");
+                slot.get_or_insert(Fault { out_of_memory: false, reason: format!("device lost: {message}") });
+            }
+        });
+        Ok(Self {
+            inner: Arc::new(GpuInner {
+                device,
+                queue,
+                summary,
+                checked: options.checked,
+                pipelines: Mutex::new(HashMap::new()),
+                fault,
+            }),
+        })
+    }
+
+    /// Every adapter of this machine, best first: discrete, integrated, virtual, CPU.
+    pub fn adapters() -> Vec<AdapterSummary> {
+        let options = GpuOptions::default();
+        ranked_adapters().iter().enumerate().map(|(index, adapter)| summarise(index, adapter, &options)).collect()
+    }
+
+    /// The adapter this device was opened on.
+    pub fn summary(&self) -> &AdapterSummary {
+        &self.inner.summary
+    }
+
+    /// Limits and features of the opened device.
+    pub fn caps(&self) -> &DeviceCaps {
+        &self.inner.summary.caps
+    }
+
+    /// Whether shaders carry run-time bounds checks.
+    pub fn is_checked(&self) -> bool {
+        self.inner.checked
+    }
+
+    /// Writes `bytes` at `offset` bytes into `tensor`, before any work submitted later.
+    pub fn write(&self, tensor: &Tensor, offset: u64, bytes: &[u8]) {
+        self.inner.queue.write_buffer(&tensor.buffer, offset, bytes);
+    }
+
+    /// Reports the first error the device has raised since the last call.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn check(&self) -> Result<()> {
+        match self.take_fault() {
+            None => Ok(()),
+            Some(fault) => {
+                Err(KernelError::Device { adapter: self.summary().name.clone(), reason: fault.reason })
+            }
+        }
+    }
+
+    /// Waits until all submitted work is done.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn wait_idle(&self) -> Result<()> {
+        self.poll(true)?;
+        self.check()
+    }
+
+    /// Lets finished readbacks complete; blocks for all submitted work when `wait`.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`] if the device is lost.
+    pub(crate) fn poll(&self, wait: bool) -> Result<()> {
+        let kind = if wait { wgpu::PollType::wait_indefinitely() } else { wgpu::PollType::Poll };
+        match self.inner.device.poll(kind) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.check()?;
+                Err(KernelError::Device { adapter: self.summary().name.clone(), reason: error.to_string() })
+            }
+        }
+    }
+
+    pub(crate) fn create_buffer(&self, label: &str, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+        let limit = self.caps().max_buffer_bytes.min(if usage.contains(wgpu::BufferUsages::STORAGE) {
+            self.caps().max_storage_binding_bytes
+        } else {
+            u64::MAX
+        });
+        let refuse = |reason: String| KernelError::OutOfMemory {
+            adapter: self.summary().name.clone(),
+            label: label.to_owned(),
+            bytes: size,
+            reason,
+        };
+        if size > limit {
+            return Err(refuse(format!("one buffer may have {limit} bytes")));
+        }
+        let buffer = self.inner.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some(label),
+            size,
+            usage,
+            mapped_at_creation: false,
+        });
+        match self.take_fault() {
+            None => Ok(buffer),
+            Some(fault) if fault.out_of_memory => Err(refuse(fault.reason)),
+            Some(fault) => {
+                Err(KernelError::Device { adapter: self.summary().name.clone(), reason: fault.reason })
+            }
+        }
+    }
+
+    /// Takes the recorded error, if any.
+    pub(crate) fn take_fault_reason(&self) -> Option<String> {
+        self.take_fault().map(|fault| fault.reason)
+    }
+
+    fn take_fault(&self) -> Option<Fault> {
+        self.inner.fault.lock().expect("no panic happens while the fault is held").take()
+    }
+}
+
+fn ranked_adapters() -> Vec<wgpu::Adapter> {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+    // Our indirect counts come from our own kernel, clamped there; wgpu's validation would add a dispatch to
+    // each of them and triple its cost.
+    descriptor.flags = wgpu::InstanceFlags::empty();
+    let instance = wgpu::Instance::new(descriptor);
+    let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    // Stable: adapters of one kind keep the driver's order.
+    adapters.sort_by_key(|adapter| kind(&adapter.get_info()));
+    adapters
+}
+
+fn kind(info: &wgpu::AdapterInfo) -> AdapterKind {
+    match info.device_type {
+        wgpu::DeviceType::DiscreteGpu => AdapterKind::Discrete,
+        wgpu::DeviceType::IntegratedGpu => AdapterKind::Integrated,
+        wgpu::DeviceType::VirtualGpu => AdapterKind::Virtual,
+        wgpu::DeviceType::Other => AdapterKind::Other,
+        wgpu::DeviceType::Cpu => AdapterKind::Cpu,
+    }
+}
+
+/// The features and limits a device is opened with: the adapter's own limits, not WebGPU's defaults.
+fn wanted(adapter: &wgpu::Adapter, options: &GpuOptions) -> (wgpu::Features, wgpu::Limits) {
+    use wgpu::Features as F;
+    let mut features = F::TIMESTAMP_QUERY | F::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+    if options.subgroups {
+        features |= F::SUBGROUP;
+    }
+    let limits = if options.webgpu_limits {
+        wgpu::Limits::default().or_worse_values_from(&adapter.limits())
+    } else {
+        adapter.limits()
+    };
+    (features & adapter.features(), limits)
+}
+
+fn summarise(index: usize, adapter: &wgpu::Adapter, options: &GpuOptions) -> AdapterSummary {
+    let info = adapter.get_info();
+    let (features, limits) = wanted(adapter, options);
+    let caps = DeviceCaps {
+        subgroup_sizes: features
+            .contains(wgpu::Features::SUBGROUP)
+            .then_some((info.subgroup_min_size, info.subgroup_max_size)),
+        shader_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
+        timestamps: features
+            .contains(wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS),
+        max_storage_binding_bytes: u64::from(limits.max_storage_buffer_binding_size),
+        max_buffer_bytes: limits.max_buffer_size,
+        max_workgroup_storage_bytes: limits.max_compute_workgroup_storage_size,
+        max_workgroup_size: limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x),
+        max_workgroups: limits.max_compute_workgroups_per_dimension,
+        max_storage_buffers: limits.max_storage_buffers_per_shader_stage,
+        uniform_alignment: limits.min_uniform_buffer_offset_alignment,
+        is_cpu: info.device_type == wgpu::DeviceType::Cpu,
+    };
+    AdapterSummary {
+        index,
+        kind: kind(&info),
+        backend: info.backend.to_string(),
+        driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
+        name: info.name,
+        caps,
+        memory_bytes: device_local_bytes(adapter),
+    }
+}
+
+/// Size of the largest device-local heap. wgpu itself does not tell; Vulkan does.
+fn device_local_bytes(adapter: &wgpu::Adapter) -> Option<u64> {
+    #[cfg(not(target_vendor = "apple"))]
+    {
+        // SAFETY: the raw handles are used for one read-only query while the adapter is alive.
+        unsafe {
+            let vulkan = adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
+            let properties = vulkan
+                .shared_instance()
+                .raw_instance()
+                .get_physical_device_memory_properties(vulkan.raw_physical_device());
+            let heaps = &properties.memory_heaps[..properties.memory_heap_count as usize];
+            // Bit 0 of a heap's flags is VK_MEMORY_HEAP_DEVICE_LOCAL_BIT.
+            heaps.iter().filter(|heap| heap.flags.as_raw() & 1 != 0).map(|heap| heap.size).max()
+        }
+    }
+    #[cfg(target_vendor = "apple")]
+    {
+        let _ = adapter;
+        None
+    }
+}

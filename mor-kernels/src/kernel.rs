@@ -1,0 +1,196 @@
+//! [`Kernel`]: one WGSL entry point as seen from Rust, and the cache of its compiled forms.
+
+use std::sync::Arc;
+
+use crate::caps::DeviceCaps;
+use crate::error::{KernelError, Result};
+use crate::gpu::Gpu;
+use crate::rows;
+use crate::shader::{self, Definitions};
+use crate::tensor::Tensor;
+
+/// How a kernel touches a binding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// `var<storage, read>`.
+    Read,
+    /// `var<storage, read_write>`.
+    ReadWrite,
+    /// `var<uniform>`.
+    Uniform,
+}
+
+/// A tensor at a binding index of group 0.
+#[derive(Clone, Copy, Debug)]
+pub struct Binding<'a> {
+    pub(crate) index: u32,
+    pub(crate) access: Access,
+    pub(crate) tensor: &'a Tensor,
+}
+
+impl<'a> Binding<'a> {
+    /// Bound read-only. Weights must be: `read_write` costs a third of the bandwidth.
+    pub fn read(index: u32, tensor: &'a Tensor) -> Self {
+        Self { index, access: Access::Read, tensor }
+    }
+
+    /// Bound for reading and writing.
+    pub fn write(index: u32, tensor: &'a Tensor) -> Self {
+        Self { index, access: Access::ReadWrite, tensor }
+    }
+
+    /// Bound as a uniform.
+    pub fn uniform(index: u32, tensor: &'a Tensor) -> Self {
+        Self { index, access: Access::Uniform, tensor }
+    }
+}
+
+/// One WGSL entry point, specialised: the value holds what the shader's constants and flags come from.
+///
+/// The same stem names the shader file, the wrapper in `ops/`, the CPU reference in `oracle/` and the bench.
+pub trait Kernel {
+    /// File stem, profiler label and bench id, for example `"rms_norm"`.
+    const NAME: &'static str;
+    /// The uniform at binding 0. Mirrors `struct Params` of the shader; `tests/house.rs` compares the sizes.
+    type Params: bytemuck::Pod;
+    /// The tensors by name; no positional buffers.
+    type Bindings<'a>;
+
+    /// Flags and constants of this specialisation on a device with `caps`.
+    fn definitions(&self, caps: &DeviceCaps) -> Definitions;
+
+    /// The tensors at their binding indices.
+    fn bindings<'a>(&self, bindings: &Self::Bindings<'a>) -> Vec<Binding<'a>>;
+
+    /// Workgroup memory this specialisation declares, in bytes. Checked here because wgpu does not.
+    fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32;
+}
+
+/// Identifies a compiled kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct PipelineKey {
+    name: &'static str,
+    definitions: Definitions,
+    accesses: Vec<(u32, Access)>,
+}
+
+#[derive(Debug)]
+pub(crate) struct CompiledKernel {
+    pub(crate) pipeline: wgpu::ComputePipeline,
+    pub(crate) layout: wgpu::BindGroupLayout,
+}
+
+/// The specialised WGSL of `kernel` on a device with `caps`, as the driver receives it.
+pub fn wgsl<K: Kernel>(kernel: &K, caps: &DeviceCaps) -> String {
+    shader::specialise(K::NAME, &with_row_constants(kernel.definitions(caps)))
+}
+
+fn with_row_constants(definitions: Definitions) -> Definitions {
+    definitions
+        .u32("NONE", rows::NONE)
+        .u32("PAGE_SIZE", rows::PAGE_SIZE)
+        .u32("ROW_PADDING", rows::ROW_PADDING)
+        .u32("ROW_ACTIVE", rows::ROW_ACTIVE)
+        .u32("ROW_SAMPLE", rows::ROW_SAMPLE)
+        .u32("MAX_GRIDS", rows::MAX_GRIDS as u32)
+}
+
+/// Compiles `kernel` or finds it compiled.
+pub(crate) fn compile<K: Kernel>(gpu: &Gpu, kernel: &K, bindings: &[Binding<'_>]) -> Result<Arc<CompiledKernel>> {
+    let caps = gpu.caps();
+    let storage = kernel.workgroup_storage_bytes(caps);
+    if storage > caps.max_workgroup_storage_bytes {
+        return Err(KernelError::Limit {
+            kernel: K::NAME,
+            what: "workgroup memory in bytes",
+            found: u64::from(storage),
+            limit: u64::from(caps.max_workgroup_storage_bytes),
+            why: format!("\"{}\" offers", gpu.summary().name),
+            advice: "this shape needs a smaller specialisation",
+        });
+    }
+    let num_storage = bindings.iter().filter(|binding| binding.access != Access::Uniform).count();
+    if num_storage > caps.max_storage_buffers as usize {
+        return Err(KernelError::Limit {
+            kernel: K::NAME,
+            what: "storage bindings",
+            found: num_storage as u64,
+            limit: u64::from(caps.max_storage_buffers),
+            why: format!("\"{}\" offers", gpu.summary().name),
+            advice: "this device cannot run the kernel",
+        });
+    }
+    let key = PipelineKey {
+        name: K::NAME,
+        definitions: with_row_constants(kernel.definitions(caps)),
+        accesses: bindings.iter().map(|binding| (binding.index, binding.access)).collect(),
+    };
+    let mut pipelines = gpu.inner.pipelines.lock().expect("no panic happens while compiling");
+    if let Some(compiled) = pipelines.get(&key) {
+        return Ok(Arc::clone(compiled));
+    }
+    let source = shader::specialise(K::NAME, &key.definitions);
+    let compiled = Arc::new(build(gpu, K::NAME, &source, &key.accesses)?);
+    pipelines.insert(key, Arc::clone(&compiled));
+    Ok(compiled)
+}
+
+fn build(gpu: &Gpu, name: &'static str, source: &str, accesses: &[(u32, Access)]) -> Result<CompiledKernel> {
+    let device = &gpu.inner.device;
+    let label = format!("mor.{name}");
+    let descriptor =
+        wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(source.into()) };
+    let module = if gpu.is_checked() {
+        device.create_shader_module(descriptor)
+    } else {
+        // SAFETY: every kernel is run in its checked form over awkward sizes by the parity tests, with
+        // sentinels around its outputs.
+        unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+    };
+    let mut entries = vec![layout_entry(0, Access::Uniform)];
+    entries.extend(accesses.iter().map(|&(index, access)| layout_entry(index, access)));
+    let layout =
+        device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
+    let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+        label: Some(&label),
+        bind_group_layouts: &[Some(&layout)],
+        immediate_size: 0,
+    });
+    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+        label: Some(&label),
+        layout: Some(&pipeline_layout),
+        module: &module,
+        entry_point: Some("main"),
+        compilation_options: wgpu::PipelineCompilationOptions {
+            constants: &[],
+            // Kernels write workgroup memory before they read it.
+            zero_initialize_workgroup_memory: false,
+        },
+        cache: None,
+    });
+    match gpu.take_fault_reason() {
+        None => Ok(CompiledKernel { pipeline, layout }),
+        Some(reason) => Err(KernelError::Shader {
+            kernel: name.to_owned(),
+            adapter: gpu.summary().name.clone(),
+            reason: format!("{reason}\n{source}"),
+        }),
+    }
+}
+
+fn layout_entry(index: u32, access: Access) -> wgpu::BindGroupLayoutEntry {
+    wgpu::BindGroupLayoutEntry {
+        binding: index,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer {
+            ty: match access {
+                Access::Read => wgpu::BufferBindingType::Storage { read_only: true },
+                Access::ReadWrite => wgpu::BufferBindingType::Storage { read_only: false },
+                Access::Uniform => wgpu::BufferBindingType::Uniform,
+            },
+            has_dynamic_offset: false,
+            min_binding_size: None,
+        },
+        count: None,
+    }
+}

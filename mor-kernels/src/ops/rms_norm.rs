@@ -1,0 +1,123 @@
+//! Normalises the active rows of a stream into a dense batch.
+
+use crate::caps::DeviceCaps;
+use crate::error::Result;
+use crate::kernel::{Binding, Kernel};
+use crate::plan::{Grid, PlanBuilder};
+use crate::rows::RowSet;
+use crate::shader::Definitions;
+use crate::tensor::Tensor;
+
+/// `y[i] = weight * x[r] / sqrt(mean(x[r]^2) + eps)` for the active rows `r`.
+///
+/// # Source
+/// Zhang and Sennrich 2019, arXiv 1910.07467.
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNorm {
+    /// Threads of a workgroup: a power of two.
+    pub workgroup_size: u32,
+}
+
+/// Sizes and constants of a call. Mirrors `struct Params` of the shader.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RmsNormParams {
+    /// Elements of a row, a multiple of 4.
+    pub hidden_size: u32,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// Tensors of a call.
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNormBindings<'a> {
+    /// The rows to normalise, n of them.
+    pub rows: &'a RowSet,
+    /// `[T, C]` f32.
+    pub x: &'a Tensor,
+    /// `[C]` f32.
+    pub weight: &'a Tensor,
+    /// `[n, C]` f32, written.
+    pub y: &'a Tensor,
+}
+
+impl Default for RmsNorm {
+    fn default() -> Self {
+        Self { workgroup_size: 64 }
+    }
+}
+
+impl RmsNorm {
+    /// Records the kernel over all active rows.
+    ///
+    /// # Errors
+    /// As [`PlanBuilder::dispatch`].
+    pub fn record(&self, plan: &mut PlanBuilder<'_>, b: RmsNormBindings<'_>, p: RmsNormParams) -> Result<()> {
+        plan.dispatch(self, &b, &p, Grid::rows(b.rows, 1, 1))
+    }
+}
+
+impl Kernel for RmsNorm {
+    const NAME: &'static str = "rms_norm";
+    type Params = RmsNormParams;
+    type Bindings<'a> = RmsNormBindings<'a>;
+
+    fn definitions(&self, _: &DeviceCaps) -> Definitions {
+        Definitions::new().u32("WORKGROUP_SIZE", self.workgroup_size)
+    }
+
+    fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
+        vec![
+            Binding::read(1, &b.rows.active),
+            Binding::read(2, b.x),
+            Binding::read(3, b.weight),
+            Binding::write(4, b.y),
+        ]
+    }
+
+    fn workgroup_storage_bytes(&self, _: &DeviceCaps) -> u32 {
+        4 * self.workgroup_size
+    }
+}
+
+#[cfg(all(test, feature = "oracle"))]
+mod tests {
+    use super::*;
+    use crate::oracle::rms_norm::rms_norm;
+    use crate::parity::{self, Rng, Tolerance};
+
+    #[test]
+    fn matches_oracle() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("rms_norm");
+            for hidden_size in [4, 64, 260, 960] {
+                for num_active in [0, 1, 7, 33, 63, 64, 65] {
+                    let num_rows = num_active + 3;
+                    // Every other row from the second on: active rows are not where they lie in the batch.
+                    let active = parity::some_rows(&mut rng, num_rows, num_active);
+                    let mut x = rng.normals(num_rows * hidden_size);
+                    // Extreme values: a row of zeros and one of large numbers.
+                    x[..hidden_size].fill(0.0);
+                    x[hidden_size..2 * hidden_size].fill(1e15);
+                    let weight = rng.normals(hidden_size);
+                    let want = rms_norm(&active, &x, &weight, 1e-5);
+
+                    let y = parity::Output::new(gpu, num_active * hidden_size);
+                    let kernel = RmsNorm::default();
+                    let bindings = RmsNormBindings {
+                        rows: &parity::row_set(gpu, &active),
+                        x: &parity::upload(gpu, &x),
+                        weight: &parity::upload(gpu, &weight),
+                        y: &y.tensor,
+                    };
+                    let params = RmsNormParams { hidden_size: hidden_size as u32, eps: 1e-5 };
+                    parity::run(gpu, |plan| {
+                        plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, num_active as u32, 1]))
+                    });
+                    let what = format!("rms_norm {profile} C={hidden_size} n={num_active}");
+                    parity::assert_close(&what, &y.read(gpu), &want, Tolerance::F32);
+                }
+            }
+        });
+    }
+}

@@ -1,0 +1,14 @@
+//! CPU references, one per kernel, named like its shader: plain loops on slices with sums in f64.
+
+pub mod attention_decode;
+pub mod attention_prefill;
+pub mod cross_entropy;
+pub mod embed_tokens;
+pub mod linear;
+pub mod linear_decode;
+pub mod rms_norm;
+pub mod router_expert;
+pub mod router_token;
+pub mod router_topk;
+pub mod sample_token;
+pub mod tokens_compact;

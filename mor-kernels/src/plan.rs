@@ -1,0 +1,302 @@
+//! [`Plan`]: an ordered list of dispatches recorded once and encoded every step.
+//!
+//! A plan has no branches and takes no arguments: what varies from step to step (tokens, positions, counts)
+//! lies in device buffers, and grids that depend on a count are indirect. The host branches by choosing a plan.
+
+use std::sync::Arc;
+
+use crate::error::{KernelError, Result};
+use crate::gpu::Gpu;
+use crate::kernel::{self, Access, CompiledKernel, Kernel};
+use crate::rows::{RowSet, MAX_GRIDS};
+use crate::tensor::{DType, Tensor};
+
+/// How many workgroups a dispatch has.
+#[derive(Clone, Copy, Debug)]
+pub enum Grid<'a> {
+    /// Known when the plan is recorded.
+    Fixed([u32; 3]),
+    /// Known to the device: `(x, ceil(rows / rows_per_workgroup), z)`, and no workgroup at all for no rows.
+    Rows {
+        /// The set whose count decides.
+        set: &'a RowSet,
+        /// Workgroups along x.
+        x: u32,
+        /// Rows one workgroup handles.
+        rows_per_workgroup: u32,
+        /// Workgroups along z.
+        z: u32,
+    },
+}
+
+impl<'a> Grid<'a> {
+    /// `(x, ceil(rows of set / rows_per_workgroup), 1)`.
+    pub fn rows(set: &'a RowSet, x: u32, rows_per_workgroup: u32) -> Self {
+        Grid::Rows { set, x, rows_per_workgroup, z: 1 }
+    }
+}
+
+#[derive(Debug)]
+enum Workgroups {
+    Direct([u32; 3]),
+    Indirect { buffer: wgpu::Buffer, offset: u64 },
+}
+
+#[derive(Debug)]
+enum Step {
+    Dispatch { label: &'static str, kernel: Arc<CompiledKernel>, bind_group: wgpu::BindGroup, workgroups: Workgroups },
+    Copy { from: wgpu::Buffer, from_offset: u64, to: wgpu::Buffer, to_offset: u64, bytes: u64 },
+}
+
+/// A recorded list of steps over its own parameter arena.
+#[derive(Debug)]
+pub struct Plan {
+    steps: Vec<Step>,
+    description: Vec<String>,
+}
+
+impl Plan {
+    /// Number of dispatches, those with an empty grid included.
+    pub fn num_dispatches(&self) -> usize {
+        self.steps.iter().filter(|step| matches!(step, Step::Dispatch { .. })).count()
+    }
+
+    /// One line per step: kernel, grid, tensors.
+    pub fn describe(&self) -> String {
+        self.description.join("\n")
+    }
+
+    /// Labels of the dispatches, in order.
+    pub fn labels(&self) -> impl Iterator<Item = &'static str> {
+        self.steps.iter().filter_map(|step| match step {
+            Step::Dispatch { label, .. } => Some(*label),
+            Step::Copy { .. } => None,
+        })
+    }
+
+    /// Encodes all steps, in one compute pass unless copies stand between dispatches.
+    pub(crate) fn encode(&self, encoder: &mut wgpu::CommandEncoder) {
+        let mut steps = self.steps.iter().peekable();
+        while let Some(step) = steps.peek() {
+            if let Step::Copy { from, from_offset, to, to_offset, bytes } = step {
+                encoder.copy_buffer_to_buffer(from, *from_offset, to, *to_offset, *bytes);
+                steps.next();
+                continue;
+            }
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            while let Some(Step::Dispatch { kernel, bind_group, workgroups, .. }) = steps.peek() {
+                pass.set_pipeline(&kernel.pipeline);
+                pass.set_bind_group(0, bind_group, &[]);
+                match workgroups {
+                    Workgroups::Direct([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
+                    Workgroups::Indirect { buffer, offset } => pass.dispatch_workgroups_indirect(buffer, *offset),
+                }
+                steps.next();
+            }
+        }
+    }
+}
+
+/// Records a [`Plan`].
+#[derive(Debug)]
+pub struct PlanBuilder<'g> {
+    gpu: &'g Gpu,
+    pending: Vec<Pending>,
+    params: Vec<u8>,
+    grids: Vec<[u32; 4]>,
+    grid_table: Tensor,
+    description: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Pending {
+    Dispatch {
+        label: &'static str,
+        kernel: Arc<CompiledKernel>,
+        entries: Vec<(u32, wgpu::Buffer)>,
+        params: std::ops::Range<u64>,
+        workgroups: Workgroups,
+    },
+    Copy { from: Tensor, from_offset: u64, to: Tensor, to_offset: u64, bytes: u64 },
+}
+
+impl<'g> PlanBuilder<'g> {
+    /// An empty plan for `gpu`.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`].
+    pub fn new(gpu: &'g Gpu) -> Result<Self> {
+        let grid_table = Tensor::zeros_uniform(gpu, "grid_table", 16 + 16 * MAX_GRIDS as u64)?;
+        Ok(Self {
+            gpu,
+            pending: Vec::new(),
+            params: Vec::new(),
+            grids: Vec::new(),
+            grid_table,
+            description: Vec::new(),
+        })
+    }
+
+    /// The device the plan is for.
+    pub fn gpu(&self) -> &'g Gpu {
+        self.gpu
+    }
+
+    /// The plan's table of row grids, filled by [`PlanBuilder::finish`]; `tokens_compact` binds it.
+    pub fn grid_table(&self) -> Tensor {
+        self.grid_table.clone()
+    }
+
+    /// Records one dispatch.
+    ///
+    /// # Errors
+    /// [`KernelError::Limit`] if the grid or the kernel is over a device limit, [`KernelError::Shader`] if it
+    /// does not compile.
+    pub fn dispatch<K: Kernel>(
+        &mut self,
+        kernel: &K,
+        bindings: &K::Bindings<'_>,
+        params: &K::Params,
+        grid: Grid<'_>,
+    ) -> Result<()> {
+        let bindings = kernel.bindings(bindings);
+        for binding in &bindings {
+            let limit = self.gpu.caps().max_storage_binding_bytes;
+            if binding.access != Access::Uniform && binding.tensor.num_bytes() > limit {
+                return Err(KernelError::Limit {
+                    kernel: K::NAME,
+                    what: "bytes of one binding",
+                    found: binding.tensor.num_bytes(),
+                    limit,
+                    why: format!("\"{}\" can bind", self.gpu.summary().name),
+                    advice: "split the tensor",
+                });
+            }
+        }
+        let compiled = kernel::compile(self.gpu, kernel, &bindings)?;
+        let workgroups = match grid {
+            Grid::Fixed(counts) => {
+                self.check_grid(K::NAME, counts)?;
+                Workgroups::Direct(counts)
+            }
+            Grid::Rows { set, x, rows_per_workgroup, z } => {
+                let rows = set.capacity as u32;
+                self.check_grid(K::NAME, [x, rows.div_ceil(rows_per_workgroup), z])?;
+                let index = self.grid_index(K::NAME, [x, rows_per_workgroup, z, 0])?;
+                Workgroups::Indirect { buffer: set.dispatch.buffer.clone(), offset: 16 + 12 * index as u64 }
+            }
+        };
+        let names: Vec<_> = bindings.iter().map(|b| format!("{}{:?}", b.tensor.label(), b.tensor.shape())).collect();
+        self.description.push(format!("{:<18} {grid} {}", K::NAME, names.join(" "), grid = describe_grid(&grid)));
+        let start = self.params.len();
+        self.params.extend_from_slice(bytemuck::bytes_of(params));
+        let end = start + (self.params.len() - start).next_multiple_of(16).max(16);
+        let alignment = self.gpu.caps().uniform_alignment.max(16) as usize;
+        self.params.resize(end.next_multiple_of(alignment), 0);
+        self.pending.push(Pending::Dispatch {
+            label: K::NAME,
+            kernel: compiled,
+            entries: bindings.iter().map(|b| (b.index, b.tensor.buffer.clone())).collect(),
+            params: start as u64..end as u64,
+            workgroups,
+        });
+        Ok(())
+    }
+
+    /// Records a copy of `bytes` bytes; it ends the compute pass, so hot plans have none.
+    pub fn copy(&mut self, from: &Tensor, from_offset: u64, to: &Tensor, to_offset: u64, bytes: u64) {
+        self.description.push(format!("copy {} -> {} ({bytes} bytes)", from.label(), to.label()));
+        self.pending.push(Pending::Copy { from: from.clone(), from_offset, to: to.clone(), to_offset, bytes });
+    }
+
+    /// Uploads the parameters and makes the bind groups.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]; [`KernelError::Device`] if a bind group is refused: a bug of ours.
+    pub fn finish(self) -> Result<Plan> {
+        let arena = Tensor::zeros_uniform(self.gpu, "params", self.params.len().max(16) as u64)?;
+        self.gpu.write(&arena, 0, &self.params);
+        let mut table = vec![[self.grids.len() as u32, 0, 0, 0]];
+        table.extend_from_slice(&self.grids);
+        self.gpu.write(&self.grid_table, 0, bytemuck::cast_slice(&table));
+        let mut steps = Vec::with_capacity(self.pending.len());
+        for pending in self.pending {
+            steps.push(match pending {
+                Pending::Copy { from, from_offset, to, to_offset, bytes } => {
+                    Step::Copy { from: from.buffer, from_offset, to: to.buffer, to_offset, bytes }
+                }
+                Pending::Dispatch { label, kernel, entries, params, workgroups } => {
+                    let mut group = vec![wgpu::BindGroupEntry {
+                        binding: 0,
+                        resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                            buffer: &arena.buffer,
+                            offset: params.start,
+                            size: std::num::NonZeroU64::new(params.end - params.start),
+                        }),
+                    }];
+                    group.extend(entries.iter().map(|(binding, buffer)| wgpu::BindGroupEntry {
+                        binding: *binding,
+                        resource: buffer.as_entire_binding(),
+                    }));
+                    let bind_group = self.gpu.inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                        label: Some(label),
+                        layout: &kernel.layout,
+                        entries: &group,
+                    });
+                    Step::Dispatch { label, kernel, bind_group, workgroups }
+                }
+            });
+        }
+        self.gpu.check()?;
+        Ok(Plan { steps, description: self.description })
+    }
+
+    fn check_grid(&self, kernel: &'static str, counts: [u32; 3]) -> Result<()> {
+        let limit = self.gpu.caps().max_workgroups;
+        match counts.into_iter().find(|count| *count > limit) {
+            None => Ok(()),
+            Some(found) => Err(KernelError::Limit {
+                kernel,
+                what: "workgroups in one dimension",
+                found: u64::from(found),
+                limit: u64::from(limit),
+                why: format!("\"{}\" dispatches", self.gpu.summary().name),
+                advice: "use fewer rows at a time",
+            }),
+        }
+    }
+
+    fn grid_index(&mut self, kernel: &'static str, grid: [u32; 4]) -> Result<usize> {
+        if let Some(index) = self.grids.iter().position(|known| *known == grid) {
+            return Ok(index);
+        }
+        if self.grids.len() == MAX_GRIDS {
+            return Err(KernelError::Limit {
+                kernel,
+                what: "different row grids in one plan",
+                found: MAX_GRIDS as u64 + 1,
+                limit: MAX_GRIDS as u64,
+                why: "the grid table holds".to_owned(),
+                advice: "raise MAX_GRIDS",
+            });
+        }
+        self.grids.push(grid);
+        Ok(self.grids.len() - 1)
+    }
+}
+
+impl Tensor {
+    /// A uniform buffer of `bytes` zero bytes.
+    pub(crate) fn zeros_uniform(gpu: &Gpu, label: &str, bytes: u64) -> Result<Self> {
+        use wgpu::BufferUsages as U;
+        let buffer = gpu.create_buffer(label, bytes, U::UNIFORM | U::COPY_DST)?;
+        Ok(Self::from_parts(buffer, label, DType::U32, &[bytes as usize / 4]))
+    }
+}
+
+fn describe_grid(grid: &Grid<'_>) -> String {
+    match grid {
+        Grid::Fixed([x, y, z]) => format!("({x}, {y}, {z})"),
+        Grid::Rows { x, rows_per_workgroup, z, .. } => format!("({x}, rows/{rows_per_workgroup}, {z})"),
+    }
+}

@@ -1,0 +1,118 @@
+//! The row vocabulary shared by all kernels: which token a row holds and where its K/V live.
+//!
+//! Activations are streams of `T` flat rows. A [`RowSet`] lists the rows that are active at some point
+//! (all of them, those selected at a recursion, those to be sampled) in position order; kernels run over
+//! that list and read the streams through it, so their cost follows the number of active tokens and no
+//! copy gathers or scatters anything.
+
+use crate::gpu::Gpu;
+use crate::tensor::{DType, Tensor};
+use crate::Result;
+
+/// Marks an absent row, slot, token or group.
+pub const NONE: u32 = u32::MAX;
+/// Tokens of one K/V page. A power of two; a page belongs to one (sequence, group).
+pub const PAGE_SIZE: u32 = 32;
+/// [`ActiveRow`]s with `row == NONE` after the last active one, so that a tile of rows may read past it.
+pub const ROW_PADDING: u32 = 128;
+/// Most entries of a plan's grid table.
+pub const MAX_GRIDS: usize = 32;
+
+/// [`Row::flags`]: the row takes part in this step.
+pub const ROW_ACTIVE: u32 = 1;
+/// [`Row::flags`]: logits are computed for the row and a token is drawn.
+pub const ROW_SAMPLE: u32 = 2;
+
+/// One token of a step, as the host or the sampler writes it. Mirrors `struct Row` in `shared/rows.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Row {
+    /// Token id.
+    pub token: u32,
+    /// Position in its sequence, 0-based.
+    pub position: u32,
+    /// Index of the sequence.
+    pub sequence: u32,
+    /// [`ROW_ACTIVE`] and [`ROW_SAMPLE`].
+    pub flags: u32,
+}
+
+/// One entry of a [`RowSet`]. Mirrors `struct ActiveRow` in `shared/rows.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ActiveRow {
+    /// Row of the streams, or [`NONE`] past the end.
+    pub row: u32,
+    /// Index of the sequence.
+    pub sequence: u32,
+    /// Position in its sequence.
+    pub position: u32,
+    /// Physical K/V slot this row writes (`page * PAGE_SIZE + offset`), or [`NONE`].
+    pub kv_slot: u32,
+    /// Keys this row attends to, itself included.
+    pub kv_len: u32,
+    /// Where its keys are listed: first entry in the page table (or slot table, see [`KvTable`]).
+    pub kv_table: u32,
+    /// Unused; keeps the size a multiple of 16 bytes.
+    pub reserved: [u32; 2],
+}
+
+impl ActiveRow {
+    /// The padding entry.
+    pub const ABSENT: Self =
+        Self { row: NONE, sequence: 0, position: 0, kv_slot: NONE, kv_len: 0, kv_table: 0, reserved: [0; 2] };
+}
+
+/// How an attention kernel maps key index `i` of a row to a physical K/V slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KvTable {
+    /// `table[kv_table + i / PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE`.
+    Pages,
+    /// `table[kv_table + i]`: every key on its own (hybrid caches).
+    Slots,
+}
+
+/// A list of active rows on the device with the grids its length asks for.
+///
+/// # Shapes
+/// `active` is `[T + ROW_PADDING]` of [`ActiveRow`]; `dispatch` is `[count, 0, 0, 0]` followed by one
+/// `(x, y, z)` per entry of the plan's grid table.
+#[derive(Clone, Debug)]
+pub struct RowSet {
+    /// The list.
+    pub active: Tensor,
+    /// Count and indirect workgroup counts.
+    pub dispatch: Tensor,
+    /// Most rows the list can hold.
+    pub capacity: usize,
+}
+
+impl RowSet {
+    /// Allocates an empty set for up to `capacity` rows.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`](crate::KernelError::OutOfMemory).
+    pub fn new(gpu: &Gpu, label: &str, capacity: usize) -> Result<Self> {
+        let entries = capacity + ROW_PADDING as usize;
+        let words = size_of::<ActiveRow>() / 4;
+        Ok(Self {
+            active: Tensor::zeros(gpu, &format!("{label}.active"), DType::U32, &[entries, words])?,
+            dispatch: Tensor::zeros(gpu, &format!("{label}.dispatch"), DType::U32, &[4 + 3 * MAX_GRIDS])?,
+            capacity,
+        })
+    }
+
+    /// Allocates a set holding `rows`, padded with [`ActiveRow::ABSENT`]: for tests and benches of kernels
+    /// that read a set. Its `dispatch` holds the count only; use fixed grids with it.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`](crate::KernelError::OutOfMemory).
+    pub fn from_rows(gpu: &Gpu, label: &str, rows: &[ActiveRow]) -> Result<Self> {
+        let set = Self::new(gpu, label, rows.len())?;
+        let mut padded = rows.to_vec();
+        padded.resize(rows.len() + ROW_PADDING as usize, ActiveRow::ABSENT);
+        gpu.write(&set.active, 0, bytemuck::cast_slice(&padded));
+        gpu.write(&set.dispatch, 0, bytemuck::bytes_of(&[rows.len() as u32, 0, 0, 0]));
+        Ok(set)
+    }
+}

@@ -1,0 +1,115 @@
+//! The shader front end: `#import`, `#if` and constants turn a source into one specialised WGSL module.
+//!
+//! * `#import shared/rows` inserts `shaders/shared/rows.wgsl`, once, however often it is named.
+//! * `#if NAME`, `#if !NAME`, `#elif NAME`, `#else`, `#endif` keep or drop lines by flag; they nest.
+//! * Every constant of the specialisation becomes a `const` at the top, so a number that Rust and WGSL
+//!   both need is written in Rust only.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+
+/// Flags and constants of one specialisation of a shader. Part of the pipeline cache's key.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Definitions {
+    flags: BTreeSet<&'static str>,
+    constants: BTreeMap<&'static str, Constant>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Constant {
+    U32(u32),
+    F32 { bits: u32 },
+}
+
+impl Definitions {
+    /// No flags, no constants.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets `#if name` true when `on`.
+    #[must_use]
+    pub fn flag(mut self, name: &'static str, on: bool) -> Self {
+        if on {
+            self.flags.insert(name);
+        }
+        self
+    }
+
+    /// Adds `const name: u32 = value;`.
+    #[must_use]
+    pub fn u32(mut self, name: &'static str, value: u32) -> Self {
+        self.constants.insert(name, Constant::U32(value));
+        self
+    }
+
+    /// Adds `const name: f32 = value;`; `value` must be finite.
+    #[must_use]
+    pub fn f32(mut self, name: &'static str, value: f32) -> Self {
+        self.constants.insert(name, Constant::F32 { bits: value.to_bits() });
+        self
+    }
+}
+
+/// Specialises the shader `name`.
+///
+/// # Panics
+/// If the source does not exist or its directives are malformed: a bug of ours, found by any test that
+/// touches the kernel.
+pub fn specialise(name: &str, definitions: &Definitions) -> String {
+    let mut out = String::new();
+    for (name, value) in &definitions.constants {
+        match value {
+            Constant::U32(value) => writeln!(out, "const {name}: u32 = {value}u;"),
+            Constant::F32 { bits } => writeln!(out, "const {name}: f32 = {:?}f;", f32::from_bits(*bits)),
+        }
+        .expect("writing to a String cannot fail");
+    }
+    let mut imported = BTreeSet::new();
+    expand(name, definitions, &mut imported, &mut out);
+    out
+}
+
+fn expand(name: &str, definitions: &Definitions, imported: &mut BTreeSet<String>, out: &mut String) {
+    let text = mor_shaders::source(name).unwrap_or_else(|| panic!("no shader source named {name}"));
+    // One entry per open #if: (this branch is kept, some branch of this #if was kept already).
+    let mut open: Vec<(bool, bool)> = Vec::new();
+    let holds = |condition: &str| match condition.trim().strip_prefix('!') {
+        Some(flag) => !definitions.flags.contains(flag.trim()),
+        None => definitions.flags.contains(condition.trim()),
+    };
+    for (index, line) in text.lines().enumerate() {
+        let at = || format!("{name}.wgsl:{}", index + 1);
+        let directive = line.trim_start();
+        let kept = open.iter().all(|(kept, _)| *kept);
+        if let Some(condition) = directive.strip_prefix("#if ") {
+            let keep = holds(condition);
+            open.push((keep, keep));
+        } else if let Some(condition) = directive.strip_prefix("#elif ") {
+            let (kept, done) = open.last_mut().unwrap_or_else(|| panic!("{}: #elif without #if", at()));
+            *kept = !*done && holds(condition);
+            *done |= *kept;
+        } else if directive.starts_with("#else") {
+            let (kept, done) = open.last_mut().unwrap_or_else(|| panic!("{}: #else without #if", at()));
+            *kept = !*done;
+            *done = true;
+        } else if directive.starts_with("#endif") {
+            open.pop().unwrap_or_else(|| panic!("{}: #endif without #if", at()));
+        } else if !kept {
+            continue;
+        } else if let Some(path) = directive.strip_prefix("#import ") {
+            if imported.insert(path.trim().to_owned()) {
+                expand(path.trim(), definitions, imported, out);
+            }
+        } else {
+            assert!(!directive.starts_with('#'), "{}: unknown directive {directive}", at());
+            // Comments and blank lines are for readers of the source, not for drivers.
+            let code = line.split("//").next().unwrap_or_default().trim_end();
+            if !code.is_empty() {
+                out.push_str(code);
+                out.push('\n');
+            }
+        }
+    }
+    assert!(open.is_empty(), "{name}.wgsl: #if without #endif");
+}

@@ -1,0 +1,136 @@
+//! [`Submission`]: plans, copies and readbacks handed to the device together; [`Readback`]: bytes on their way
+//! to the host. This is the one place that maps buffers.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::Arc;
+
+use crate::error::{KernelError, Result};
+use crate::gpu::Gpu;
+use crate::plan::Plan;
+use crate::tensor::Tensor;
+
+/// Work being recorded for one submit.
+#[derive(Debug)]
+pub struct Submission<'g> {
+    gpu: &'g Gpu,
+    encoder: wgpu::CommandEncoder,
+}
+
+impl<'g> Submission<'g> {
+    /// An empty submission.
+    pub fn new(gpu: &'g Gpu) -> Self {
+        let encoder = gpu.inner.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("mor") });
+        Self { gpu, encoder }
+    }
+
+    /// Appends all steps of `plan`.
+    pub fn plan(&mut self, plan: &Plan) -> &mut Self {
+        plan.encode(&mut self.encoder);
+        self
+    }
+
+    /// Appends a copy between tensors, in bytes.
+    pub fn copy(&mut self, from: &Tensor, from_offset: u64, to: &Tensor, to_offset: u64, bytes: u64) -> &mut Self {
+        self.encoder.copy_buffer_to_buffer(&from.buffer, from_offset, &to.buffer, to_offset, bytes);
+        self
+    }
+
+    /// Appends a read of `bytes` bytes of `tensor` from `offset` on (both multiples of 4); the data arrives
+    /// after the submit.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`] if the staging buffer cannot be had.
+    pub fn read(&mut self, tensor: &Tensor, offset: u64, bytes: u64) -> Result<Readback> {
+        use wgpu::BufferUsages as U;
+        let staging = self.gpu.create_buffer("readback", bytes.max(4), U::MAP_READ | U::COPY_DST)?;
+        self.encoder.copy_buffer_to_buffer(&tensor.buffer, offset, &staging, 0, bytes);
+        let state = Arc::new(AtomicU8::new(PENDING));
+        let arrived = Arc::clone(&state);
+        self.encoder.map_buffer_on_submit(&staging, wgpu::MapMode::Read, .., move |result| {
+            arrived.store(if result.is_ok() { MAPPED } else { FAILED }, Ordering::Release);
+        });
+        Ok(Readback { gpu: self.gpu.clone(), staging, state, bytes: bytes as usize })
+    }
+
+    /// Hands the work to the device and returns at once.
+    pub fn submit(self) {
+        self.gpu.inner.queue.submit([self.encoder.finish()]);
+    }
+}
+
+const PENDING: u8 = 0;
+const MAPPED: u8 = 1;
+const FAILED: u8 = 2;
+
+/// Bytes that arrive from the device some time after a submit.
+#[derive(Debug)]
+pub struct Readback {
+    gpu: Gpu,
+    staging: wgpu::Buffer,
+    state: Arc<AtomicU8>,
+    bytes: usize,
+}
+
+impl Readback {
+    /// Whether [`Readback::wait`] would return at once.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn is_ready(&self) -> Result<bool> {
+        self.gpu.poll(false)?;
+        Ok(self.state.load(Ordering::Acquire) != PENDING)
+    }
+
+    /// Waits for the bytes. Spins between polls: a blocking wait costs about 20 us more on a discrete GPU.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`] if the device failed meanwhile.
+    pub fn wait(self) -> Result<Vec<u8>> {
+        let mut spins = 0u32;
+        while !self.is_ready()? {
+            spins += 1;
+            if spins < 64 {
+                std::hint::spin_loop();
+            } else {
+                // A software rasteriser computes on the very cores that would spin.
+                std::thread::yield_now();
+            }
+        }
+        self.gpu.check()?;
+        let failed = |reason: String| KernelError::Device { adapter: self.gpu.summary().name.clone(), reason };
+        if self.state.load(Ordering::Acquire) == FAILED {
+            return Err(failed("a readback buffer could not be mapped".to_owned()));
+        }
+        let view = self.staging.get_mapped_range(..).map_err(|error| failed(error.to_string()))?;
+        Ok(view[..self.bytes].to_vec())
+    }
+}
+
+impl Gpu {
+    /// Reads a whole tensor's elements and waits for them: for tests and one-off reads, never in a hot path.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`], [`KernelError::OutOfMemory`].
+    ///
+    /// # Panics
+    /// If `T` does not divide the tensor's bytes.
+    pub fn read<T: bytemuck::Pod>(&self, tensor: &Tensor) -> Result<Vec<T>> {
+        let bytes = (tensor.num_elems() * tensor.dtype().bytes()) as u64;
+        let mut submission = Submission::new(self);
+        let readback = submission.read(tensor, 0, bytes.next_multiple_of(4))?;
+        submission.submit();
+        let data = readback.wait()?;
+        Ok(bytemuck::pod_collect_to_vec(&data[..bytes as usize]))
+    }
+
+    /// Runs `plan` once and waits for it: for tests and benches.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn run(&self, plan: &Plan) -> Result<()> {
+        let mut submission = Submission::new(self);
+        submission.plan(plan);
+        submission.submit();
+        self.wait_idle()
+    }
+}

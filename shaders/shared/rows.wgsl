@@ -1,0 +1,19 @@
+// Row vocabulary: mirrors mor-kernels/src/rows.rs, field by field. The constants NONE, PAGE_SIZE,
+// ROW_PADDING, ROW_ACTIVE and ROW_SAMPLE are added to every specialisation by the host.
+struct Row {
+    token: u32,
+    position: u32,
+    sequence: u32,
+    flags: u32,
+}
+
+struct ActiveRow {
+    row: u32,
+    sequence: u32,
+    position: u32,
+    kv_slot: u32,
+    kv_len: u32,
+    kv_table: u32,
+    reserved0: u32,
+    reserved1: u32,
+}

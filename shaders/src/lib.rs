@@ -1,0 +1,55 @@
+//! The WGSL sources of the engine, embedded so that they travel inside the published package.
+//!
+//! One file is one kernel; files under `shared/` are imported by kernels and never run alone. The
+//! text here is unspecialised: `mor-kernels` resolves `#import` and `#if` and adds the constants.
+
+macro_rules! shaders {
+    ($($path:literal),* $(,)?) => {
+        /// Every source as `(path without extension, WGSL text)`, sorted by path.
+        pub const SHADERS: &[(&str, &str)] =
+            &[$(($path, include_str!(concat!("../", $path, ".wgsl")))),*];
+    };
+}
+
+shaders![
+    "attention_decode",
+    "attention_prefill",
+    "cross_entropy",
+    "embed_tokens",
+    "linear",
+    "linear_decode",
+    "rms_norm",
+    "router_expert",
+    "router_token",
+    "router_topk",
+    "sample_token",
+    "shared/epilogue",
+    "shared/reduce",
+    "shared/rows",
+    "shared/weights",
+    "tokens_compact",
+];
+
+/// The source at `path` (for example `"rms_norm"` or `"shared/rows"`), or `None`.
+pub fn source(path: &str) -> Option<&'static str> {
+    SHADERS.binary_search_by_key(&path, |(name, _)| name).ok().map(|at| SHADERS[at].1)
+}
+
+/// Names of all kernels: the sources that are not shared parts.
+pub fn kernel_names() -> impl Iterator<Item = &'static str> {
+    SHADERS.iter().map(|(name, _)| *name).filter(|name| !name.starts_with("shared/"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_are_sorted_and_found() {
+        assert!(SHADERS.is_sorted_by_key(|(name, _)| name));
+        for (name, text) in SHADERS {
+            assert_eq!(source(name), Some(*text));
+        }
+        assert_eq!(source("no_such_kernel"), None);
+    }
+}
