@@ -1,0 +1,48 @@
+//! Mixture-of-Recursions language models as data: what a model is, before anything runs it.
+//!
+//! A Mixture-of-Recursions model applies one shared block of transformer layers several times, and decides per token how
+//! often. This crate reads such a model and answers the questions an engine has about it:
+//!
+//! - [`MorConfig`]: the configuration, validated as a whole;
+//! - [`LayerLayout`]: which effective layers are tied, which recursion they belong to, what their tensors are called;
+//! - [`Checkpoint`]: the weights, checked and memory-mapped, with tied tensors found by content;
+//! - [`KvLayout`]: where each layer keeps keys and values, and whose it attends to.
+//!
+//! With the feature `oracle` there is also `oracle`, the whole model in plain Rust on the CPU, and `golden`, a reader of
+//! recorded reference results; faster implementations are tested against both.
+//!
+//! ```
+//! use mor_model::{Checkpoint, Dtype, KvLayout, MorConfig};
+//!
+//! let config = MorConfig::from_json_str(
+//!     r#"{
+//!         "vocab_size": 97, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 8,
+//!         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+//!         "mor": { "mode": "token", "sharing": "middle_cycle", "num_recursion": 3, "kv": "sharing" }
+//!     }"#,
+//!     "example",
+//! )?;
+//! let checkpoint = Checkpoint::random(config, 0, Dtype::BF16);
+//! let counts = checkpoint.parameter_counts();
+//! assert!(counts.unique() < counts.effective());
+//!
+//! let kv = KvLayout::new(checkpoint.config(), checkpoint.layout());
+//! assert_eq!(kv.bytes_per_token(&[], 2).ratio(), 0.5, "four of eight layers store keys and values");
+//! # Ok::<(), mor_model::ModelError>(())
+//! ```
+
+mod config;
+mod error;
+mod kv_layout;
+mod sharing;
+mod weights;
+
+pub use config::{
+    Balancing, Gating, KvStrategy, Mode, MorConfig, RouterFunc, RouterType, Sampling, SharingStrategy,
+};
+pub use error::ModelError;
+pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
+pub use sharing::{EffectiveLayer, LayerLayout};
+pub use weights::{
+    Checkpoint, Dtype, LayerTensor, LayerTensors, ParameterCounts, RouterTensors, TensorId, TensorName, TensorView,
+};
