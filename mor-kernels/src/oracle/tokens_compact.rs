@@ -58,11 +58,14 @@ pub fn tokens_compact(rows: &[Row], mode: Mode<'_>, sizes: Sizes, state: &mut St
         let table = (sequence as usize * num_groups + group) * max_pages;
         state.pages[table + (slot / PAGE_SIZE) as usize] * PAGE_SIZE + slot % PAGE_SIZE
     };
+    if matches!(mode, Mode::Begin) {
+        state.depth.fill(0);
+    }
     let mut active = Vec::new();
     for (r, row) in rows.iter().enumerate().filter(|(_, row)| row.flags & ROW_ACTIVE != 0) {
         let (mut listed, mut depth) = (true, state.depth[r]);
         match mode {
-            Mode::Begin => depth = 0,
+            Mode::Begin => {}
             Mode::Expert(decision, always, keep_all) => {
                 let selected = depth == sizes.recursion && (always || decision[r] >= 0.0);
                 depth = if selected { sizes.recursion + 1 } else { depth };
