@@ -118,16 +118,16 @@ impl AttentionInputs {
         let kv_head = head / shape.group_size() as usize;
         let entry = &self.active[i];
         let query = &self.q[(i * shape.num_attention_heads as usize + head) * head_dim..][..head_dim];
-        let head_of = |cache: &'_ [f32], key: usize| {
+        let head_of = |key: usize| {
             let slot = slot_of(shape.kv_table, &self.table, entry.kv_table, key);
             let start = (slot * shape.num_key_value_heads as usize + kv_head) * head_dim;
-            cache[start..start + head_dim].iter().map(|value| f64::from(*value)).collect::<Vec<_>>()
+            start..start + head_dim
         };
         let scores: Vec<f64> = keys
             .clone()
             .map(|key| {
-                let products = query.iter().zip(head_of(&self.keys, key)).map(|(q, k)| f64::from(*q) * k);
-                products.sum::<f64>() * f64::from(scale)
+                let products = query.iter().zip(&self.keys[head_of(key)]);
+                products.map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() * f64::from(scale)
             })
             .collect();
         let highest = scores.iter().copied().fold(f64::from(f32::MIN), f64::max);
@@ -136,8 +136,8 @@ impl AttentionInputs {
         for (key, score) in keys.zip(scores) {
             let weight = (score - highest).exp();
             sum += weight;
-            for (out, value) in out.iter_mut().zip(head_of(&self.values, key)) {
-                *out += weight * value;
+            for (out, value) in out.iter_mut().zip(&self.values[head_of(key)]) {
+                *out += weight * f64::from(*value);
             }
         }
         (highest, sum, out)
@@ -185,12 +185,7 @@ pub fn attention_decode(
 }
 
 /// Merges the partial results of `attention_decode` into `[n, H, D]`.
-pub fn merge_partials(
-    shape: &AttentionShape,
-    num_splits: u32,
-    partial_out: &[f32],
-    partial_stats: &[f32],
-) -> Vec<f32> {
+pub fn merge_partials(shape: &AttentionShape, num_splits: u32, partial_out: &[f32], partial_stats: &[f32]) -> Vec<f32> {
     let (head_dim, num_splits) = (shape.head_dim as usize, num_splits as usize);
     let mut merged = Vec::with_capacity(partial_out.len() / num_splits);
     for (out, stats) in partial_out.chunks(num_splits * head_dim).zip(partial_stats.chunks(num_splits * 2)) {

@@ -1,7 +1,7 @@
 //! CPU reference of `attention_prefill`.
 
-use crate::oracle::attention_decode::AttentionInputs;
 use crate::ops::AttentionShape;
+use crate::oracle::attention_decode::AttentionInputs;
 
 /// Attention of every row and head: `[n, H, D]`.
 ///
