@@ -24,6 +24,7 @@ shaders![
     "router_topk",
     "sample_token",
     "shared/epilogue",
+    "shared/kv",
     "shared/reduce",
     "shared/rows",
     "shared/weights",
