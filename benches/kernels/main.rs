@@ -1,6 +1,10 @@
 //! One module per kernel; `cargo bench -p mor-bench -- rms_norm` runs one.
 
 mod rms_norm;
+mod router_expert;
+mod router_token;
+mod router_topk;
+mod sample_token;
 
 use criterion::Criterion;
 
@@ -12,5 +16,9 @@ fn main() {
         .measurement_time(std::time::Duration::from_secs(1))
         .configure_from_args();
     rms_norm::bench(&mut criterion, gpu);
+    router_expert::bench(&mut criterion, gpu);
+    router_token::bench(&mut criterion, gpu);
+    router_topk::bench(&mut criterion, gpu);
+    sample_token::bench(&mut criterion, gpu);
     criterion.final_summary();
 }
