@@ -3,6 +3,10 @@
 mod attention_decode;
 mod attention_prefill;
 mod rms_norm;
+mod router_expert;
+mod router_token;
+mod router_topk;
+mod sample_token;
 
 use criterion::Criterion;
 
@@ -16,5 +20,9 @@ fn main() {
     attention_decode::bench(&mut criterion, gpu);
     attention_prefill::bench(&mut criterion, gpu);
     rms_norm::bench(&mut criterion, gpu);
+    router_expert::bench(&mut criterion, gpu);
+    router_token::bench(&mut criterion, gpu);
+    router_topk::bench(&mut criterion, gpu);
+    sample_token::bench(&mut criterion, gpu);
     criterion.final_summary();
 }

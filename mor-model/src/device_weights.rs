@@ -139,7 +139,8 @@ impl DeviceWeights {
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for l in 0..config.num_hidden_layers {
             let ids = checkpoint.layer(l);
-            let qkv = qkv_rows(config.head_dim, (ids.q_proj, config.q_dim()), (ids.k_proj, config.kv_dim()), ids.v_proj);
+            let qkv =
+                qkv_rows(config.head_dim, (ids.q_proj, config.q_dim()), (ids.k_proj, config.kv_dim()), ids.v_proj);
             let padded = intermediate_size.next_multiple_of(8);
             let gate_up = (0..padded)
                 .flat_map(|row| {
@@ -207,12 +208,7 @@ struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    fn new(
-        gpu: &'a Gpu,
-        checkpoint: &'a Checkpoint,
-        precision: Precision,
-        progress: &'a mut dyn FnMut(u64),
-    ) -> Self {
+    fn new(gpu: &'a Gpu, checkpoint: &'a Checkpoint, precision: Precision, progress: &'a mut dyn FnMut(u64)) -> Self {
         let (matrices, vectors) = (HashMap::new(), HashMap::new());
         Self { gpu, checkpoint, precision, progress, matrices, vectors, uploaded: 0, staged: 0 }
     }
@@ -269,8 +265,7 @@ impl<'a> Loader<'a> {
         if let Some(matrix) = self.matrices.get(&key) {
             return Ok(matrix.clone());
         }
-        let mut dtypes: Vec<_> =
-            ids.iter().map(|id| self.precision.weight_dtype(self.checkpoint.dtype(*id))).collect();
+        let mut dtypes: Vec<_> = ids.iter().map(|id| self.precision.weight_dtype(self.checkpoint.dtype(*id))).collect();
         dtypes.dedup();
         let dtype = if let [dtype] = dtypes[..] { dtype } else { DType::F32 };
 

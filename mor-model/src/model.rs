@@ -222,7 +222,8 @@ impl MorModel {
             Phase::Decode { num_splits } => num_splits as usize,
             Phase::Prefill => 1,
         };
-        let router_width = self.weights.routers.iter().filter_map(|r| r.router.hidden.as_ref()).map(|m| m.num_rows).max();
+        let router_width =
+            self.weights.routers.iter().filter_map(|r| r.router.hidden.as_ref()).map(|m| m.num_rows).max();
         Ok(StepTensors {
             capacity,
             rows: Tensor::zeros(gpu, "rows", DType::U32, &[t, 4])?,
@@ -441,12 +442,8 @@ impl<'a> Recorder<'a> {
     fn record_embedding(&self, plan: &mut PlanBuilder<'_>, x: &Tensor) -> Result<()> {
         let matrix = &self.model.weights.embed_tokens;
         for shard in &matrix.shards {
-            let bindings = EmbedTokensBindings {
-                rows: &self.step.all,
-                tokens: &self.step.rows,
-                weight: &shard.tensor,
-                x,
-            };
+            let bindings =
+                EmbedTokensBindings { rows: &self.step.all, tokens: &self.step.rows, weight: &shard.tensor, x };
             let params = EmbedTokensParams {
                 hidden_size: self.config().hidden_size as u32,
                 first_token: shard.first_row as u32,
@@ -483,7 +480,10 @@ impl<'a> Recorder<'a> {
 
         // Layers that read another recursion's cache have no use for k and v.
         let qkv_columns = if place.write_group.is_some() { q_dim + 2 * kv_dim } else { q_dim };
-        let norm = |x| Input::Norm { x, weight: if std::ptr::eq(x, input) { &weights.input_layernorm } else { &weights.post_attention_layernorm } };
+        let norm = |x| Input::Norm {
+            x,
+            weight: if std::ptr::eq(x, input) { &weights.input_layernorm } else { &weights.post_attention_layernorm },
+        };
         let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache };
         self.record_linear(plan, rows, norm(input), (&weights.qkv_proj, qkv_columns), qkv, base)?;
 
@@ -504,9 +504,7 @@ impl<'a> Recorder<'a> {
             LayerEnd::Block { recursion } => {
                 let (hidden, depth) = (&step.hidden, &step.depth);
                 match &step.token_weight {
-                    Some(gates) => {
-                        Epilogue::BlockEndToken { residual, hidden, depth, gates, running: &step.running }
-                    }
+                    Some(gates) => Epilogue::BlockEndToken { residual, hidden, depth, gates, running: &step.running },
                     None => {
                         let gates = &step.router_weights[recursion as usize];
                         Epilogue::BlockEndExpert { residual, hidden, depth, gates }
@@ -651,8 +649,7 @@ impl<'a> Recorder<'a> {
         let (Some(hidden), Some(out)) = (&router.hidden, &step.router_hidden) else {
             return Ok(RouterInput { x: &step.hidden, by_row: true, scale: input_scale });
         };
-        let params =
-            LinearParams { out_stride: out.shape()[1] as u32, scale: input_scale, ..LinearParams::default() };
+        let params = LinearParams { out_stride: out.shape()[1] as u32, scale: input_scale, ..LinearParams::default() };
         let x = Input::Stream { x: &step.hidden };
         self.record_linear(plan, rows, x, (hidden, hidden.num_rows as u32), Epilogue::Gelu { out }, params)?;
         Ok(RouterInput { x: out, by_row: false, scale: 1.0 })
