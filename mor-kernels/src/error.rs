@@ -8,7 +8,9 @@ pub type Result<T, E = KernelError> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// No adapter answers, or none fits the request.
-    #[error("no GPU adapter {wanted}; found: {found}; install a Vulkan, Metal or DX12 driver (a software one is enough: package mesa-vulkan-drivers on Debian), or choose another with --device")]
+    #[error(
+        "no GPU adapter {wanted}; found: {found}; install a Vulkan, Metal or DX12 driver (a software one is enough: package mesa-vulkan-drivers on Debian), or choose another with --device"
+    )]
     NoAdapter {
         /// What was asked for.
         wanted: String,
@@ -24,7 +26,9 @@ pub enum KernelError {
         reason: String,
     },
     /// A buffer does not fit the device.
-    #[error("out of GPU memory on \"{adapter}\": \"{label}\" needs {bytes} bytes; {reason}; use a smaller model, a shorter context or another --device")]
+    #[error(
+        "out of GPU memory on \"{adapter}\": \"{label}\" needs {bytes} bytes; {reason}; use a smaller model, a shorter context or another --device"
+    )]
     OutOfMemory {
         /// Adapter name.
         adapter: String,
@@ -74,7 +78,9 @@ pub enum KernelError {
         reason: String,
     },
     /// The device reported an error after work was handed to it.
-    #[error("the GPU \"{adapter}\" failed: {reason}; if it was reset by a watchdog, lower the prefill chunk (MOR_PREFILL_CHUNK) and try again")]
+    #[error(
+        "the GPU \"{adapter}\" failed: {reason}; if it was reset by a watchdog, lower the prefill chunk (MOR_PREFILL_CHUNK) and try again"
+    )]
     Device {
         /// Adapter name.
         adapter: String,

@@ -217,9 +217,7 @@ impl Gpu {
     pub fn check(&self) -> Result<()> {
         match self.take_fault() {
             None => Ok(()),
-            Some(fault) => {
-                Err(KernelError::Device { adapter: self.summary().name.clone(), reason: fault.reason })
-            }
+            Some(fault) => Err(KernelError::Device { adapter: self.summary().name.clone(), reason: fault.reason }),
         }
     }
 
@@ -271,9 +269,7 @@ impl Gpu {
         match self.take_fault() {
             None => Ok(buffer),
             Some(fault) if fault.out_of_memory => Err(refuse(fault.reason)),
-            Some(fault) => {
-                Err(KernelError::Device { adapter: self.summary().name.clone(), reason: fault.reason })
-            }
+            Some(fault) => Err(KernelError::Device { adapter: self.summary().name.clone(), reason: fault.reason }),
         }
     }
 

@@ -1,5 +1,6 @@
 //! draft
 pub mod caps;
+pub mod epilogue;
 pub mod error;
 pub mod gpu;
 pub mod kernel;

@@ -3,11 +3,13 @@
 
 use std::sync::OnceLock;
 
+use crate::Result;
+use crate::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use crate::gpu::{Gpu, GpuOptions};
+use crate::oracle::linear_decode::EpilogueState;
 use crate::plan::PlanBuilder;
 use crate::rows::{ActiveRow, RowSet};
 use crate::tensor::{DType, Tensor};
-use crate::Result;
 
 /// Elements after an output that must stay untouched.
 const GUARD: usize = 64;
@@ -79,9 +81,9 @@ impl Rng {
     /// A stream for `name`; `MOR_TEST_SEED` shifts all streams for a sweep. Prints the seed.
     pub fn new(name: &str) -> Self {
         let shift: u64 = std::env::var("MOR_TEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
-        let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let seed = name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         println!("{name}: seed {:#x} (MOR_TEST_SEED={shift})", seed.wrapping_add(shift));
         Self(seed.wrapping_add(shift))
     }
@@ -192,7 +194,7 @@ impl Output {
     /// # Panics
     /// If the kernel wrote past the end.
     pub fn read_u32(&self, gpu: &Gpu) -> Vec<u32> {
-        let mut data: Vec<u32> = gpu.read(&self.tensor).expect("the device answers");
+        let mut data: Vec<u32> = gpu.read(&self.tensor.clone().with_dtype(DType::U32)).expect("the device answers");
         assert!(data[self.len..].iter().all(|word| *word == SENTINEL), "the kernel wrote past its output");
         data.truncate(self.len);
         data
@@ -227,12 +229,185 @@ pub fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: Tolerance)
         }
         let allowed = tolerance.absolute + tolerance.relative * w.abs();
         let difference = (g - w).abs();
-        if difference.is_nan() { f32::INFINITY } else if difference <= allowed { 0.0 } else { difference / allowed }
+        if difference.is_nan() {
+            f32::INFINITY
+        } else if difference <= allowed {
+            0.0
+        } else {
+            difference / allowed
+        }
     };
     let worst = got.iter().zip(want).map(excess).enumerate().max_by(|a, b| a.1.total_cmp(&b.1));
     if let Some((index, excess)) = worst
         && excess > 0.0
     {
         panic!("{what}: element {index} is {} but the oracle says {} ({tolerance:?})", got[index], want[index]);
+    }
+}
+
+/// A weight matrix `[num_outputs, in_features]` in `dtype`, with the f32 values the kernel will see.
+///
+/// # Panics
+/// If the device refuses the memory.
+pub fn upload_weight(
+    gpu: &Gpu,
+    rng: &mut Rng,
+    num_outputs: usize,
+    in_features: usize,
+    dtype: DType,
+) -> (Tensor, Vec<f32>) {
+    let scale = 1.0 / (in_features as f32).sqrt();
+    let values: Vec<f32> = rng.normals(num_outputs * in_features).into_iter().map(|v| v * scale).collect();
+    let shape = [num_outputs, in_features];
+    let tensor = |data: &[u8]| Tensor::from_slice(gpu, "weight", dtype, &shape, data).expect("a test's buffer fits");
+    match dtype {
+        DType::F16 => {
+            let halves: Vec<_> = values.iter().map(|v| half::f16::from_f32(*v)).collect();
+            (tensor(bytemuck::cast_slice(&halves)), halves.iter().map(|h| h.to_f32()).collect())
+        }
+        DType::BF16 => {
+            let halves: Vec<_> = values.iter().map(|v| half::bf16::from_f32(*v)).collect();
+            (tensor(bytemuck::cast_slice(&halves)), halves.iter().map(|h| h.to_f32()).collect())
+        }
+        DType::F32 | DType::U32 => (tensor(bytemuck::cast_slice(&values)), values),
+    }
+}
+
+/// One linear kernel's epilogue under test: its tensors on the device and their initial values.
+#[derive(Debug)]
+pub struct EpilogueCase {
+    /// Epilogue under test.
+    pub kind: EpilogueKind,
+    /// The active rows.
+    pub active: Vec<ActiveRow>,
+    /// `active` on the device.
+    pub rows: RowSet,
+    /// Everything but `num_outputs`, `first_output` and `in_features`.
+    pub params: LinearParams,
+    /// Values before the kernel ran; apply the oracle to a clone.
+    pub initial: EpilogueState,
+    out: Output,
+    residual: Tensor,
+    rope: Tensor,
+    k_cache: Output,
+    v_cache: Output,
+    depth: Tensor,
+    gates: Tensor,
+    running: Output,
+    num_columns: usize,
+}
+
+impl EpilogueCase {
+    const Q_DIM: usize = 48;
+    const KV_DIM: usize = 32;
+    const HEAD_DIM: usize = 16;
+
+    /// A case over `num_rows` rows of which `num_active` are active, with distinct K/V slots and mixed depths.
+    ///
+    /// # Panics
+    /// If the device refuses the memory.
+    pub fn new(gpu: &Gpu, rng: &mut Rng, kind: EpilogueKind, num_rows: usize, num_active: usize) -> Self {
+        use EpilogueKind as E;
+        let num_columns = Self::Q_DIM + 2 * Self::KV_DIM;
+        let mut active = some_rows(rng, num_rows, num_active);
+        for (i, entry) in active.iter_mut().enumerate() {
+            entry.kv_slot = (num_active - 1 - i) as u32 + 2;
+        }
+        let (out_rows, out_stride) = match kind {
+            E::Store | E::Gelu => (num_active, num_columns),
+            E::SwiGlu => (num_active, num_columns / 2),
+            E::QkvF32 | E::QkvF16 => (num_active, Self::Q_DIM),
+            E::Residual | E::BlockEndExpert | E::BlockEndToken => (num_rows, num_columns),
+        };
+        let kv_elems = (num_active + 2) * Self::KV_DIM;
+        // f16 caches are compared as the words that hold two halves each.
+        let kv_words = if kind == E::QkvF16 { kv_elems / 2 } else { kv_elems };
+        let kv_dtype = if kind == E::QkvF16 { DType::F16 } else { DType::F32 };
+        let cache = || {
+            let mut output = Output::new(gpu, kv_words);
+            gpu.write(&output.tensor, 0, &vec![0; 4 * kv_words]);
+            output.tensor = output.tensor.with_dtype(kv_dtype);
+            output
+        };
+        let initial = EpilogueState {
+            out: rng.normals(out_rows * out_stride),
+            residual: rng.normals(num_rows * num_columns),
+            rope: (0..num_rows * Self::HEAD_DIM / 2).map(|_| [rng.normal(), rng.normal()]).collect(),
+            k_cache: vec![0.0; kv_elems],
+            v_cache: vec![0.0; kv_elems],
+            depth: (0..num_rows).map(|_| rng.below(4) as u32).collect(),
+            gates: rng.normals(num_rows),
+            running: rng.normals(num_rows * num_columns),
+        };
+        let params = LinearParams {
+            out_stride: out_stride as u32,
+            recursion: 1,
+            q_dim: Self::Q_DIM as u32,
+            kv_dim: Self::KV_DIM as u32,
+            head_dim: Self::HEAD_DIM as u32,
+            additive: rng.below(2) as u32,
+            scale: 1.5,
+            ..Default::default()
+        };
+        Self {
+            kind,
+            rows: row_set(gpu, &active),
+            params,
+            out: Output::from_values(gpu, &initial.out),
+            residual: upload(gpu, &initial.residual),
+            rope: upload(gpu, initial.rope.as_flattened()),
+            k_cache: cache(),
+            v_cache: cache(),
+            depth: upload_u32(gpu, &initial.depth),
+            gates: upload(gpu, &initial.gates),
+            running: Output::from_values(gpu, &initial.running),
+            active,
+            initial,
+            num_columns,
+        }
+    }
+
+    /// `(first_output, num_outputs)` of two dispatches that together cover all columns.
+    pub fn shards(&self) -> [(usize, usize); 2] {
+        let first = 34;
+        [(0, first), (first, self.num_columns - first)]
+    }
+
+    /// The epilogue over this case's tensors.
+    pub fn epilogue(&self) -> Epilogue<'_> {
+        let out = &self.out.tensor;
+        let (residual, depth, gates) = (&self.residual, &self.depth, &self.gates);
+        match self.kind {
+            EpilogueKind::Store => Epilogue::Store { out },
+            EpilogueKind::Gelu => Epilogue::Gelu { out },
+            EpilogueKind::Residual => Epilogue::Residual { residual, out },
+            EpilogueKind::SwiGlu => Epilogue::SwiGlu { out },
+            EpilogueKind::QkvF32 | EpilogueKind::QkvF16 => {
+                Epilogue::Qkv { rope: &self.rope, q: out, k_cache: &self.k_cache.tensor, v_cache: &self.v_cache.tensor }
+            }
+            EpilogueKind::BlockEndExpert => Epilogue::BlockEndExpert { residual, hidden: out, depth, gates },
+            EpilogueKind::BlockEndToken => {
+                Epilogue::BlockEndToken { residual, hidden: out, depth, gates, running: &self.running.tensor }
+            }
+        }
+    }
+
+    /// Compares everything the epilogue may write with `want`.
+    ///
+    /// # Panics
+    /// At the first difference out of tolerance.
+    pub fn assert_matches(&self, gpu: &Gpu, what: &str, want: &EpilogueState) {
+        assert_close(&format!("{what} out"), &self.out.read(gpu), &want.out, Tolerance::F32);
+        assert_close(&format!("{what} running"), &self.running.read(gpu), &want.running, Tolerance::F32);
+        for (name, cache, want) in [("k", &self.k_cache, &want.k_cache), ("v", &self.v_cache, &want.v_cache)] {
+            if self.kind == EpilogueKind::QkvF16 {
+                let words = cache.read_u32(gpu);
+                let halves: &[half::f16] = bytemuck::cast_slice(&words);
+                let got: Vec<f32> = halves.iter().map(|h| h.to_f32()).collect();
+                assert_close(&format!("{what} {name}"), &got, want, Tolerance::F16);
+            } else {
+                assert_close(&format!("{what} {name}"), &cache.read(gpu), want, Tolerance::F32);
+            }
+        }
     }
 }

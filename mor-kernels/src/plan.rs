@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
 use crate::kernel::{self, Access, CompiledKernel, Kernel};
-use crate::rows::{RowSet, MAX_GRIDS};
+use crate::rows::{MAX_GRIDS, RowSet};
 use crate::tensor::{DType, Tensor};
 
 /// How many workgroups a dispatch has.
@@ -117,7 +117,13 @@ enum Pending {
         params: std::ops::Range<u64>,
         workgroups: Workgroups,
     },
-    Copy { from: Tensor, from_offset: u64, to: Tensor, to_offset: u64, bytes: u64 },
+    Copy {
+        from: Tensor,
+        from_offset: u64,
+        to: Tensor,
+        to_offset: u64,
+        bytes: u64,
+    },
 }
 
 impl<'g> PlanBuilder<'g> {

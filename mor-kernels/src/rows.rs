@@ -5,9 +5,9 @@
 //! that list and read the streams through it, so their cost follows the number of active tokens and no
 //! copy gathers or scatters anything.
 
+use crate::Result;
 use crate::gpu::Gpu;
 use crate::tensor::{DType, Tensor};
-use crate::Result;
 
 /// Marks an absent row, slot, token or group.
 pub const NONE: u32 = u32::MAX;

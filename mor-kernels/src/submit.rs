@@ -1,8 +1,8 @@
 //! [`Submission`]: plans, copies and readbacks handed to the device together; [`Readback`]: bytes on their way
 //! to the host. This is the one place that maps buffers.
 
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;

@@ -1,7 +1,7 @@
 //! [`Tensor`]: a labelled, typed GPU buffer. It has no operators and no laziness.
 
-use crate::gpu::Gpu;
 use crate::Result;
+use crate::gpu::Gpu;
 
 /// Element type of a tensor's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -76,6 +76,13 @@ impl Tensor {
         assert_eq!(bytes.len(), tensor.num_elems() * dtype.bytes(), "{label}: data does not fill {shape:?}");
         gpu.write(&tensor, 0, bytes);
         Ok(tensor)
+    }
+
+    /// The same buffer seen with another element type.
+    #[must_use]
+    pub fn with_dtype(mut self, dtype: DType) -> Self {
+        self.dtype = dtype;
+        self
     }
 
     /// What the tensor holds, for messages and profilers.

@@ -1,1 +1,109 @@
-// draft
+// Where a linear kernel's results go. One of the flags STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END_EXPERT,
+// BLOCK_END_TOKEN is set; results arrive as adjacent pairs of columns because the loader interleaves weight rows
+// so that the two halves of a RoPE pair, and gate and up, stand side by side.
+//
+// STORE             out[i, o] = scale * v                                        compact [n, out_stride]
+// GELU              out[i, o] = gelu(scale * v), the exact (erf) form            compact
+// RESIDUAL          out[r, o] = residual[r, o] + v                               streams [T, out_stride]
+// SWIGLU            out[i, o/2] = silu(v.x) * v.y                                compact [n, out_stride]
+// QKV               o < q_dim: q rotated into out, compact; then kv_dim columns of k, rotated, and kv_dim of v, into
+//                   the caches at the row's slot
+// BLOCK_END_EXPERT  rows selected at this recursion: out[r] += gate[r] * (residual[r] + v)
+// BLOCK_END_TOKEN   rows that end here: out[r] += gate[r] * (residual[r] + v); others: running[r] = residual[r] + v
+//
+// The including kernel declares `params` with the fields of LinearParams (mor-kernels/src/epilogue.rs).
+
+#if SWIGLU
+@group(0) @binding(4) var<storage, read_write> out: array<f32>;
+#else
+@group(0) @binding(4) var<storage, read_write> out: array<vec2<f32>>;
+#endif
+#if RESIDUAL
+@group(0) @binding(6) var<storage, read> residual: array<vec2<f32>>;
+#endif
+#if BLOCK_END_EXPERT
+@group(0) @binding(6) var<storage, read> residual: array<vec2<f32>>;
+@group(0) @binding(7) var<storage, read> depth: array<u32>;
+@group(0) @binding(8) var<storage, read> gates: array<f32>;
+#endif
+#if BLOCK_END_TOKEN
+@group(0) @binding(6) var<storage, read> residual: array<vec2<f32>>;
+@group(0) @binding(7) var<storage, read> depth: array<u32>;
+@group(0) @binding(8) var<storage, read> gates: array<f32>;
+@group(0) @binding(9) var<storage, read_write> running: array<vec2<f32>>;
+#endif
+#if QKV
+@group(0) @binding(6) var<storage, read> rope: array<vec2<f32>>;
+#if KV_F16
+alias KvPair = u32;
+fn pack_kv(v: vec2<f32>) -> KvPair {
+    return pack2x16float(v);
+}
+#else
+alias KvPair = vec2<f32>;
+fn pack_kv(v: vec2<f32>) -> KvPair {
+    return v;
+}
+#endif
+@group(0) @binding(7) var<storage, read_write> k_cache: array<KvPair>;
+@group(0) @binding(8) var<storage, read_write> v_cache: array<KvPair>;
+#endif
+
+#if GELU
+// Abramowitz and Stegun 7.1.26: |error| <= 1.5e-7.
+fn erf(x: f32) -> f32 {
+    let a = abs(x);
+    let t = 1.0 / (1.0 + 0.3275911 * a);
+    let p = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t;
+    return sign(x) * (1.0 - p * exp(-a * a));
+}
+#endif
+
+// `i` place in the row list, `entry` = active_rows[i], `o` even column of the whole output, `v` columns o and o + 1.
+fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>) {
+#if STORE
+    out[(i * params.out_stride + o) / 2u] = v * params.scale;
+#endif
+#if GELU
+    let x = v * params.scale;
+    out[(i * params.out_stride + o) / 2u] =
+        0.5 * x * (1.0 + vec2<f32>(erf(x.x * 0.70710678), erf(x.y * 0.70710678)));
+#endif
+#if RESIDUAL
+    let at = (entry.row * params.out_stride + o) / 2u;
+    out[at] = residual[at] + v;
+#endif
+#if SWIGLU
+    // exp overflows to infinity for very negative gates, and the quotient is then the correct 0.
+    out[i * params.out_stride + o / 2u] = v.x / (1.0 + exp(-v.x)) * v.y;
+#endif
+#if BLOCK_END_EXPERT
+    if depth[entry.row] > params.recursion {
+        let at = (entry.row * params.out_stride + o) / 2u;
+        out[at] += select(gates[entry.row], 1.0, params.additive != 0u) * (residual[at] + v);
+    }
+#endif
+#if BLOCK_END_TOKEN
+    let at = (entry.row * params.out_stride + o) / 2u;
+    let y = residual[at] + v;
+    if depth[entry.row] == params.recursion + 1u {
+        out[at] += select(gates[entry.row], 1.0, params.additive != 0u) * y;
+    } else {
+        running[at] = y;
+    }
+#endif
+#if QKV
+    if o < params.q_dim + params.kv_dim {
+        let half_dim = params.head_dim / 2u;
+        let angle = rope[entry.position * half_dim + (o % params.head_dim) / 2u];
+        let rotated = vec2<f32>(v.x * angle.x - v.y * angle.y, v.y * angle.x + v.x * angle.y);
+        if o < params.q_dim {
+            out[(i * params.q_dim + o) / 2u] = rotated;
+        } else {
+            k_cache[(entry.kv_slot * params.kv_dim + o - params.q_dim) / 2u] = pack_kv(rotated);
+        }
+    } else {
+        v_cache[(entry.kv_slot * params.kv_dim + o - params.q_dim - params.kv_dim) / 2u] = pack_kv(v);
+    }
+#endif
+}

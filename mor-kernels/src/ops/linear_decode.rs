@@ -1,1 +1,378 @@
-//! draft
+//! `y = x W^T` for few rows, with RMSNorm or the attention merge before it and an epilogue after it.
+
+use crate::caps::{DeviceCaps, Lanes};
+use crate::epilogue::{Epilogue, EpilogueKind, LinearParams, define_weight};
+use crate::error::Result;
+use crate::kernel::{Binding, Kernel};
+use crate::plan::{Grid, PlanBuilder};
+use crate::rows::RowSet;
+use crate::shader::Definitions;
+use crate::tensor::{DType, Tensor};
+
+/// What happens to the input before the product, with the tensors it takes.
+#[derive(Clone, Copy, Debug)]
+pub enum Prologue<'a> {
+    /// The compact input `[n, K]` f32 as it is.
+    Compact {
+        /// The input.
+        x: &'a Tensor,
+    },
+    /// The active rows of a stream `[T, K]` f32 as they are.
+    Stream {
+        /// The input.
+        x: &'a Tensor,
+    },
+    /// RMSNorm of the active rows of a stream.
+    Norm {
+        /// `[T, K]` f32.
+        x: &'a Tensor,
+        /// `[K]` f32.
+        weight: &'a Tensor,
+    },
+    /// The merge of `attention_decode`'s partial results.
+    Merge {
+        /// `[n, H, num_splits, head_dim]` f32.
+        partial: &'a Tensor,
+        /// `[n, H, num_splits]` of (max, sum).
+        stats: &'a Tensor,
+        /// Parts the keys were split into.
+        num_splits: u32,
+    },
+}
+
+/// Which [`Prologue`] the kernel is specialised for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PrologueKind {
+    /// [`Prologue::Compact`].
+    Compact,
+    /// [`Prologue::Stream`].
+    Stream,
+    /// [`Prologue::Norm`].
+    Norm,
+    /// [`Prologue::Merge`].
+    Merge {
+        /// Parts the keys were split into.
+        num_splits: u32,
+    },
+}
+
+impl Prologue<'_> {
+    /// What to specialise the kernel for.
+    pub fn kind(&self) -> PrologueKind {
+        match *self {
+            Prologue::Compact { .. } => PrologueKind::Compact,
+            Prologue::Stream { .. } => PrologueKind::Stream,
+            Prologue::Norm { .. } => PrologueKind::Norm,
+            Prologue::Merge { num_splits, .. } => PrologueKind::Merge { num_splits },
+        }
+    }
+}
+
+/// `y = f(x) W^T`, weights read once for [`LinearDecode::rows`] rows.
+///
+/// # Source
+/// Llama projections, arXiv 2302.13971; MoR block end, arXiv 2507.10524.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearDecode {
+    /// Elements of a row of the weight; a multiple of 8.
+    pub in_features: u32,
+    /// Element type of the weight.
+    pub weight_dtype: DType,
+    /// Input side.
+    pub prologue: PrologueKind,
+    /// Output side.
+    pub epilogue: EpilogueKind,
+    /// Active rows one workgroup handles.
+    pub rows: u32,
+    /// Pairs of outputs one lane group owns.
+    pub pairs: u32,
+    /// Lane groups of a workgroup.
+    pub groups: u32,
+}
+
+/// Tensors of a call.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearDecodeBindings<'a> {
+    /// The rows to compute, n of them.
+    pub rows: &'a RowSet,
+    /// `[O, K]`, K padded to a multiple of 8, O even.
+    pub weight: &'a Tensor,
+    /// Input.
+    pub prologue: Prologue<'a>,
+    /// Output.
+    pub epilogue: Epilogue<'a>,
+}
+
+impl LinearDecode {
+    /// The variant for up to `max_rows` rows at once on a device with `caps`.
+    pub fn new(
+        caps: &DeviceCaps,
+        in_features: u32,
+        weight_dtype: DType,
+        prologue: PrologueKind,
+        epilogue: EpilogueKind,
+        max_rows: u32,
+    ) -> Self {
+        let (pairs, groups) = if caps.is_cpu { (2, 8) } else { (1, 128 / caps.lanes().width()) };
+        let rows = max_rows.next_power_of_two().clamp(1, 8);
+        Self { in_features, weight_dtype, prologue, epilogue, rows, pairs, groups }
+    }
+
+    /// Records the kernel over all active rows.
+    ///
+    /// # Errors
+    /// As [`PlanBuilder::dispatch`].
+    pub fn record(&self, plan: &mut PlanBuilder<'_>, b: &LinearDecodeBindings<'_>, p: &LinearParams) -> Result<()> {
+        plan.dispatch(self, b, p, Grid::rows(b.rows, self.workgroups_x(p.num_outputs), self.rows))
+    }
+
+    fn workgroups_x(&self, num_outputs: u32) -> u32 {
+        num_outputs.div_ceil(2 * self.groups * self.pairs)
+    }
+
+    /// Units of 8 inputs staged at a time: all of them if 12 KiB hold them, so that the rest of the default
+    /// 16 KiB of workgroup memory is left to the reductions.
+    fn chunk(&self) -> u32 {
+        let units = self.in_features / 8;
+        // 36 bytes for each unit's 32: the padding against bank conflicts.
+        let fit = 12 * 1024 / (36 * self.rows);
+        if units <= fit { units.next_multiple_of(4) } else { fit / 32 * 32 }
+    }
+}
+
+impl Kernel for LinearDecode {
+    const NAME: &'static str = "linear_decode";
+    type Params = LinearParams;
+    type Bindings<'a> = LinearDecodeBindings<'a>;
+
+    fn definitions(&self, caps: &DeviceCaps) -> Definitions {
+        let lanes = caps.lanes();
+        let steps = self.chunk().div_ceil(lanes.width());
+        // More rows need the registers for sums.
+        let prefetch = steps.min(if self.rows == 1 { 4 } else { 2 });
+        let exact = matches!((lanes, caps.subgroup_sizes), (Lanes::Subgroup { width }, Some((min, max))) if min == max && width == min);
+        let splits = if let PrologueKind::Merge { num_splits } = self.prologue { num_splits } else { 1 };
+        let definitions = Definitions::new()
+            .u32("IN_FEATURES", self.in_features)
+            .u32("CHUNK", self.chunk())
+            .u32("ROWS", self.rows)
+            .u32("PAIRS", self.pairs)
+            .u32("GROUPS", self.groups)
+            .u32("LANES", lanes.width())
+            .u32("PREFETCH", prefetch)
+            .u32("SPLITS", splits)
+            .flag("SUBGROUP", lanes.uses_subgroups())
+            .flag("SUBGROUP_EXACT", exact)
+            .flag("NORM", self.prologue == PrologueKind::Norm)
+            .flag("MERGE", matches!(self.prologue, PrologueKind::Merge { .. }))
+            .flag("X_BY_ROW", matches!(self.prologue, PrologueKind::Stream | PrologueKind::Norm));
+        self.epilogue.define(define_weight(definitions, self.weight_dtype))
+    }
+
+    fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
+        let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::read(2, b.weight)];
+        match b.prologue {
+            Prologue::Compact { x } | Prologue::Stream { x } => bindings.push(Binding::read(3, x)),
+            Prologue::Norm { x, weight } => bindings.extend([Binding::read(3, x), Binding::read(5, weight)]),
+            Prologue::Merge { partial, stats, .. } => {
+                bindings.extend([Binding::read(3, partial), Binding::read(5, stats)]);
+            }
+        }
+        bindings.extend(b.epilogue.bindings());
+        bindings
+    }
+
+    fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32 {
+        let threads = self.groups * caps.lanes().width();
+        let staged = 16 * self.rows * (self.chunk() * 2 + self.chunk() / 4 + 1);
+        let squares = if self.prologue == PrologueKind::Norm { 4 * self.rows * threads } else { 0 };
+        let scratch = if caps.lanes().uses_subgroups() { 0 } else { 4 * threads };
+        staged + squares + scratch
+    }
+}
+
+#[cfg(all(test, feature = "oracle"))]
+mod tests {
+    use super::*;
+    use crate::oracle::linear_decode::{gather, linear};
+    use crate::oracle::rms_norm::rms_norm;
+    use crate::parity::{self, EpilogueCase, Rng, Tolerance};
+
+    const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+    #[test]
+    fn products_match_oracle() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("linear_decode");
+            // Each case is three pipelines; the row counts go round so that every ROWS meets small and large K.
+            let cases = [
+                (8, 2, 0, 1),
+                (56, 34, 7, 8),
+                (64, 130, 1, 1),
+                (264, 66, 3, 4),
+                (960, 320, 1, 1),
+                (2560, 32, 2, 2),
+                (8192, 6, 9, 8),
+            ];
+            for (case, (in_features, num_outputs, num_active, max_rows)) in cases.into_iter().enumerate() {
+                {
+                    let dtype = DTYPES[case % 3];
+                    let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
+                    let active = parity::some_rows(&mut rng, num_active + 2, num_active);
+                    let x = rng.normals((num_active + 2) * in_features);
+                    let norm_weight = rng.normals(in_features);
+                    let compact = gather(&active, &x, in_features);
+                    let (x_gpu, norm_gpu) = (parity::upload(gpu, &x), parity::upload(gpu, &norm_weight));
+                    let compact_gpu = parity::upload(gpu, &compact);
+                    let normed = rms_norm(&active, &x, &norm_weight, 1e-5);
+                    let rows = parity::row_set(gpu, &active);
+                    for (prologue, input) in [
+                        (Prologue::Compact { x: &compact_gpu }, &compact),
+                        (Prologue::Stream { x: &x_gpu }, &compact),
+                        (Prologue::Norm { x: &x_gpu, weight: &norm_gpu }, &normed),
+                    ] {
+                        let out = parity::Output::new(gpu, num_active * num_outputs);
+                        let epilogue = Epilogue::Store { out: &out.tensor };
+                        let kernel = LinearDecode::new(
+                            gpu.caps(),
+                            in_features as u32,
+                            dtype,
+                            prologue.kind(),
+                            epilogue.kind(),
+                            max_rows,
+                        );
+                        let params = LinearParams {
+                            num_outputs: num_outputs as u32,
+                            out_stride: num_outputs as u32,
+                            in_features: in_features as u32,
+                            eps: 1e-5,
+                            scale: 0.5,
+                            ..Default::default()
+                        };
+                        let bindings = LinearDecodeBindings { rows: &rows, weight: &weight, prologue, epilogue };
+                        let grid = Grid::Fixed([
+                            kernel.workgroups_x(params.num_outputs),
+                            (num_active as u32).div_ceil(kernel.rows),
+                            1,
+                        ]);
+                        parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
+                        let want: Vec<f32> = linear(input, &w, in_features).iter().map(|v| v * 0.5).collect();
+                        let what = format!(
+                            "linear_decode {profile} {:?} {dtype:?} K={in_features} O={num_outputs} n={num_active}",
+                            prologue.kind()
+                        );
+                        parity::assert_close(&what, &out.read(gpu), &want, Tolerance::F32);
+                    }
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn merge_matches_oracle() {
+        parity::on_every_profile(|gpu, _| {
+            let mut rng = Rng::new("linear_decode merge");
+            let (heads, head_dim, num_splits, num_outputs, num_active) = (3, 16, 5, 48, 2);
+            let in_features = heads * head_dim;
+            let partial = rng.normals(num_active * heads * num_splits * head_dim);
+            // One split is empty, as attention_decode leaves it.
+            let stats: Vec<f32> = (0..num_active * heads * num_splits)
+                .flat_map(|s| {
+                    if s % num_splits == 3 { [-3.402_823_4e38, 0.0] } else { [10.0 * rng.normal(), 1.0 + rng.unit()] }
+                })
+                .collect();
+            let mut merged = Vec::new();
+            for head in 0..num_active * heads {
+                let stat = |s: usize| {
+                    (f64::from(stats[2 * (head * num_splits + s)]), f64::from(stats[2 * (head * num_splits + s) + 1]))
+                };
+                let highest = (0..num_splits).map(|s| stat(s).0).fold(f64::MIN, f64::max);
+                let mass: f64 = (0..num_splits).map(|s| (stat(s).0 - highest).exp() * stat(s).1).sum();
+                for d in 0..head_dim {
+                    let sum: f64 = (0..num_splits)
+                        .map(|s| {
+                            (stat(s).0 - highest).exp() * f64::from(partial[(head * num_splits + s) * head_dim + d])
+                        })
+                        .sum();
+                    merged.push((sum / mass) as f32);
+                }
+            }
+            let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::F16);
+            let active = parity::some_rows(&mut rng, num_active, num_active);
+            let out = parity::Output::new(gpu, num_active * num_outputs);
+            let (partial, stats) = (parity::upload(gpu, &partial), parity::upload(gpu, &stats));
+            let prologue = Prologue::Merge { partial: &partial, stats: &stats, num_splits: num_splits as u32 };
+            let epilogue = Epilogue::Store { out: &out.tensor };
+            let kernel =
+                LinearDecode::new(gpu.caps(), in_features as u32, DType::F16, prologue.kind(), epilogue.kind(), 1);
+            let params = LinearParams {
+                num_outputs: num_outputs as u32,
+                out_stride: num_outputs as u32,
+                in_features: in_features as u32,
+                head_dim: head_dim as u32,
+                scale: 1.0,
+                ..Default::default()
+            };
+            let rows = parity::row_set(gpu, &active);
+            let bindings = LinearDecodeBindings { rows: &rows, weight: &weight, prologue, epilogue };
+            let grid = Grid::Fixed([kernel.workgroups_x(params.num_outputs), num_active as u32, 1]);
+            parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
+            parity::assert_close(
+                "linear_decode merge",
+                &out.read(gpu),
+                &linear(&merged, &w, in_features),
+                Tolerance::F32,
+            );
+        });
+    }
+
+    #[test]
+    fn epilogues_match_oracle() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("linear_decode epilogues");
+            for kind in EpilogueKind::ALL {
+                for num_active in [1, 6] {
+                    let in_features = 64;
+                    // Sharded weights: the second half of the columns is a dispatch of its own.
+                    let case = EpilogueCase::new(gpu, &mut rng, kind, num_active + 3, num_active);
+                    let x = rng.normals((num_active + 3) * in_features);
+                    let x_gpu = parity::upload(gpu, &x);
+                    let prologue = Prologue::Stream { x: &x_gpu };
+                    let mut state = case.initial.clone();
+                    for (first_output, num_outputs) in case.shards() {
+                        let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::BF16);
+                        let kernel = LinearDecode::new(
+                            gpu.caps(),
+                            in_features as u32,
+                            DType::BF16,
+                            prologue.kind(),
+                            kind,
+                            num_active as u32,
+                        );
+                        let params = LinearParams {
+                            num_outputs: num_outputs as u32,
+                            first_output: first_output as u32,
+                            in_features: in_features as u32,
+                            ..case.params
+                        };
+                        let bindings = LinearDecodeBindings {
+                            rows: &case.rows,
+                            weight: &weight,
+                            prologue,
+                            epilogue: case.epilogue(),
+                        };
+                        let grid = Grid::Fixed([
+                            kernel.workgroups_x(params.num_outputs),
+                            (num_active as u32).div_ceil(kernel.rows),
+                            1,
+                        ]);
+                        parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
+                        let y = linear(&gather(&case.active, &x, in_features), &w, in_features);
+                        crate::oracle::linear_decode::epilogue(kind, &case.active, &y, &params, &mut state);
+                    }
+                    case.assert_matches(gpu, &format!("linear_decode {profile} {kind:?} n={num_active}"), &state);
+                }
+            }
+        });
+    }
+}

@@ -1,1 +1,117 @@
-//! draft
+//! CPU reference of the linear kernels: the product in f64, then each epilogue.
+
+use crate::epilogue::LinearParams;
+use crate::rows::ActiveRow;
+
+/// The compact inputs of the active rows of a stream `[T, K]`.
+pub fn gather(active: &[ActiveRow], x: &[f32], in_features: usize) -> Vec<f32> {
+    active.iter().flat_map(|entry| &x[entry.row as usize * in_features..][..in_features]).copied().collect()
+}
+
+/// `y[i, o] = sum_k x[i, k] * w[o, k]` for compact `x` `[n, K]` and `w` `[O, K]`.
+pub fn linear(x: &[f32], w: &[f32], in_features: usize) -> Vec<f32> {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() as f32;
+    x.chunks(in_features).flat_map(|row| w.chunks(in_features).map(move |weights| dot(row, weights))).collect()
+}
+
+/// What an epilogue reads and updates besides the product; unused parts stay empty.
+#[derive(Clone, Debug, Default)]
+pub struct EpilogueState {
+    /// The main output: compact or a stream.
+    pub out: Vec<f32>,
+    /// Stream `[T, out_stride]`.
+    pub residual: Vec<f32>,
+    /// `[max_positions, head_dim / 2]` of (cos, sin).
+    pub rope: Vec<[f32; 2]>,
+    /// `[num_slots, kv_dim]`.
+    pub k_cache: Vec<f32>,
+    /// `[num_slots, kv_dim]`.
+    pub v_cache: Vec<f32>,
+    /// `[T]`.
+    pub depth: Vec<u32>,
+    /// `[T]`.
+    pub gates: Vec<f32>,
+    /// Stream `[T, out_stride]`.
+    pub running: Vec<f32>,
+}
+
+/// Applies the epilogue `kind` to the products `y` `[n, num_outputs]`.
+pub fn epilogue(
+    kind: crate::epilogue::EpilogueKind,
+    active: &[ActiveRow],
+    y: &[f32],
+    p: &LinearParams,
+    state: &mut EpilogueState,
+) {
+    use crate::epilogue::EpilogueKind as E;
+    let (stride, columns) = (p.out_stride as usize, p.num_outputs as usize);
+    let (q_dim, kv_dim, head_dim) = (p.q_dim as usize, p.kv_dim as usize, p.head_dim as usize);
+    for (i, entry) in active.iter().enumerate() {
+        let row = entry.row as usize;
+        for pair in 0..columns / 2 {
+            let v = [f64::from(y[i * columns + 2 * pair]), f64::from(y[i * columns + 2 * pair + 1])];
+            let o = p.first_output as usize + 2 * pair;
+            if kind == E::SwiGlu {
+                state.out[i * stride + o / 2] = (v[0] / (1.0 + (-v[0]).exp()) * v[1]) as f32;
+                continue;
+            }
+            if matches!(kind, E::QkvF32 | E::QkvF16) {
+                let slot = entry.kv_slot as usize * kv_dim;
+                let (a, b) = if o < q_dim + kv_dim {
+                    let [cos, sin] =
+                        state.rope[entry.position as usize * head_dim / 2 + o % head_dim / 2].map(f64::from);
+                    (v[0] * cos - v[1] * sin, v[1] * cos + v[0] * sin)
+                } else {
+                    (v[0], v[1])
+                };
+                let (tensor, at) = if o < q_dim {
+                    (&mut state.out, i * q_dim + o)
+                } else if o < q_dim + kv_dim {
+                    (&mut state.k_cache, slot + o - q_dim)
+                } else {
+                    (&mut state.v_cache, slot + o - q_dim - kv_dim)
+                };
+                tensor[at] = a as f32;
+                tensor[at + 1] = b as f32;
+                continue;
+            }
+            for (side, v) in v.into_iter().enumerate() {
+                let (compact, at) = (i * stride + o + side, row * stride + o + side);
+                let gate = if p.additive != 0 { 1.0 } else { state.gates.get(row).copied().map_or(1.0, f64::from) };
+                let scaled = v * f64::from(p.scale);
+                match kind {
+                    E::Store => state.out[compact] = scaled as f32,
+                    E::Gelu => state.out[compact] = gelu(scaled) as f32,
+                    E::Residual => state.out[at] = (f64::from(state.residual[at]) + v) as f32,
+                    E::BlockEndExpert if state.depth[row] <= p.recursion => {}
+                    E::BlockEndToken if state.depth[row] != p.recursion + 1 => {
+                        state.running[at] = (f64::from(state.residual[at]) + v) as f32;
+                    }
+                    E::BlockEndExpert | E::BlockEndToken => {
+                        let y = f64::from(state.residual[at]) + v;
+                        state.out[at] = (f64::from(state.out[at]) + gate * y) as f32;
+                    }
+                    E::SwiGlu | E::QkvF32 | E::QkvF16 => unreachable!("handled as pairs above"),
+                }
+            }
+        }
+    }
+}
+
+/// The exact GELU, `x * Phi(x)`, by numerical integration of the error function's series.
+fn gelu(x: f64) -> f64 {
+    0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2))
+}
+
+fn erf(x: f64) -> f64 {
+    if x.abs() > 5.0 {
+        return x.signum();
+    }
+    // Maclaurin series; 100 terms converge to f64 precision for |x| <= 5 up to cancellation below 1e-6.
+    let (mut term, mut sum) = (x, x);
+    for n in 1..100 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    sum * std::f64::consts::FRAC_2_SQRT_PI
+}

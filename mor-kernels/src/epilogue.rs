@@ -1,0 +1,194 @@
+//! What the linear kernels share: their parameters and what becomes of their results.
+
+use crate::kernel::Binding;
+use crate::shader::Definitions;
+use crate::tensor::{DType, Tensor};
+
+/// Sizes and constants of a linear kernel's call. Mirrors `struct Params` of `linear` and `linear_decode`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct LinearParams {
+    /// Rows of the weight bound here; even.
+    pub num_outputs: u32,
+    /// Column of the whole output where they start; even. Not 0 for the later shards of a split weight.
+    pub first_output: u32,
+    /// Columns of a row of the output tensor; even (SwiGLU: half as many as weight rows).
+    pub out_stride: u32,
+    /// Recursion that ends here, 0-based (block end).
+    pub recursion: u32,
+    /// Columns of q (QKV).
+    pub q_dim: u32,
+    /// Columns of k, and of v (QKV).
+    pub kv_dim: u32,
+    /// Elements of a head (QKV, attention merge).
+    pub head_dim: u32,
+    /// 1: the block's result is added ungated (block end).
+    pub additive: u32,
+    /// Added to the mean square (norm prologue).
+    pub eps: f32,
+    /// Multiplies the result (store and GELU).
+    pub scale: f32,
+    /// Elements of a row of the weight; a multiple of 8.
+    pub in_features: u32,
+}
+
+/// Where a linear kernel's results go, with the tensors it takes. See `shaders/shared/epilogue.wgsl`.
+#[derive(Clone, Copy, Debug)]
+pub enum Epilogue<'a> {
+    /// `out = scale * y`, compact.
+    Store {
+        /// `[n, out_stride]` f32.
+        out: &'a Tensor,
+    },
+    /// `out = gelu(scale * y)`, compact.
+    Gelu {
+        /// `[n, out_stride]` f32.
+        out: &'a Tensor,
+    },
+    /// `out = residual + y`, between streams.
+    Residual {
+        /// `[T, out_stride]` f32.
+        residual: &'a Tensor,
+        /// `[T, out_stride]` f32; another tensor than `residual`.
+        out: &'a Tensor,
+    },
+    /// `out = silu(gate) * up` of interleaved gate and up columns, compact.
+    SwiGlu {
+        /// `[n, out_stride]` f32.
+        out: &'a Tensor,
+    },
+    /// Rotates q and k, stores q compact and k, v in the caches.
+    Qkv {
+        /// `[max_positions, head_dim / 2]` of (cos, sin).
+        rope: &'a Tensor,
+        /// `[n, q_dim]` f32.
+        q: &'a Tensor,
+        /// `[num_slots, kv_dim]` f32 or f16.
+        k_cache: &'a Tensor,
+        /// As `k_cache`.
+        v_cache: &'a Tensor,
+    },
+    /// Expert choice: adds the gated result to the rows selected at the recursion.
+    BlockEndExpert {
+        /// `[T, C]`: the block's running stream.
+        residual: &'a Tensor,
+        /// `[T, C]`: the residual stream of the whole model, updated.
+        hidden: &'a Tensor,
+        /// `[T]` u32.
+        depth: &'a Tensor,
+        /// `[T]` f32.
+        gates: &'a Tensor,
+    },
+    /// Token choice: finishes the rows whose depth is reached and passes the others on.
+    BlockEndToken {
+        /// `[T, C]`: the block's running stream.
+        residual: &'a Tensor,
+        /// `[T, C]`: the residual stream of the whole model, updated for finished rows.
+        hidden: &'a Tensor,
+        /// `[T]` u32.
+        depth: &'a Tensor,
+        /// `[T]` f32.
+        gates: &'a Tensor,
+        /// `[T, C]`: input of the next recursion, written for the other rows.
+        running: &'a Tensor,
+    },
+}
+
+/// Which [`Epilogue`] a kernel is specialised for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EpilogueKind {
+    /// [`Epilogue::Store`].
+    Store,
+    /// [`Epilogue::Gelu`].
+    Gelu,
+    /// [`Epilogue::Residual`].
+    Residual,
+    /// [`Epilogue::SwiGlu`].
+    SwiGlu,
+    /// [`Epilogue::Qkv`] with f32 caches.
+    QkvF32,
+    /// [`Epilogue::Qkv`] with f16 caches.
+    QkvF16,
+    /// [`Epilogue::BlockEndExpert`].
+    BlockEndExpert,
+    /// [`Epilogue::BlockEndToken`].
+    BlockEndToken,
+}
+
+impl EpilogueKind {
+    /// Every kind, for tests that translate all specialisations.
+    pub const ALL: [Self; 8] = [
+        Self::Store,
+        Self::Gelu,
+        Self::Residual,
+        Self::SwiGlu,
+        Self::QkvF32,
+        Self::QkvF16,
+        Self::BlockEndExpert,
+        Self::BlockEndToken,
+    ];
+
+    /// Adds this kind's flags.
+    pub fn define(self, definitions: Definitions) -> Definitions {
+        let name = match self {
+            Self::Store => "STORE",
+            Self::Gelu => "GELU",
+            Self::Residual => "RESIDUAL",
+            Self::SwiGlu => "SWIGLU",
+            Self::QkvF32 | Self::QkvF16 => "QKV",
+            Self::BlockEndExpert => "BLOCK_END_EXPERT",
+            Self::BlockEndToken => "BLOCK_END_TOKEN",
+        };
+        definitions.flag(name, true).flag("KV_F16", self == Self::QkvF16)
+    }
+}
+
+impl<'a> Epilogue<'a> {
+    /// What to specialise a kernel for.
+    pub fn kind(&self) -> EpilogueKind {
+        match self {
+            Epilogue::Store { .. } => EpilogueKind::Store,
+            Epilogue::Gelu { .. } => EpilogueKind::Gelu,
+            Epilogue::Residual { .. } => EpilogueKind::Residual,
+            Epilogue::SwiGlu { .. } => EpilogueKind::SwiGlu,
+            Epilogue::Qkv { k_cache, .. } if k_cache.dtype() == DType::F16 => EpilogueKind::QkvF16,
+            Epilogue::Qkv { .. } => EpilogueKind::QkvF32,
+            Epilogue::BlockEndExpert { .. } => EpilogueKind::BlockEndExpert,
+            Epilogue::BlockEndToken { .. } => EpilogueKind::BlockEndToken,
+        }
+    }
+
+    /// The tensors at their binding indices, 4 and from 6 on.
+    pub fn bindings(&self) -> Vec<Binding<'a>> {
+        match *self {
+            Epilogue::Store { out } | Epilogue::Gelu { out } | Epilogue::SwiGlu { out } => {
+                vec![Binding::write(4, out)]
+            }
+            Epilogue::Residual { residual, out } => vec![Binding::write(4, out), Binding::read(6, residual)],
+            Epilogue::Qkv { rope, q, k_cache, v_cache } => vec![
+                Binding::write(4, q),
+                Binding::read(6, rope),
+                Binding::write(7, k_cache),
+                Binding::write(8, v_cache),
+            ],
+            Epilogue::BlockEndExpert { residual, hidden, depth, gates } => vec![
+                Binding::write(4, hidden),
+                Binding::read(6, residual),
+                Binding::read(7, depth),
+                Binding::read(8, gates),
+            ],
+            Epilogue::BlockEndToken { residual, hidden, depth, gates, running } => vec![
+                Binding::write(4, hidden),
+                Binding::read(6, residual),
+                Binding::read(7, depth),
+                Binding::read(8, gates),
+                Binding::write(9, running),
+            ],
+        }
+    }
+}
+
+/// Adds the flag of a weight's element type, read by `shared/weights.wgsl`.
+pub fn define_weight(definitions: Definitions, dtype: DType) -> Definitions {
+    definitions.flag("WEIGHT_F16", dtype == DType::F16).flag("WEIGHT_BF16", dtype == DType::BF16)
+}
