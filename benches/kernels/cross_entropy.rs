@@ -11,10 +11,7 @@ use mor_kernels::plan::Grid;
 pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     const NUM_ROWS: usize = 64;
     let mut rng = Rng::new("bench cross_entropy");
-    let shape = SHAPES
-        .iter()
-        .find(|shape| shape.name == "360m")
-        .expect("it is in the table");
+    let shape = SHAPES.iter().find(|shape| shape.name == "360m").expect("it is in the table");
     let v = shape.vocab_size as usize;
     let active = parity::some_rows(&mut rng, NUM_ROWS, NUM_ROWS);
     let logits = rng.normals(NUM_ROWS * v);
@@ -26,27 +23,15 @@ pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
         labels: &parity::upload_u32(gpu, &labels),
         nll: &nll.tensor,
     };
-    let params = CrossEntropyParams {
-        vocab_size: shape.vocab_size,
-        logits_stride: shape.vocab_size,
-    };
+    let params = CrossEntropyParams { vocab_size: shape.vocab_size, logits_stride: shape.vocab_size };
     let id = format!("{}/{NUM_ROWS}", shape.name);
     let grid = Grid::Fixed([1, NUM_ROWS as u32, 1]);
-    let Some(plan) = record(gpu, &id, |plan| {
-        plan.dispatch(&CrossEntropy::default(), &bindings, &params, grid)
-    }) else {
+    let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&CrossEntropy::default(), &bindings, &params, grid)) else {
         return;
     };
     gpu.run(&plan).expect("the device answers");
     let mut want = vec![0.0; NUM_ROWS];
     cross_entropy(&active, &logits, v, v, &labels, &mut want);
     parity::assert_close(&id, &nll.read(gpu), &want, Tolerance::F32);
-    time(
-        criterion,
-        gpu,
-        "cross_entropy",
-        &id,
-        (4 * NUM_ROWS * v) as u64,
-        &plan,
-    );
+    time(criterion, gpu, "cross_entropy", &id, (4 * NUM_ROWS * v) as u64, &plan);
 }

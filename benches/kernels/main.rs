@@ -2,6 +2,7 @@
 
 mod cross_entropy;
 mod embed_tokens;
+mod linear;
 mod rms_norm;
 
 use criterion::Criterion;
@@ -15,6 +16,7 @@ fn main() {
         .configure_from_args();
     cross_entropy::bench(&mut criterion, gpu);
     embed_tokens::bench(&mut criterion, gpu);
+    linear::bench(&mut criterion, gpu);
     rms_norm::bench(&mut criterion, gpu);
     criterion.final_summary();
 }

@@ -44,9 +44,7 @@ pub struct CrossEntropyBindings<'a> {
 
 impl Default for CrossEntropy {
     fn default() -> Self {
-        Self {
-            workgroup_size: 256,
-        }
+        Self { workgroup_size: 256 }
     }
 }
 
@@ -56,12 +54,7 @@ impl CrossEntropy {
     /// # Errors
     /// [`KernelError::Shape`] if there is no vocabulary or its logits do not fit their stride; else as
     /// [`PlanBuilder::dispatch`].
-    pub fn record(
-        &self,
-        plan: &mut PlanBuilder<'_>,
-        b: CrossEntropyBindings<'_>,
-        p: CrossEntropyParams,
-    ) -> Result<()> {
+    pub fn record(&self, plan: &mut PlanBuilder<'_>, b: CrossEntropyBindings<'_>, p: CrossEntropyParams) -> Result<()> {
         check(p)?;
         plan.dispatch(self, &b, &p, Grid::rows(b.rows, 1, 1))
     }
@@ -110,14 +103,7 @@ mod tests {
     use crate::parity::{self, Output, Rng, Tolerance};
     use crate::rows::{ActiveRow, NONE};
 
-    fn run(
-        gpu: &Gpu,
-        active: &[ActiveRow],
-        logits: &[f32],
-        labels: &[u32],
-        params: CrossEntropyParams,
-        nll: &Output,
-    ) {
+    fn run(gpu: &Gpu, active: &[ActiveRow], logits: &[f32], labels: &[u32], params: CrossEntropyParams, nll: &Output) {
         let bindings = CrossEntropyBindings {
             rows: &parity::row_set(gpu, active),
             logits: &parity::upload(gpu, logits),
@@ -139,30 +125,19 @@ mod tests {
                 for num_active in [0, 1, 7, 33] {
                     let (num_rows, stride) = (num_active + 3, vocab_size + 5);
                     let active = parity::some_rows(&mut rng, num_rows, num_active);
-                    let mut logits: Vec<f32> = (0..num_active * stride)
-                        .map(|_| 4.0 * rng.normal())
-                        .collect();
+                    let mut logits: Vec<f32> = (0..num_active * stride).map(|_| 4.0 * rng.normal()).collect();
                     for row in logits.chunks_mut(stride) {
                         // What lies past the vocabulary must not count.
                         row[vocab_size..].fill(1e30);
                     }
-                    let mut labels: Vec<u32> = (0..num_rows)
-                        .map(|_| rng.below(vocab_size) as u32)
-                        .collect();
-                    for (entry, label) in
-                        active
-                            .iter()
-                            .zip([0, vocab_size as u32 - 1, NONE, vocab_size as u32])
-                    {
+                    let mut labels: Vec<u32> = (0..num_rows).map(|_| rng.below(vocab_size) as u32).collect();
+                    for (entry, label) in active.iter().zip([0, vocab_size as u32 - 1, NONE, vocab_size as u32]) {
                         labels[entry.row as usize] = label;
                     }
                     let nll = Output::new(gpu, num_rows);
                     let mut want = nll.read(gpu);
                     cross_entropy(&active, &logits, stride, vocab_size, &labels, &mut want);
-                    let params = CrossEntropyParams {
-                        vocab_size: vocab_size as u32,
-                        logits_stride: stride as u32,
-                    };
+                    let params = CrossEntropyParams { vocab_size: vocab_size as u32, logits_stride: stride as u32 };
                     run(gpu, &active, &logits, &labels, params, &nll);
                     let what = format!("cross_entropy {profile} V={vocab_size} n={num_active}");
                     parity::assert_close(&what, &nll.read(gpu), &want, Tolerance::F32);
@@ -194,25 +169,14 @@ mod tests {
         masked[..256].fill(f32::NEG_INFINITY);
         rows.push((masked, 256));
 
-        let active: Vec<ActiveRow> = (0..rows.len() as u32)
-            .map(|row| ActiveRow {
-                row,
-                ..ActiveRow::ABSENT
-            })
-            .collect();
-        let logits: Vec<f32> = rows
-            .iter()
-            .flat_map(|(logits, _)| logits.iter().copied())
-            .collect();
+        let active: Vec<ActiveRow> = (0..rows.len() as u32).map(|row| ActiveRow { row, ..ActiveRow::ABSENT }).collect();
+        let logits: Vec<f32> = rows.iter().flat_map(|(logits, _)| logits.iter().copied()).collect();
         let labels: Vec<u32> = rows.iter().map(|(_, label)| *label).collect();
         let mut want = vec![0.0; rows.len()];
         cross_entropy(&active, &logits, VOCAB_SIZE, VOCAB_SIZE, &labels, &mut want);
         parity::on_every_profile(|gpu, profile| {
             let nll = Output::new(gpu, rows.len());
-            let params = CrossEntropyParams {
-                vocab_size: VOCAB_SIZE as u32,
-                logits_stride: VOCAB_SIZE as u32,
-            };
+            let params = CrossEntropyParams { vocab_size: VOCAB_SIZE as u32, logits_stride: VOCAB_SIZE as u32 };
             run(gpu, &active, &logits, &labels, params, &nll);
             let what = format!("cross_entropy {profile} extremes");
             parity::assert_close(&what, &nll.read(gpu), &want, Tolerance::F32);
@@ -221,21 +185,8 @@ mod tests {
 
     #[test]
     fn refuses_a_stride_below_the_vocabulary() {
-        let error = check(CrossEntropyParams {
-            vocab_size: 9,
-            logits_stride: 8,
-        })
-        .expect_err("9 logits in 8 places");
-        assert_eq!(
-            error.to_string(),
-            "cross_entropy: vocab_size has 9, expected 1 to 8 (logits_stride)"
-        );
-        assert!(
-            check(CrossEntropyParams {
-                vocab_size: 0,
-                logits_stride: 8
-            })
-            .is_err()
-        );
+        let error = check(CrossEntropyParams { vocab_size: 9, logits_stride: 8 }).expect_err("9 logits in 8 places");
+        assert_eq!(error.to_string(), "cross_entropy: vocab_size has 9, expected 1 to 8 (logits_stride)");
+        assert!(check(CrossEntropyParams { vocab_size: 0, logits_stride: 8 }).is_err());
     }
 }

@@ -46,10 +46,7 @@ pub struct EmbedTokensBindings<'a> {
 impl EmbedTokens {
     /// The kernel for embeddings of type `weight`.
     pub fn new(weight: DType) -> Self {
-        Self {
-            weight,
-            workgroup_size: 64,
-        }
+        Self { weight, workgroup_size: 64 }
     }
 
     /// Records the kernel over all active rows, for one shard of the embedding.
@@ -57,36 +54,18 @@ impl EmbedTokens {
     /// # Errors
     /// [`KernelError::Shape`] if the hidden size is no multiple of 8 or the shard does not have its shape or type;
     /// else as [`PlanBuilder::dispatch`].
-    pub fn record(
-        &self,
-        plan: &mut PlanBuilder<'_>,
-        b: EmbedTokensBindings<'_>,
-        p: EmbedTokensParams,
-    ) -> Result<()> {
+    pub fn record(&self, plan: &mut PlanBuilder<'_>, b: EmbedTokensBindings<'_>, p: EmbedTokensParams) -> Result<()> {
         self.check(b, p)?;
         plan.dispatch(self, &b, &p, Grid::rows(b.rows, 1, 1))
     }
 
     fn check(&self, b: EmbedTokensBindings<'_>, p: EmbedTokensParams) -> Result<()> {
-        let shape = |what, found, expected| {
-            Err(KernelError::Shape {
-                kernel: <Self as Kernel>::NAME,
-                what,
-                found,
-                expected,
-            })
-        };
+        let shape =
+            |what, found, expected| Err(KernelError::Shape { kernel: <Self as Kernel>::NAME, what, found, expected });
         if !p.hidden_size.is_multiple_of(8) {
-            return shape(
-                "hidden_size",
-                p.hidden_size.to_string(),
-                "a multiple of 8".to_owned(),
-            );
+            return shape("hidden_size", p.hidden_size.to_string(), "a multiple of 8".to_owned());
         }
-        let (found, expected) = (
-            b.weight.num_elems(),
-            p.num_tokens as usize * p.hidden_size as usize,
-        );
+        let (found, expected) = (b.weight.num_elems(), p.num_tokens as usize * p.hidden_size as usize);
         if found != expected || b.weight.dtype() != self.weight {
             let found = format!("{found} elements of {:?}", b.weight.dtype());
             return shape("weight", found, format!("{expected} of {:?}", self.weight));
@@ -133,27 +112,17 @@ mod tests {
 
     /// A tensor of `values` in `dtype` and what they are after rounding to it.
     fn embedding(gpu: &Gpu, dtype: DType, shape: [usize; 2], values: &[f32]) -> (Tensor, Vec<f32>) {
-        let halves = |bits: Vec<u16>| {
-            Tensor::from_slice(gpu, "weight", dtype, &shape, &bits).expect("it fits")
-        };
+        let halves = |bits: Vec<u16>| Tensor::from_slice(gpu, "weight", dtype, &shape, &bits).expect("it fits");
         match dtype {
             DType::F16 => (
                 halves(values.iter().map(|v| f16::from_f32(*v).to_bits()).collect()),
                 values.iter().map(|v| f16::from_f32(*v).to_f32()).collect(),
             ),
             DType::BF16 => (
-                halves(
-                    values
-                        .iter()
-                        .map(|v| bf16::from_f32(*v).to_bits())
-                        .collect(),
-                ),
+                halves(values.iter().map(|v| bf16::from_f32(*v).to_bits()).collect()),
                 values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect(),
             ),
-            _ => (
-                Tensor::from_slice(gpu, "weight", dtype, &shape, values).expect("it fits"),
-                values.to_vec(),
-            ),
+            _ => (Tensor::from_slice(gpu, "weight", dtype, &shape, values).expect("it fits"), values.to_vec()),
         }
     }
 
@@ -168,18 +137,14 @@ mod tests {
                         let num_rows = num_active + 3;
                         let active = parity::some_rows(&mut rng, num_rows, num_active);
                         let mut rows: Vec<Row> = (0..num_rows)
-                            .map(|_| Row {
-                                token: rng.below(VOCAB_SIZE) as u32,
-                                ..Row::default()
-                            })
+                            .map(|_| Row { token: rng.below(VOCAB_SIZE) as u32, ..Row::default() })
                             .collect();
                         // The ends of the shards, and tokens that no shard has.
                         for (entry, token) in active.iter().zip([49, 0, 16, 17, 18, 50, u32::MAX]) {
                             rows[entry.row as usize].token = token;
                         }
                         let tokens =
-                            Tensor::from_slice(gpu, "rows", DType::U32, &[num_rows, 4], &rows)
-                                .expect("it fits");
+                            Tensor::from_slice(gpu, "rows", DType::U32, &[num_rows, 4], &rows).expect("it fits");
                         let values = rng.normals(VOCAB_SIZE * hidden_size);
                         let x = Output::new(gpu, num_rows * hidden_size);
                         let mut want = x.read(gpu);
@@ -188,22 +153,10 @@ mod tests {
                         let kernel = EmbedTokens::new(dtype);
                         for shard in [0..17, 17..18, 18..VOCAB_SIZE] {
                             let part = &values[shard.start * hidden_size..shard.end * hidden_size];
-                            let (weight, rounded) =
-                                embedding(gpu, dtype, [shard.len(), hidden_size], part);
-                            embed_tokens(
-                                &rows,
-                                &active,
-                                &rounded,
-                                hidden_size,
-                                shard.start,
-                                &mut want,
-                            );
-                            let bindings = EmbedTokensBindings {
-                                rows: &set,
-                                tokens: &tokens,
-                                weight: &weight,
-                                x: &x.tensor,
-                            };
+                            let (weight, rounded) = embedding(gpu, dtype, [shard.len(), hidden_size], part);
+                            embed_tokens(&rows, &active, &rounded, hidden_size, shard.start, &mut want);
+                            let bindings =
+                                EmbedTokensBindings { rows: &set, tokens: &tokens, weight: &weight, x: &x.tensor };
                             let params = EmbedTokensParams {
                                 hidden_size: hidden_size as u32,
                                 first_token: shard.start as u32,
@@ -215,9 +168,7 @@ mod tests {
                                 plan.dispatch(&kernel, &bindings, &params, grid)
                             });
                         }
-                        let what = format!(
-                            "embed_tokens {profile} {dtype:?} C={hidden_size} n={num_active}"
-                        );
+                        let what = format!("embed_tokens {profile} {dtype:?} C={hidden_size} n={num_active}");
                         parity::assert_close(&what, &x.read(gpu), &want, Tolerance::EXACT);
                     }
                 }
@@ -227,48 +178,20 @@ mod tests {
 
     #[test]
     fn keeps_subnormal_and_extreme_halves() {
-        let values = [
-            6e-8_f32,
-            -6.1e-5,
-            65504.0,
-            -65504.0,
-            0.0,
-            -0.0,
-            1.0,
-            f32::INFINITY,
-        ];
+        let values = [6e-8_f32, -6.1e-5, 65504.0, -65504.0, 0.0, -0.0, 1.0, f32::INFINITY];
         parity::on_every_profile(|gpu, profile| {
             for dtype in [DType::F32, DType::F16, DType::BF16] {
                 let (weight, want) = embedding(gpu, dtype, [1, 8], &values);
                 let x = Output::new(gpu, 8);
                 let bindings = EmbedTokensBindings {
-                    rows: &parity::row_set(
-                        gpu,
-                        &[ActiveRow {
-                            row: 0,
-                            ..ActiveRow::ABSENT
-                        }],
-                    ),
-                    tokens: &Tensor::from_slice(
-                        gpu,
-                        "rows",
-                        DType::U32,
-                        &[1, 4],
-                        &[Row::default()],
-                    )
-                    .expect("it fits"),
+                    rows: &parity::row_set(gpu, &[ActiveRow { row: 0, ..ActiveRow::ABSENT }]),
+                    tokens: &Tensor::from_slice(gpu, "rows", DType::U32, &[1, 4], &[Row::default()]).expect("it fits"),
                     weight: &weight,
                     x: &x.tensor,
                 };
-                let params = EmbedTokensParams {
-                    hidden_size: 8,
-                    first_token: 0,
-                    num_tokens: 1,
-                };
+                let params = EmbedTokensParams { hidden_size: 8, first_token: 0, num_tokens: 1 };
                 let kernel = EmbedTokens::new(dtype);
-                parity::run(gpu, |plan| {
-                    plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, 1, 1]))
-                });
+                parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, 1, 1])));
                 let what = format!("embed_tokens {profile} {dtype:?} extremes");
                 parity::assert_close(&what, &x.read(gpu), &want, Tolerance::EXACT);
             }
@@ -280,21 +203,10 @@ mod tests {
         let gpu = parity::gpu();
         let weight = Tensor::zeros(gpu, "weight", DType::F16, &[5, 16]).expect("it fits");
         let set = parity::row_set(gpu, &[]);
-        let bindings = EmbedTokensBindings {
-            rows: &set,
-            tokens: &weight,
-            weight: &weight,
-            x: &weight,
-        };
+        let bindings = EmbedTokensBindings { rows: &set, tokens: &weight, weight: &weight, x: &weight };
         let message = |dtype, hidden_size, num_tokens| {
-            let params = EmbedTokensParams {
-                hidden_size,
-                first_token: 0,
-                num_tokens,
-            };
-            EmbedTokens::new(dtype)
-                .check(bindings, params)
-                .map_err(|error| error.to_string())
+            let params = EmbedTokensParams { hidden_size, first_token: 0, num_tokens };
+            EmbedTokens::new(dtype).check(bindings, params).map_err(|error| error.to_string())
         };
         assert_eq!(message(DType::F16, 16, 5), Ok(()));
         assert_eq!(

@@ -18,15 +18,8 @@ pub fn cross_entropy(
         nll[row] = match logits.get(labels[row] as usize) {
             None => 0.0,
             Some(label) => {
-                let max = logits
-                    .iter()
-                    .copied()
-                    .map(f64::from)
-                    .fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = logits
-                    .iter()
-                    .map(|logit| (f64::from(*logit) - max).exp())
-                    .sum();
+                let max = logits.iter().copied().map(f64::from).fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = logits.iter().map(|logit| (f64::from(*logit) - max).exp()).sum();
                 (sum.ln() + (max - f64::from(*label))) as f32
             }
         };
