@@ -2,6 +2,9 @@
 
 mod attention_decode;
 mod attention_prefill;
+mod cross_entropy;
+mod embed_tokens;
+mod linear;
 mod rms_norm;
 mod router_expert;
 mod router_token;
@@ -19,6 +22,9 @@ fn main() {
         .configure_from_args();
     attention_decode::bench(&mut criterion, gpu);
     attention_prefill::bench(&mut criterion, gpu);
+    cross_entropy::bench(&mut criterion, gpu);
+    embed_tokens::bench(&mut criterion, gpu);
+    linear::bench(&mut criterion, gpu);
     rms_norm::bench(&mut criterion, gpu);
     router_expert::bench(&mut criterion, gpu);
     router_token::bench(&mut criterion, gpu);
