@@ -24,9 +24,10 @@ use crate::{
 };
 
 /// How a full sequence is routed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Routing {
     /// Each token from its own state: what generation does.
+    #[default]
     Causal,
     /// Expert choice selects the k best of the whole sequence, as in training; not causal.
     TopK,

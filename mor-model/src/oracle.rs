@@ -7,17 +7,7 @@
 //!
 //! Mixture-of-Recursions (arXiv 2507.10524); Llama block after "LLaMA" (arXiv 2302.13971).
 
-use crate::{Checkpoint, Gating, KvLayout, KvStrategy, Mode, ModelError, MorConfig, RouterFunc, TensorId};
-
-/// How expert choice selects tokens; other modes have one rule and ignore this.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Routing {
-    /// A token is judged by its own logit, as when generating.
-    #[default]
-    Causal,
-    /// The best tokens of the whole sequence, as in training and in the published evaluation.
-    TopK,
-}
+use crate::{Checkpoint, Gating, KvLayout, KvStrategy, Mode, ModelError, MorConfig, RouterFunc, Routing, TensorId};
 
 /// A model ready to run on the CPU: every distinct tensor in f32.
 ///

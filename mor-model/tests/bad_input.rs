@@ -435,7 +435,7 @@ fn layers_that_do_not_divide() {
 
 #[test]
 fn oracle_requests_that_make_no_sense() {
-    use mor_model::oracle::{Oracle, Routing};
+    use mor_model::{Routing, oracle::Oracle};
     let oracle = Oracle::new(&Draft::of(EXPERT).open().unwrap());
     let error = oracle.forward(&[0, 97], Routing::Causal);
     assert_error!(error, ModelError::TokenOutOfRange { .. }, "token 97", "position 1", "97");

@@ -3,9 +3,9 @@
 #![cfg(feature = "oracle")]
 
 use mor_model::{
-    Checkpoint, KvLayout, LayerTensor, Mode, TensorName,
+    Checkpoint, KvLayout, LayerTensor, Mode, Routing, TensorName,
     golden::{GoldenCase, GoldenTensors},
-    oracle::{Oracle, OracleOutput, Routing},
+    oracle::{Oracle, OracleOutput},
 };
 
 const NUM_CASES: usize = 23;

@@ -1,0 +1,186 @@
+//! Every golden case on the device, in f32: full forward passes (causal and top-k), and greedy decoding of ragged
+//! batches, with exact routing and stated tolerances. `MOR_TEST_DEVICE` chooses the adapter.
+
+use std::collections::BTreeMap;
+
+use mor_kernels::ops::GpuSampling;
+use mor_kernels::{Gpu, parity};
+use mor_model::golden::{GoldenCase, GoldenTensors};
+use mor_model::{KvStrategy, Mode, MorModel, Precision, Routing};
+use mor_runtime::runner::{Feed, Runner};
+use mor_runtime::{SequenceOutput, Session};
+
+fn gpu() -> &'static Gpu {
+    parity::gpu()
+}
+
+fn cases() -> Vec<GoldenCase> {
+    let cases = GoldenCase::load_all().expect("the fixtures are readable");
+    assert_eq!(cases.len(), 23);
+    cases
+}
+
+/// Largest difference seen, by kind of tensor.
+#[derive(Default)]
+struct Largest(BTreeMap<&'static str, f32>);
+
+impl Largest {
+    /// Compares rows `(index found, index expected)` of `width` elements.
+    fn check(
+        &mut self,
+        kind: &'static str,
+        what: &str,
+        (found, expected): (&[f32], &[f32]),
+        width: usize,
+        rows: impl Iterator<Item = (usize, usize)>,
+    ) {
+        for (f, e) in rows {
+            let found = &found[f * width..][..width];
+            let expected = &expected[e * width..][..width];
+            for (column, (found, expected)) in found.iter().zip(expected).enumerate() {
+                let close = GoldenTensors::close(*found, *expected);
+                assert!(close, "{what}: row {f} column {column} is {found}, expected {expected}");
+                let largest = self.0.entry(kind).or_default();
+                *largest = largest.max((found - expected).abs());
+            }
+        }
+    }
+
+    fn print(&self, what: &str) {
+        for (kind, difference) in &self.0 {
+            println!("{what}: largest difference of {kind}: {difference:.2e} on {}", gpu().summary().name);
+        }
+    }
+}
+
+fn check_forward(case: &GoldenCase, tag: &str, index: usize, out: &SequenceOutput, largest: &mut Largest) {
+    let config = case.checkpoint.config();
+    let expected = &case.expected;
+    let (len, padded) = (case.sequences[index].len(), case.padded_len);
+    let what = |name: &str| format!("{} {tag}.{name} sequence {index}", case.name);
+    let all = || (0..len).map(|t| (t, index * padded + t));
+    let ints = |name: String| expected.ids(&name).expect("present")[index * padded..][..len].to_vec();
+    assert_eq!(out.depth, ints(format!("{tag}.depth")), "{}", what("depth"));
+    let logits = expected.f32(&format!("{tag}.logits")).expect("present");
+    largest.check("logits", &what("logits"), (&out.logits, logits), config.vocab_size, all());
+    if let Ok(hidden) = expected.f32(&format!("{tag}.hidden")) {
+        largest.check("hidden", &what("hidden"), (&out.hidden, hidden), config.hidden_size, all());
+    }
+    let mut active = vec![true; len];
+    for (r, selected) in out.selected.iter().enumerate() {
+        let found: Vec<u32> = selected.iter().map(|s| u32::from(*s)).collect();
+        assert_eq!(found, ints(format!("{tag}.selected.{r}")), "{}", what("selected"));
+        for (kind, found) in [
+            ("router_logits", &out.router_logits),
+            ("router_weights", &out.router_weights),
+            ("aux_logits", &out.aux_logits),
+        ] {
+            let name = format!("{tag}.{kind}.{r}");
+            let Ok(want) = expected.f32(&name) else { continue };
+            let rows = all().filter(|(t, _)| active[*t]);
+            largest.check("router values", &what(&name), (&found[r], want), config.router_outputs(), rows);
+        }
+        if let Ok(block_out) = expected.f32(&format!("{tag}.block_out.{r}")) {
+            // A token-choice row that ended earlier repeats the input of its last block in the golden file, not its
+            // result, so only rows that ran at this recursion are compared.
+            let rows = all().filter(|(t, _)| config.mode == Mode::Expert || selected[*t]);
+            largest.check("block_out", &what("block_out"), (&out.block_out[r], block_out), config.hidden_size, rows);
+        }
+        active.clone_from(selected);
+    }
+}
+
+#[test]
+fn forward_matches_every_case() {
+    let mut largest = Largest::default();
+    for case in cases() {
+        let mut session = Session::on_gpu(gpu().clone(), &case.checkpoint, Precision::F32).expect("loads");
+        let causal = session.forward(&case.sequences, Routing::Causal).expect("runs");
+        for (index, out) in causal.sequences.iter().enumerate() {
+            check_forward(&case, "causal", index, out, &mut largest);
+        }
+        if case.checkpoint.config().mode == Mode::Expert {
+            let topk = session.forward(&case.sequences, Routing::TopK).expect("runs");
+            for (index, out) in topk.sequences.iter().enumerate() {
+                check_forward(&case, "topk", index, out, &mut largest);
+            }
+        }
+    }
+    largest.print("forward");
+}
+
+/// Both prompts of a case decode together, as a ragged batch; each must equal its golden trace, which was made alone.
+#[test]
+fn decoding_matches_every_case() {
+    let gpu = gpu();
+    let mut largest = Largest::default();
+    for case in cases() {
+        let config = case.checkpoint.config().clone();
+        let model = MorModel::load(gpu, &case.checkpoint, Precision::F32, &mut |_| {}).expect("loads");
+        let num_sequences = case.prompts.len();
+        let mut runner = Runner::new(&model, num_sequences, 128, 32).expect("fits");
+        let ids = |i: usize, name: &str| case.expected.ids(&format!("decode.{i}.{name}")).expect("present");
+        let num_steps = ids(0, "tokens").len();
+        for (sequence, prompt) in case.prompts.iter().enumerate() {
+            runner.start(&model, sequence, &GpuSampling { ignore_eos: 1, ..GpuSampling::default() }, prompt);
+        }
+        // Prompts are fed in two uneven chunks.
+        for last in [false, true] {
+            let feed = |(sequence, prompt): (usize, &Vec<u32>)| -> (usize, usize, Vec<u32>) {
+                let split = prompt.len() / 3 + 1;
+                if last { (sequence, split, prompt[split..].to_vec()) } else { (sequence, 0, prompt[..split].to_vec()) }
+            };
+            let chunks: Vec<_> = case.prompts.iter().enumerate().map(feed).collect();
+            let feeds: Vec<_> = chunks
+                .iter()
+                .map(|(sequence, position, tokens)| Feed {
+                    sequence: *sequence,
+                    position: *position,
+                    tokens,
+                    sample: last,
+                })
+                .collect();
+            runner.feed(&model, &feeds).expect("runs");
+        }
+        for step in 0..num_steps {
+            if step > 0 {
+                runner.decode(&model, 128).expect("runs");
+            }
+            let logits = runner.logits(&model, step > 0, 128).expect("reads");
+            assert_eq!(logits.len(), num_sequences);
+            for (i, logits) in logits.iter().enumerate() {
+                let want = case.expected.f32(&format!("decode.{i}.logits")).expect("present");
+                let recorded = want.len() / config.vocab_size;
+                if let Some(row) = (step + recorded).checked_sub(num_steps) {
+                    let what = format!("{} decode.{i} step {step}", case.name);
+                    largest.check("decode logits", &what, (logits, want), config.vocab_size, [(0, row)].into_iter());
+                }
+            }
+        }
+        let mut rows_by_recursion = vec![0; config.num_recursions];
+        for (i, prompt) in case.prompts.iter().enumerate() {
+            let what = format!("{} decode.{i}", case.name);
+            let num_fed = prompt.len() + num_steps - 1;
+            let outcomes = runner.outcomes(&model, i, 0..num_fed).expect("reads").wait().expect("reads");
+            let tokens: Vec<u32> = outcomes[prompt.len() - 1..].iter().map(|o| o.next_token).collect();
+            assert_eq!(tokens, ids(i, "tokens"), "{what} tokens");
+            let depths: Vec<u32> = outcomes.iter().map(|o| o.depth).collect();
+            assert_eq!(depths, ids(i, "depth"), "{what} depth");
+            let entries = runner.kv_entries(&model, i).expect("reads");
+            assert_eq!(entries.iter().map(|n| *n as u32).collect::<Vec<_>>(), ids(i, "cache_entries"), "{what} K/V");
+            assert_eq!(entries, model.kv_layout().entries_per_layer(&depths), "{what} K/V layout");
+            for (r, rows) in rows_by_recursion.iter_mut().enumerate() {
+                *rows += depths.iter().filter(|depth| **depth > r as u32).count() as u64;
+            }
+        }
+        // Work follows the depths: each recursion ran the rows that took it and no others. The strategies that share
+        // the first recursion's K/V run it for every token.
+        if config.is_routed() {
+            if config.kv != KvStrategy::RecursionWise {
+                rows_by_recursion[0] = case.prompts.iter().map(|p| (p.len() + num_steps - 1) as u64).sum();
+            }
+            assert_eq!(runner.rows_processed(&model).expect("reads"), rows_by_recursion, "{} rows", case.name);
+        }
+    }
+    largest.print("decode");
+}
