@@ -37,6 +37,8 @@ const LOWEST: f32 = -3.4028234e38;
 const HEAD_QUADS: u32 = 2u * HEAD_UNITS;
 const SLICES: u32 = WORKGROUP_SIZE / LANES;
 const PARTS: u32 = WORKGROUP_SIZE / WIDTH;
+const LANES_LOG2: u32 = firstTrailingBit(LANES);
+const WIDTH_LOG2: u32 = firstTrailingBit(WIDTH);
 
 // Partial sums as [PARTS, HEADS, HEAD_QUADS]; without subgroups first the scores of a tile, one vec4 a key
 // (it fits: 2 * HEAD_UNITS > LANES).
@@ -106,8 +108,8 @@ fn main(
             var score = vec4<f32>(0.0);
             for (var h = 0u; h < HEADS; h++) {
                 var product = unit_dot(query[h], key_unit);
-                for (var mask = 1u; mask < LANES; mask *= 2u) {
-                    product += subgroupShuffleXor(product, mask);
+                for (var step = 0u; step < LANES_LOG2; step++) {
+                    product += subgroupShuffleXor(product, 1u << step);
                 }
                 score[h] = product;
             }
@@ -131,8 +133,8 @@ fn main(
     }
     // The slices of WIDTH lanes become one.
     var width_highest = highest;
-    for (var mask = LANES; mask < WIDTH; mask *= 2u) {
-        width_highest = max(width_highest, subgroupShuffleXor(width_highest, mask));
+    for (var step = LANES_LOG2; step < WIDTH_LOG2; step++) {
+        width_highest = max(width_highest, subgroupShuffleXor(width_highest, 1u << step));
     }
     let keep = exp(highest - width_highest);
     highest = width_highest;
@@ -140,12 +142,12 @@ fn main(
     for (var h = 0u; h < HEADS; h++) {
         out[h] = out[h] * keep[h];
     }
-    for (var mask = LANES; mask < WIDTH; mask *= 2u) {
-        sum += subgroupShuffleXor(sum, mask);
+    for (var step = LANES_LOG2; step < WIDTH_LOG2; step++) {
+        sum += subgroupShuffleXor(sum, 1u << step);
         for (var h = 0u; h < HEADS; h++) {
             out[h] = mat2x4<f32>(
-                out[h][0] + subgroupShuffleXor(out[h][0], mask),
-                out[h][1] + subgroupShuffleXor(out[h][1], mask),
+                out[h][0] + subgroupShuffleXor(out[h][0], 1u << step),
+                out[h][1] + subgroupShuffleXor(out[h][1], 1u << step),
             );
         }
     }

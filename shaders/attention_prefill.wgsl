@@ -29,10 +29,13 @@ struct Params {
 
 const LOWEST: f32 = -3.4028234e38;
 const BLOCK_K: u32 = 4u * COLUMNS;
+const COLUMNS_LOG2: u32 = firstTrailingBit(COLUMNS);
 const THREAD_UNITS: u32 = (HEAD_UNITS + COLUMNS - 1u) / COLUMNS;
 const Q_STRIDE: u32 = 2u * CHUNK_UNITS;
 // An odd stride in vec4s: neighbouring threads read neighbouring keys from different banks.
 const K_STRIDE: u32 = 2u * CHUNK_UNITS + 1u;
+const K_UNITS: u32 = BLOCK_K * CHUNK_UNITS;
+const K_STEPS: u32 = (K_UNITS + WORKGROUP_SIZE - 1u) / WORKGROUP_SIZE;
 
 var<workgroup> q_tile: array<vec4<f32>, BLOCK_Q * Q_STRIDE>;
 var<workgroup> k_tile: array<vec4<f32>, BLOCK_K * K_STRIDE>;
@@ -48,8 +51,8 @@ var<workgroup> exchange: array<vec4<f32>, WORKGROUP_SIZE>;
 fn columns_max(value: vec4<f32>, thread: u32) -> vec4<f32> {
     var all = value;
 #if SUBGROUP
-    for (var mask = 1u; mask < COLUMNS; mask *= 2u) {
-        all = max(all, subgroupShuffleXor(all, mask));
+    for (var step = 0u; step < COLUMNS_LOG2; step++) {
+        all = max(all, subgroupShuffleXor(all, 1u << step));
     }
 #else
     exchange[thread] = value;
@@ -66,8 +69,8 @@ fn columns_max(value: vec4<f32>, thread: u32) -> vec4<f32> {
 fn columns_sum(value: vec4<f32>, thread: u32) -> vec4<f32> {
 #if SUBGROUP
     var all = value;
-    for (var mask = 1u; mask < COLUMNS; mask *= 2u) {
-        all += subgroupShuffleXor(all, mask);
+    for (var step = 0u; step < COLUMNS_LOG2; step++) {
+        all += subgroupShuffleXor(all, 1u << step);
     }
 #else
     exchange[thread] = value;
@@ -173,21 +176,25 @@ fn main(
                 }
                 stage_queries(first_row, num_rows, head, chunk * CHUNK_UNITS, thread);
 #endif
-                for (var i = thread; i < BLOCK_K * CHUNK_UNITS; i += WORKGROUP_SIZE) {
+                // A constant number of steps, so that the compiler has all their loads in flight.
+                for (var step = 0u; step < K_STEPS; step++) {
+                    let i = thread + step * WORKGROUP_SIZE;
                     let key = i / CHUNK_UNITS;
                     let in_chunk = i % CHUNK_UNITS;
                     let unit = chunk * CHUNK_UNITS + in_chunk;
-                    // Keys past the end repeat the last one and get no weight.
-                    let slot = kv_slot(table, min(tile + key, run_len - 1u));
-                    if unit == 0u {
-                        slots[tile_slots + key] = slot;
+                    if K_UNITS % WORKGROUP_SIZE == 0u || i < K_UNITS {
+                        // Keys past the end repeat the last one and get no weight.
+                        let slot = kv_slot(table, min(tile + key, run_len - 1u));
+                        if unit == 0u {
+                            slots[tile_slots + key] = slot;
+                        }
+                        var staged = no_unit();
+                        if unit < HEAD_UNITS {
+                            staged = unpack_kv(keys[(slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + unit]);
+                        }
+                        k_tile[key * K_STRIDE + 2u * in_chunk] = staged[0];
+                        k_tile[key * K_STRIDE + 2u * in_chunk + 1u] = staged[1];
                     }
-                    var staged = no_unit();
-                    if unit < HEAD_UNITS {
-                        staged = unpack_kv(keys[(slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + unit]);
-                    }
-                    k_tile[key * K_STRIDE + 2u * in_chunk] = staged[0];
-                    k_tile[key * K_STRIDE + 2u * in_chunk + 1u] = staged[1];
                 }
                 workgroupBarrier();
                 for (var u = 0u; u < 2u * CHUNK_UNITS; u++) {

@@ -150,8 +150,6 @@ struct Layout {
 impl AttentionDecode {
     /// Most splits.
     pub const MAX_SPLITS: u32 = 32;
-    /// Keys a thread fetches at a time.
-    const KEYS: u32 = 4;
 
     /// The kernel for `shape` with `num_splits`, in the workgroup size that suits the device.
     pub fn new(shape: AttentionShape, num_splits: u32, caps: &DeviceCaps) -> Self {
@@ -259,7 +257,8 @@ impl Kernel for AttentionDecode {
             .u32("HEADS", layout.heads)
             .u32("LANES", layout.lanes)
             .u32("WIDTH", layout.width)
-            .u32("KEYS", Self::KEYS)
+            // Keys a thread fetches at a time: many hide latency, on a CPU they only lengthen compilation.
+            .u32("KEYS", if caps.is_cpu { 2 } else { 4 })
             .flag("SPLIT", self.num_splits > 1)
             .flag("SUBGROUP", layout.subgroups)
     }
@@ -346,12 +345,14 @@ mod tests {
             ] {
                 let shape = shape(heads, kv_dtype, kv_table);
                 let inputs = AttentionInputs::random(&mut rng, &shape, &lens.map(|len| (1, len)), 1.0);
-                for num_splits in [1, 3, 8] {
+                // Every split of the first shapes; llvmpipe compiles a specialisation in half a second.
+                let splits: &[u32] = if heads[2] <= 16 { &[1, 3, 8] } else { &[3] };
+                for &num_splits in splits {
                     let what = format!("attention_decode {profile} {shape:?} splits={num_splits}");
                     check(gpu, &what, &kernel(shape, num_splits), &inputs, Tolerance::F32);
                 }
             }
-            let shape = shape([4, 2, 16], DType::F32, KvTable::Pages);
+            let shape = shape([4, 2, 16], DType::F16, KvTable::Slots);
             for num_rows in [0, 1, 7, 33] {
                 let inputs = AttentionInputs::random(&mut rng, &shape, &[(num_rows, 50)], 1.0);
                 for num_splits in [1, 3] {
@@ -366,18 +367,13 @@ mod tests {
     fn survives_large_scores_and_other_workgroups() {
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("attention_decode large scores");
-            for group in [1, 2, 3, 7, 16] {
+            for (group, workgroup_size, num_splits) in [(1, 128, 1), (2, 64, 8), (3, 64, 1), (7, 128, 8), (16, 64, 1)] {
                 let shape = shape([2 * group, 2, 64], DType::F32, KvTable::Pages);
                 let inputs = AttentionInputs::random(&mut rng, &shape, &[(2, 33), (1, 400)], 30.0);
-                for workgroup_size in [64, 128] {
-                    for num_splits in [1, 8] {
-                        let kernel = AttentionDecode { shape, num_splits, workgroup_size };
-                        let what = format!(
-                            "attention_decode {profile} large scores group={group} {workgroup_size} {num_splits}"
-                        );
-                        check(gpu, &what, &kernel, &inputs, Tolerance::F32);
-                    }
-                }
+                let kernel = AttentionDecode { shape, num_splits, workgroup_size };
+                let what =
+                    format!("attention_decode {profile} large scores group={group} {workgroup_size} {num_splits}");
+                check(gpu, &what, &kernel, &inputs, Tolerance::F32);
             }
         });
     }

@@ -213,8 +213,8 @@ mod tests {
                 num_attention_heads: 4,
                 num_key_value_heads: 2,
                 head_dim: 16,
-                kv_dtype: DType::F32,
-                kv_table: KvTable::Pages,
+                kv_dtype: DType::F16,
+                kv_table: KvTable::Slots,
             };
             for num_rows in [0, 1, 7, 31, 32, 33, 127, 128, 129] {
                 for kv_len in [num_rows, 300] {
