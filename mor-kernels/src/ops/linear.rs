@@ -9,6 +9,9 @@ use crate::rows::{ROW_PADDING, RowSet};
 use crate::shader::Definitions;
 use crate::tensor::{DType, Tensor};
 
+/// Lanes of a subgroup for which the shader spells out its broadcasts: those of 256-bit vectors.
+const BROADCAST_LANES: u32 = 8;
+
 /// `y = x W^T`, weights and activations each read once for a tile of the output.
 ///
 /// # Source
@@ -66,17 +69,26 @@ pub struct LinearBindings<'a> {
 }
 
 impl LinearTile {
-    /// The tile for up to `max_rows` rows and `num_outputs` columns on a device with `caps`.
-    pub fn for_shape(caps: &DeviceCaps, max_rows: u32, num_outputs: u32) -> Self {
-        let _ = num_outputs;
-        if caps.is_cpu {
-            return LinearTile::Direct { tile_m: 8, tile_n: 64, thread_n: 2 };
+    /// The tile for up to `max_rows` rows on a device with `caps`.
+    pub fn for_shape(caps: &DeviceCaps, max_rows: u32) -> Self {
+        match (caps.is_cpu, max_rows) {
+            (true, _) if caps.subgroup_sizes == Some((BROADCAST_LANES, BROADCAST_LANES)) => {
+                LinearTile::Direct { tile_m: BROADCAST_LANES, tile_n: 64, thread_n: 4 }
+            }
+            (true, _) => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
+            (false, 0..=16) => LinearTile::Staged { tile_m: 16, tile_n: 64, tile_k: 32, thread_m: 4, thread_n: 4 },
+            (false, 17..=32) => LinearTile::Staged { tile_m: 32, tile_n: 64, tile_k: 16, thread_m: 4, thread_n: 4 },
+            (false, _) => LinearTile::Staged { tile_m: 64, tile_n: 64, tile_k: 16, thread_m: 8, thread_n: 4 },
         }
-        match max_rows {
-            0..=16 => LinearTile::Staged { tile_m: 16, tile_n: 64, tile_k: 32, thread_m: 4, thread_n: 4 },
-            17..=32 => LinearTile::Staged { tile_m: 32, tile_n: 64, tile_k: 16, thread_m: 4, thread_n: 4 },
-            _ => LinearTile::Staged { tile_m: 64, tile_n: 64, tile_k: 16, thread_m: 8, thread_n: 4 },
-        }
+    }
+
+    /// Whether each lane of a subgroup loads one row of x and broadcasts it: there must be as many rows as lanes,
+    /// and no lane may be missing.
+    fn broadcasts(self, caps: &DeviceCaps) -> bool {
+        let LinearTile::Direct { tile_m, tile_n, thread_n } = self else { return false };
+        tile_m == BROADCAST_LANES
+            && (tile_n / thread_n).is_multiple_of(BROADCAST_LANES)
+            && caps.subgroup_sizes == Some((BROADCAST_LANES, BROADCAST_LANES))
     }
 
     /// Rows and columns of a workgroup.
@@ -112,16 +124,15 @@ impl LinearTile {
 }
 
 impl Linear {
-    /// The variant for up to `max_rows` rows and `num_outputs` columns at once on a device with `caps`.
+    /// The variant for up to `max_rows` rows at once on a device with `caps`.
     pub fn for_shape(
         caps: &DeviceCaps,
         max_rows: u32,
-        num_outputs: u32,
         weight_dtype: DType,
         x_by_row: bool,
         epilogue: EpilogueKind,
     ) -> Self {
-        Self { weight_dtype, x_by_row, epilogue, tile: LinearTile::for_shape(caps, max_rows, num_outputs) }
+        Self { weight_dtype, x_by_row, epilogue, tile: LinearTile::for_shape(caps, max_rows) }
     }
 
     /// Records the kernel over all active rows.
@@ -166,7 +177,7 @@ impl Kernel for Linear {
     type Params = LinearParams;
     type Bindings<'a> = LinearBindings<'a>;
 
-    fn definitions(&self, _: &DeviceCaps) -> Definitions {
+    fn definitions(&self, caps: &DeviceCaps) -> Definitions {
         let ([tile_m, tile_n], [thread_m, thread_n]) = (self.tile.size(), self.tile.thread());
         let mut definitions = Definitions::new()
             .u32("TILE_M", tile_m)
@@ -174,9 +185,10 @@ impl Kernel for Linear {
             .u32("THREAD_M", thread_m)
             .u32("THREAD_N", thread_n)
             .flag("X_BY_ROW", self.x_by_row);
-        if let LinearTile::Staged { tile_k, .. } = self.tile {
-            definitions = definitions.u32("TILE_K", tile_k).flag("STAGED", true);
-        }
+        definitions = match self.tile {
+            LinearTile::Staged { tile_k, .. } => definitions.u32("TILE_K", tile_k).flag("STAGED", true),
+            LinearTile::Direct { .. } => definitions.flag("BROADCAST", self.tile.broadcasts(caps)),
+        };
         self.epilogue.define(define_weight(definitions, self.weight_dtype))
     }
 
@@ -209,12 +221,10 @@ mod tests {
         for is_cpu in [true, false] {
             let caps = DeviceCaps { is_cpu, ..gpu.caps().clone() };
             for max_rows in [1, 16, 32, 64, 512, 4096] {
-                for num_outputs in [128, 960, 4096, 49152] {
-                    let tile = LinearTile::for_shape(&caps, max_rows, num_outputs);
-                    assert!(tile.is_valid(&caps), "{tile:?}");
-                    if !tiles.contains(&tile) {
-                        tiles.push(tile);
-                    }
+                let tile = LinearTile::for_shape(&caps, max_rows);
+                assert!(tile.is_valid(&caps), "{tile:?}");
+                if !tiles.contains(&tile) {
+                    tiles.push(tile);
                 }
             }
         }
@@ -320,7 +330,7 @@ mod tests {
         let gpu = parity::gpu();
         let weight = Tensor::zeros(gpu, "weight", DType::F16, &[6, 16]).expect("it fits");
         let rows = parity::row_set(gpu, &[]);
-        let kernel = Linear::for_shape(gpu.caps(), 64, 6, DType::F16, false, EpilogueKind::Store);
+        let kernel = Linear::for_shape(gpu.caps(), 64, DType::F16, false, EpilogueKind::Store);
         let bindings =
             LinearBindings { rows: &rows, weight: &weight, x: &weight, epilogue: Epilogue::Store { out: &weight } };
         let message = |kernel: Linear, num_outputs, in_features| {
