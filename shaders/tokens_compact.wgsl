@@ -1,1 +1,213 @@
-// draft
+// tokens_compact: decide which rows are active now, list them in position order, give them K/V slots and size the grids
+// Math      active = [r : keep(r)] ascending; slot of the j-th kept row of a sequence = kv_lengths + j
+// Why       counts stay on the device: the list and the indirect grids are all that later kernels need
+// Shapes    rows [T]; decision [T] f32; depth [T]; kv_lengths [sequences, groups]; pages [sequences, groups, max_pages];
+//           active_out [T + ROW_PADDING]; dispatch [4 + 3 * MAX_GRIDS]; slots [sequences, groups, max_positions];
+//           results [sequences, max_positions] of (token, depth)
+// Bindings  0 params uniform; 1 grids uniform; 2 rows read; 3 depth write; 4 active_out write; 5 dispatch write;
+//           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS];
+//           10 results write [SAMPLE]
+// Grid      (1, 1, 1): one workgroup; each thread owns a run of consecutive rows
+// Spec      WORKGROUP_SIZE power of two; flags of the mode: BEGIN, EXPERT, TOKEN, FIXED, SAMPLE
+// Limits    rows of a sequence are contiguous and ascend in position; params.num_rows <= T
+// Numerics  integers; the decision threshold is logit >= 0 (NaN does not pass)
+// Source    MoR, expert-choice and token-choice routing (arXiv 2507.10524)
+#import shared/rows
+
+struct Params {
+    num_rows: u32,
+    recursion: u32,
+    always: u32,
+    keep_all: u32,
+    num_groups: u32,
+    write_group: u32,
+    read_group: u32,
+    max_pages: u32,
+    max_positions: u32,
+    first_hybrid_group: u32,
+}
+
+struct Grids {
+    count: u32,
+    pad0: u32,
+    pad1: u32,
+    pad2: u32,
+    // (x, rows per workgroup, z, 0)
+    entries: array<vec4<u32>, MAX_GRIDS>,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<uniform> grids: Grids;
+@group(0) @binding(2) var<storage, read> rows: array<Row>;
+@group(0) @binding(3) var<storage, read_write> depth: array<u32>;
+@group(0) @binding(4) var<storage, read_write> active_out: array<ActiveRow>;
+@group(0) @binding(5) var<storage, read_write> dispatch: array<u32>;
+#if KV
+@group(0) @binding(6) var<storage, read_write> kv_lengths: array<u32>;
+@group(0) @binding(7) var<storage, read> pages: array<u32>;
+#endif
+#if EXPERT
+@group(0) @binding(8) var<storage, read> decision: array<f32>;
+#endif
+#if KV_SLOTS
+@group(0) @binding(9) var<storage, read_write> slots: array<u32>;
+#endif
+#if SAMPLE
+@group(0) @binding(10) var<storage, read_write> results: array<vec2<u32>>;
+#endif
+
+var<workgroup> counts: array<u32, WORKGROUP_SIZE>;
+
+// Bit 0: listed. Bit 1: selected, that is counted into the token's depth.
+fn keep(r: u32) -> u32 {
+    let row = rows[r];
+    if (row.flags & ROW_ACTIVE) == 0u {
+        return 0u;
+    }
+#if BEGIN
+    return 3u;
+#elif EXPERT
+    let selected = depth[r] == params.recursion && (params.always != 0u || decision[r] >= 0.0);
+    return select(params.keep_all, 3u, selected);
+#elif TOKEN
+    return select(0u, 3u, depth[r] > params.recursion);
+#elif FIXED
+    return 3u;
+#else
+    return select(0u, 3u, (row.flags & ROW_SAMPLE) != 0u);
+#endif
+}
+
+#if KV
+fn physical(sequence: u32, group: u32, slot: u32) -> u32 {
+    let page = pages[(sequence * params.num_groups + group) * params.max_pages + slot / PAGE_SIZE];
+    return page * PAGE_SIZE + slot % PAGE_SIZE;
+}
+#endif
+
+// Listed rows before row r, once `counts` holds the inclusive scan over the threads' runs of `run` rows.
+fn listed_before(r: u32, run: u32) -> u32 {
+    let thread = r / run;
+    var sum = 0u;
+    if thread > 0u {
+        sum = counts[min(thread, WORKGROUP_SIZE) - 1u];
+    }
+    for (var q = thread * run; q < r; q++) {
+        sum += keep(q) & 1u;
+    }
+    return sum;
+}
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(@builtin(local_invocation_index) thread: u32) {
+    let run = max((params.num_rows + WORKGROUP_SIZE - 1u) / WORKGROUP_SIZE, 1u);
+    let first = min(thread * run, params.num_rows);
+    let last = min(first + run, params.num_rows);
+
+    var mine = 0u;
+    for (var r = first; r < last; r++) {
+        mine += keep(r) & 1u;
+    }
+    counts[thread] = mine;
+    workgroupBarrier();
+    for (var step = 1u; step < WORKGROUP_SIZE; step = step * 2u) {
+        var before = 0u;
+        if thread >= step {
+            before = counts[thread - step];
+        }
+        workgroupBarrier();
+        counts[thread] += before;
+        workgroupBarrier();
+    }
+    let total = counts[WORKGROUP_SIZE - 1u];
+
+    var place = counts[thread] - mine;
+    for (var r = first; r < last; r++) {
+        let row = rows[r];
+        let kept = keep(r);
+#if SAMPLE
+        if (row.flags & ROW_ACTIVE) != 0u {
+            results[row.sequence * params.max_positions + row.position].y = depth[r];
+        }
+#endif
+#if KV_SLOTS
+        // Unless a later recursion overrides it, it sees the first one's entry at this position.
+        if params.first_hybrid_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
+            for (var g = params.first_hybrid_group; g < params.num_groups; g++) {
+                slots[(row.sequence * params.num_groups + g) * params.max_positions + row.position] =
+                    physical(row.sequence, params.write_group, row.position);
+            }
+        }
+#endif
+        if (kept & 1u) != 0u {
+            var entry = ActiveRow(r, row.sequence, row.position, NONE, 0u, 0u, 0u, 0u);
+#if KV
+            entry.kv_table = (row.sequence * params.num_groups + params.read_group) * params.max_pages;
+            entry.kv_len = row.position + 1u;
+            if params.write_group != NONE {
+                let rank = place - listed_before(r - row.flags / ROW_INDEX_UNIT, run);
+                let slot = kv_lengths[row.sequence * params.num_groups + params.write_group] + rank;
+                entry.kv_slot = physical(row.sequence, params.write_group, slot);
+                if params.write_group == params.read_group {
+                    entry.kv_len = slot + 1u;
+                }
+#if KV_SLOTS
+                if params.first_hybrid_group == NONE {
+                    entry.kv_table = (row.sequence * params.num_groups + params.write_group) * params.max_positions;
+                    slots[entry.kv_table + row.position] = entry.kv_slot;
+                    entry.kv_len = row.position + 1u;
+                }
+#endif
+            }
+#endif
+            active_out[place] = entry;
+            place++;
+        }
+    }
+    // Everything is decided: from here on depths and lengths may change.
+    storageBarrier();
+    workgroupBarrier();
+#if KV
+    if params.write_group != NONE {
+        for (var r = first; r < last; r++) {
+            let row = rows[r];
+            let ends = r + 1u == params.num_rows
+                || rows[min(r + 1u, params.num_rows - 1u)].sequence != row.sequence;
+            if ends && (row.flags & ROW_ACTIVE) != 0u {
+                let added = listed_before(r + 1u, run) - listed_before(r - row.flags / ROW_INDEX_UNIT, run);
+                kv_lengths[row.sequence * params.num_groups + params.write_group] += added;
+            }
+        }
+    }
+    storageBarrier();
+    workgroupBarrier();
+#endif
+    for (var r = first; r < last; r++) {
+#if BEGIN
+        depth[r] = 0u;
+#elif SAMPLE
+        // Reads depths only.
+#elif TOKEN
+        // The router has written the depth.
+#else
+        if (keep(r) & 2u) != 0u {
+            depth[r] = params.recursion + 1u;
+        }
+#endif
+    }
+    for (var i = thread; i < ROW_PADDING; i += WORKGROUP_SIZE) {
+        active_out[total + i] = ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, 0u, 0u);
+    }
+    if thread == 0u {
+        dispatch[0] = total;
+        // Rows listed since the host cleared it: work done, to be checked against depths.
+        dispatch[1] += total;
+    }
+    for (var g = thread; g < grids.count; g += WORKGROUP_SIZE) {
+        let grid = grids.entries[g];
+        let empty = total == 0u;
+        dispatch[4u + 3u * g] = select(grid.x, 0u, empty);
+        dispatch[5u + 3u * g] = (total + grid.y - 1u) / grid.y;
+        dispatch[6u + 3u * g] = select(grid.z, 0u, empty);
+    }
+}

@@ -92,6 +92,7 @@ fn with_row_constants(definitions: Definitions) -> Definitions {
         .u32("ROW_PADDING", rows::ROW_PADDING)
         .u32("ROW_ACTIVE", rows::ROW_ACTIVE)
         .u32("ROW_SAMPLE", rows::ROW_SAMPLE)
+        .u32("ROW_INDEX_UNIT", rows::ROW_INDEX_UNIT)
         .u32("MAX_GRIDS", rows::MAX_GRIDS as u32)
 }
 

@@ -181,6 +181,16 @@ impl Output {
         output
     }
 
+    /// As [`Output::from_values`], of integers.
+    ///
+    /// # Panics
+    /// If the device refuses the memory.
+    pub fn from_words(gpu: &Gpu, initial: &[u32]) -> Self {
+        let output = Self::new(gpu, initial.len());
+        gpu.write(&output.tensor, 0, bytemuck::cast_slice(initial));
+        output
+    }
+
     /// The elements as f32, after checking that the guard is untouched.
     ///
     /// # Panics

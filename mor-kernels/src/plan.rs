@@ -153,6 +153,12 @@ impl<'g> PlanBuilder<'g> {
         self.grid_table.clone()
     }
 
+    /// Adds `[x, rows per workgroup, z, 0]` to the table, for tests of the kernel that fills it.
+    #[cfg(test)]
+    pub(crate) fn intern_grid(&mut self, grid: [u32; 4]) -> Result<()> {
+        self.grid_index("test", grid).map(|_| ())
+    }
+
     /// Records one dispatch.
     ///
     /// # Errors

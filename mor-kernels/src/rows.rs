@@ -23,6 +23,9 @@ pub const ROW_ACTIVE: u32 = 1;
 /// [`Row::flags`]: logits are computed for the row and a token is drawn.
 pub const ROW_SAMPLE: u32 = 2;
 
+/// [`Row::flags`]: from this bit on, the row's index among its sequence's rows of the step.
+pub const ROW_INDEX_UNIT: u32 = 256;
+
 /// One token of a step, as the host or the sampler writes it. Mirrors `struct Row` in `shared/rows.wgsl`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -33,8 +36,13 @@ pub struct Row {
     pub position: u32,
     /// Index of the sequence.
     pub sequence: u32,
-    /// [`ROW_ACTIVE`] and [`ROW_SAMPLE`].
+    /// [`ROW_ACTIVE`], [`ROW_SAMPLE`], and [`ROW_INDEX_UNIT`] times the row's index among its sequence's rows.
     pub flags: u32,
+}
+
+impl Row {
+    /// A row that takes no part; rows of a step that hold no token must be this.
+    pub const ABSENT: Self = Self { token: 0, position: 0, sequence: NONE, flags: 0 };
 }
 
 /// One entry of a [`RowSet`]. Mirrors `struct ActiveRow` in `shared/rows.wgsl`.

@@ -158,8 +158,8 @@ names! {
 /// A validated model configuration.
 ///
 /// Every value that reaches this type satisfies the rules listed at [`MorConfig::from_json_str`], so the rest of the
-/// crate computes with it without checking again. Fields are public for reading; to change one, edit the JSON and parse it
-/// again, or use [`MorConfig::with_kv`].
+/// crate computes with it without checking again. Fields are public for reading; to change one, edit the JSON and
+/// parse it again, or use [`MorConfig::with_kv`].
 ///
 /// ```
 /// use mor_model::{KvStrategy, Mode, MorConfig};
@@ -284,16 +284,16 @@ impl MorConfig {
 
     /// Parses and validates the text of a `config.json`; `origin` names it in messages.
     ///
-    /// Without a `mor` object a Llama configuration is a vanilla model. Unknown Llama fields are ignored, since published
-    /// files carry many; unknown `mor` fields are refused.
+    /// Without a `mor` object a Llama configuration is a vanilla model. Unknown Llama fields are ignored, since
+    /// published files carry many; unknown `mor` fields are refused.
     ///
     /// # Errors
     ///
     /// [`ModelError::JsonSyntax`], [`ModelError::ConfigMissing`], [`ModelError::ConfigValue`],
     /// [`ModelError::ConfigUnknownField`], [`ModelError::ConfigConflict`] or [`ModelError::LayersNotDivisible`].
     pub fn from_json_str(text: &str, origin: &str) -> Result<Self, ModelError> {
-        let map: Map<String, Value> =
-            serde_json::from_str(text).map_err(|source| ModelError::JsonSyntax { origin: origin.to_owned(), source })?;
+        let map: Map<String, Value> = serde_json::from_str(text)
+            .map_err(|source| ModelError::JsonSyntax { origin: origin.to_owned(), source })?;
         let top = Fields { origin, prefix: "", map: &map };
         let mor = top.object("mor")?;
         let model_type = map.get("model_type");
@@ -301,12 +301,15 @@ impl MorConfig {
             Some("llama") => {}
             None if model_type.is_none_or(Value::is_null) => {}
             Some("mor") if mor.is_some() => {}
-            Some("mor") => return Err(top.missing("mor", "an object with the routing setup when model_type is mor")),
+            Some("mor") => {
+                return Err(top.missing("mor", "an object with the routing setup when model_type is mor"));
+            }
             _ => return Err(top.value("model_type", "llama or mor")),
         }
         top.refuse_unimplemented()?;
         let no_fields = Map::new();
-        let config = Self::from_fields(&top, Fields { origin, prefix: "mor.", map: mor.unwrap_or(&no_fields) }, mor.is_some())?;
+        let config =
+            Self::from_fields(&top, Fields { origin, prefix: "mor.", map: mor.unwrap_or(&no_fields) }, mor.is_some())?;
         config.check_combinations(origin)?;
         Ok(config)
     }
@@ -330,9 +333,10 @@ impl MorConfig {
             Some(_) => top.size("head_dim", MAX_WIDTH)?,
             None if hidden_size % num_attention_heads == 0 => hidden_size / num_attention_heads,
             None => {
-                return Err(top.conflict(
-                    ("num_attention_heads", num_attention_heads),
-                    ("hidden_size", hidden_size),
+                return Err(conflict(
+                    top.origin,
+                    ("num_attention_heads", &num_attention_heads),
+                    ("hidden_size", &hidden_size),
                     "without head_dim the number of heads must divide the hidden size; set head_dim",
                 ));
             }
@@ -350,9 +354,10 @@ impl MorConfig {
 
         let num_recursions = match (mor.get("num_recursion"), mor.get("num_recursions")) {
             (Some(a), Some(b)) if a != b => {
-                return Err(mor.conflict(
-                    ("num_recursion", a),
-                    ("num_recursions", b),
+                return Err(conflict(
+                    mor.origin,
+                    ("mor.num_recursion", a),
+                    ("mor.num_recursions", b),
                     "they are two spellings of one field; keep one",
                 ));
             }
@@ -414,21 +419,12 @@ impl MorConfig {
 
     /// Checks the fields against each other.
     fn check_combinations(&self, origin: &str) -> Result<(), ModelError> {
-        let conflict = |field: (&str, &dyn fmt::Display), other: (&str, &dyn fmt::Display), rule: &str| {
-            Err(ModelError::ConfigConflict {
-                origin: origin.to_owned(),
-                field: field.0.to_owned(),
-                found: field.1.to_string(),
-                other: other.0.to_owned(),
-                other_found: other.1.to_string(),
-                rule: rule.to_owned(),
-            })
-        };
-        let mode = ("mor.mode", &self.mode as &dyn fmt::Display);
-        let sharing = ("mor.sharing", &self.sharing as &dyn fmt::Display);
-        let func = ("mor.router_func", &self.router_func as &dyn fmt::Display);
-        let kv = ("mor.kv", &self.kv as &dyn fmt::Display);
-        let recursions = ("mor.num_recursion", &self.num_recursions as &dyn fmt::Display);
+        let conflict = |field, other, rule| Err(conflict(origin, field, other, rule));
+        let mode: Setting<'_> = ("mor.mode", &self.mode);
+        let sharing: Setting<'_> = ("mor.sharing", &self.sharing);
+        let func: Setting<'_> = ("mor.router_func", &self.router_func);
+        let kv: Setting<'_> = ("mor.kv", &self.kv);
+        let recursions: Setting<'_> = ("mor.num_recursion", &self.num_recursions);
 
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return conflict(
@@ -442,7 +438,7 @@ impl MorConfig {
             return conflict(
                 ("num_attention_heads", &self.num_attention_heads),
                 ("head_dim", &self.head_dim),
-                &format!("their product must not exceed {MAX_WIDTH}"),
+                "their product must not exceed 1048576",
             );
         }
 
@@ -545,6 +541,20 @@ impl MorConfig {
     }
 }
 
+/// A field and its value.
+type Setting<'a> = (&'static str, &'a dyn fmt::Display);
+
+fn conflict(origin: &str, field: Setting<'_>, other: Setting<'_>, rule: &'static str) -> ModelError {
+    ModelError::ConfigConflict {
+        origin: origin.to_owned(),
+        field: field.0,
+        found: field.1.to_string(),
+        other: other.0,
+        other_found: other.1.to_string(),
+        rule,
+    }
+}
+
 /// Default capacities (R - r) / R of expert choice.
 fn default_capacity(num_recursions: usize) -> Vec<f64> {
     (0..num_recursions).map(|r| (num_recursions - r) as f64 / num_recursions as f64).collect()
@@ -552,7 +562,9 @@ fn default_capacity(num_recursions: usize) -> Vec<f64> {
 
 impl Serialize for MorConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let name = |text: &str| if text == "null" { Value::Null } else { Value::from(text) };
+        let name = |text: &str| {
+            if text == "null" { Value::Null } else { Value::from(text) }
+        };
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("model_type", "mor")?;
         map.serialize_entry("hidden_act", "silu")?;
@@ -634,17 +646,6 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn conflict(&self, field: (&str, impl fmt::Display), other: (&str, impl fmt::Display), rule: &str) -> ModelError {
-        ModelError::ConfigConflict {
-            origin: self.origin.to_owned(),
-            field: self.path(field.0),
-            found: field.1.to_string(),
-            other: self.path(other.0),
-            other_found: other.1.to_string(),
-            rule: rule.to_owned(),
-        }
-    }
-
     fn object(&self, name: &str) -> Result<Option<&'a Map<String, Value>>, ModelError> {
         match self.get(name) {
             None => Ok(None),
@@ -664,7 +665,8 @@ impl<'a> Fields<'a> {
     }
 
     fn steps(&self, name: &str) -> Result<u64, ModelError> {
-        self.get(name).map_or(Ok(0), |value| value.as_u64().ok_or_else(|| self.value(name, "a number of steps, 0 or more")))
+        self.get(name)
+            .map_or(Ok(0), |value| value.as_u64().ok_or_else(|| self.value(name, "a number of steps, 0 or more")))
     }
 
     /// A number that is finite and positive also after rounding to f32, the type kernels see.
@@ -673,10 +675,7 @@ impl<'a> Fields<'a> {
         let Some(value) = self.get(name) else {
             return default.ok_or_else(|| self.missing(name, EXPECTED));
         };
-        value
-            .as_f64()
-            .filter(|&x| x as f32 > 0.0 && (x as f32).is_finite())
-            .ok_or_else(|| self.value(name, EXPECTED))
+        value.as_f64().filter(|&x| x as f32 > 0.0 && (x as f32).is_finite()).ok_or_else(|| self.value(name, EXPECTED))
     }
 
     fn coefficient(&self, name: &str, default: f64) -> Result<f64, ModelError> {
@@ -709,7 +708,13 @@ impl<'a> Fields<'a> {
     }
 
     /// A name of a closed set in which `null` is a value; an absent field takes the default.
-    fn nullable<T: Copy>(&self, name: &str, all: &[T], text: fn(T) -> &'static str, default: T) -> Result<T, ModelError> {
+    fn nullable<T: Copy>(
+        &self,
+        name: &str,
+        all: &[T],
+        text: fn(T) -> &'static str,
+        default: T,
+    ) -> Result<T, ModelError> {
         let Some(value) = self.map.get(name) else {
             return Ok(default);
         };
@@ -747,7 +752,7 @@ impl<'a> Fields<'a> {
         .ok_or_else(|| {
             self.value(
                 "capacity",
-                format!("{num_recursions} numbers (one per recursion) above 0 and up to 1, none larger than the one before it"),
+                format!("{num_recursions} numbers (one per recursion) above 0 and up to 1, none above the one before"),
             )
         })
     }
@@ -757,7 +762,8 @@ impl<'a> Fields<'a> {
         if self.get("rope_theta").is_none()
             && let Some(map) = self.object("rope_parameters")?
         {
-            return Fields { origin: self.origin, prefix: "rope_parameters.", map }.positive("rope_theta", Some(10000.0));
+            return Fields { origin: self.origin, prefix: "rope_parameters.", map }
+                .positive("rope_theta", Some(10000.0));
         }
         self.positive("rope_theta", Some(10000.0))
     }

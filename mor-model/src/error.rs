@@ -70,15 +70,15 @@ pub enum ModelError {
         /// Where the configuration comes from.
         origin: String,
         /// First field.
-        field: String,
+        field: &'static str,
         /// Its value.
         found: String,
         /// Second field.
-        other: String,
+        other: &'static str,
         /// Its value.
         other_found: String,
         /// The rule that is broken and how to satisfy it.
-        rule: String,
+        rule: &'static str,
     },
 
     /// The shared layers do not split into equal recursions.
@@ -121,7 +121,9 @@ pub enum ModelError {
     },
 
     /// A safetensors file is shorter or longer than its header says.
-    #[error("{file}: holds {found_bytes} bytes, its header describes {expected_bytes}; copy or download the file again")]
+    #[error(
+        "{file}: holds {found_bytes} bytes, its header describes {expected_bytes}; copy or download the file again"
+    )]
     FileLength {
         /// Weight file.
         file: String,
@@ -174,7 +176,7 @@ pub enum ModelError {
     /// A file holds a tensor the configuration has no place for.
     #[error(
         "{file}: tensor {name} has no place in a {mode} model with {sharing} sharing; \
-         check mor.mode, mor.sharing, mor.num_recursion, mor.router_type, mor.sampling and mor.balancing against the checkpoint"
+         check mor.mode, mor.sharing, mor.num_recursion, mor.router_type, mor.sampling and mor.balancing"
     )]
     UnknownTensor {
         /// Weight file.
@@ -229,7 +231,9 @@ pub enum ModelError {
     },
 
     /// A tensor has an element type that is not a supported float.
-    #[error("{file}: tensor {name} has element type {found}, expected F32, F16 or BF16; quantised files are not supported")]
+    #[error(
+        "{file}: tensor {name} has element type {found}, expected F32, F16 or BF16; quantised files are not supported"
+    )]
     TensorDtype {
         /// Weight file.
         file: String,
@@ -253,7 +257,9 @@ pub enum ModelError {
     },
 
     /// A token id is outside the vocabulary.
-    #[error("token {token} at position {position} is outside the vocabulary, expected an id below vocab_size = {vocab_size}")]
+    #[error(
+        "token {token} at position {position} is outside the vocabulary, expected an id below vocab_size = {vocab_size}"
+    )]
     TokenOutOfRange {
         /// Token id.
         token: u32,
@@ -271,7 +277,10 @@ pub enum ModelError {
     },
 
     /// Top-k routing was asked for a sequence that is already under way.
-    #[error("top-k routing sees the whole sequence, but {cached} tokens are already cached; start from an empty cache or use causal routing")]
+    #[error(
+        "top-k routing sees the whole sequence, but {cached} tokens are already cached; \
+         start from an empty cache or use causal routing"
+    )]
     TopKNeedsWholeSequence {
         /// Tokens already cached.
         cached: usize,

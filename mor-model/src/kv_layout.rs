@@ -7,9 +7,9 @@ pub const UNSHARED_GROUP: usize = 0;
 
 /// Where each effective layer keeps its keys and values.
 ///
-/// Entries are organised in groups. [`UNSHARED_GROUP`] belongs to the layers outside the shared part, group `1 + r` to
-/// recursion `r`. All layers of a group hold the same tokens of a sequence, so a (sequence, group) pair needs one length
-/// and one page table. All recursions of a tied layer use one buffer pair; pages tell them apart.
+/// Entries are organised in groups. [`UNSHARED_GROUP`] belongs to the layers outside the shared part, group `1 + r`
+/// to recursion `r`. All layers of a group hold the same tokens of a sequence, so a (sequence, group) pair needs one
+/// length and one page table. All recursions of a tied layer use one buffer pair; pages tell them apart.
 ///
 /// ```
 /// use mor_model::{KvLayout, LayerLayout, MorConfig};
@@ -181,12 +181,13 @@ impl KvLayout {
 
     /// Mean bytes per token when recursion `r` keeps the fraction `fractions[r]` of the tokens.
     ///
-    /// Expert choice keeps about its `capacity`; for other models, or after a run, pass the measured fractions. A missing
-    /// fraction counts as 1. `elem_bytes` is the size of a cached element (2 for half precision).
+    /// Expert choice keeps about its `capacity`; for other models, or after a run, pass the measured fractions. A
+    /// missing fraction counts as 1. `elem_bytes` is the size of a cached element (2 for half precision).
     ///
     /// # Source
     ///
-    /// Mixture-of-Recursions (arXiv 2507.10524), table 2: for the shared part (R + 1) / 2R recursion-wise and 1 / R shared.
+    /// Mixture-of-Recursions (arXiv 2507.10524), table 2: for the shared part (R + 1) / 2R recursion-wise and 1 / R
+    /// shared.
     pub fn bytes_per_token(&self, fractions: &[f64], elem_bytes: usize) -> KvBytes {
         let entry_bytes = (self.elems_per_entry * elem_bytes) as f64;
         let entries: f64 = self
@@ -206,4 +207,84 @@ impl KvLayout {
 /// Group of recursion `recursion`.
 pub const fn recursion_group(recursion: u32) -> usize {
     1 + recursion as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(num_layers: usize, mor: &str) -> (MorConfig, KvLayout) {
+        let text = format!(
+            r#"{{ "vocab_size": 97, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": {num_layers},
+                "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "mor": {mor} }}"#
+        );
+        let config = MorConfig::from_json_str(&text, "test").unwrap();
+        let kv = KvLayout::new(&config, &LayerLayout::new(&config));
+        (config, kv)
+    }
+
+    /// (buffer, write group, read group, fallback group) per layer.
+    fn table(kv: &KvLayout) -> Vec<(usize, Option<usize>, usize, Option<usize>)> {
+        kv.layers().iter().map(|l| (l.buffer, l.write_group, l.read_group, l.fallback_group)).collect()
+    }
+
+    const EXPERT: &str = r#"{ "mode": "expert", "sharing": "middle_cycle", "num_recursion": 2, "kv": "KV" }"#;
+
+    #[test]
+    fn vanilla_has_one_group() {
+        let (_, kv) = layout(2, r#"{ "mode": "vanilla" }"#);
+        assert_eq!(table(&kv), [(0, Some(0), 0, None), (1, Some(0), 0, None)]);
+        assert_eq!((kv.num_groups(), kv.num_buffers()), (1, 2));
+        assert_eq!(kv.entries_per_layer(&[1, 1, 1]), [3, 3]);
+        assert_eq!(kv.entries_per_layer(&[]), [0, 0]);
+    }
+
+    #[test]
+    fn recursion_wise_separates_recursions() {
+        let (_, kv) = layout(6, &EXPERT.replace("KV", "recursion_wise"));
+        let block = [(1, Some(1), 1, None), (2, Some(1), 1, None), (1, Some(2), 2, None), (2, Some(2), 2, None)];
+        assert_eq!(table(&kv)[1..5], block);
+        assert_eq!((kv.num_groups(), kv.num_buffers()), (3, 4));
+        assert_eq!(kv.entries_per_layer(&[0, 1, 2]), [3, 2, 2, 1, 1, 3]);
+    }
+
+    #[test]
+    fn sharing_stores_the_first_recursion_for_every_token() {
+        let (_, kv) = layout(6, &EXPERT.replace("KV", "sharing"));
+        let block = [(1, Some(1), 1, None), (2, Some(1), 1, None), (1, None, 1, None), (2, None, 1, None)];
+        assert_eq!(table(&kv)[1..5], block);
+        assert_eq!(kv.group_tokens(2), GroupTokens::Empty);
+        assert_eq!(kv.entries_per_layer(&[0, 1, 2]), [3, 3, 3, 0, 0, 3]);
+    }
+
+    #[test]
+    fn hybrid_overlays_its_own_entries() {
+        let (_, kv) = layout(6, &EXPERT.replace("KV", "hybrid"));
+        assert_eq!(table(&kv)[3..5], [(1, Some(2), 2, Some(1)), (2, Some(2), 2, Some(1))]);
+        assert_eq!(kv.entries_per_layer(&[0, 1, 2]), [3, 3, 3, 1, 1, 3]);
+    }
+
+    #[test]
+    fn sequence_sharing_reads_the_neighbour() {
+        let (_, kv) =
+            layout(4, r#"{ "mode": "recursive", "sharing": "sequence", "num_recursion": 2, "kv": "sharing" }"#);
+        assert_eq!(table(&kv), [(0, Some(1), 1, None), (0, None, 1, None), (1, Some(1), 1, None), (1, None, 1, None)]);
+        assert_eq!(kv.group_tokens(UNSHARED_GROUP), GroupTokens::Empty);
+        assert_eq!(kv.entries_per_layer(&[2, 2]), [2, 0, 2, 0]);
+    }
+
+    #[test]
+    fn bytes_follow_the_published_ratios() {
+        for r in 2..=4 {
+            let mor = r#"{ "mode": "expert", "sharing": "cycle", "num_recursion": R, "kv": "KV" }"#
+                .replace('R', &r.to_string());
+            let (config, own) = layout(12, &mor.replace("KV", "recursion_wise"));
+            let (_, shared) = layout(12, &mor.replace("KV", "sharing"));
+            let own = own.bytes_per_token(&config.capacity, 2);
+            let shared = shared.bytes_per_token(&config.capacity, 2);
+            assert_eq!(own.vanilla, (12 * 2 * config.kv_dim() * 2) as f64);
+            assert!((own.ratio() - (r + 1) as f64 / (2 * r) as f64).abs() < 1e-12);
+            assert!((shared.ratio() - 1.0 / r as f64).abs() < 1e-12);
+        }
+    }
 }

@@ -1,15 +1,15 @@
 //! Mixture-of-Recursions language models as data: what a model is, before anything runs it.
 //!
-//! A Mixture-of-Recursions model applies one shared block of transformer layers several times, and decides per token how
-//! often. This crate reads such a model and answers the questions an engine has about it:
+//! A Mixture-of-Recursions model applies one shared block of transformer layers several times, and decides per token
+//! how often. This crate reads such a model and answers the questions an engine has about it:
 //!
 //! - [`MorConfig`]: the configuration, validated as a whole;
 //! - [`LayerLayout`]: which effective layers are tied, which recursion they belong to, what their tensors are called;
 //! - [`Checkpoint`]: the weights, checked and memory-mapped, with tied tensors found by content;
 //! - [`KvLayout`]: where each layer keeps keys and values, and whose it attends to.
 //!
-//! With the feature `oracle` there is also `oracle`, the whole model in plain Rust on the CPU, and `golden`, a reader of
-//! recorded reference results; faster implementations are tested against both.
+//! With the feature `oracle` there is also `oracle`, the whole model in plain Rust on the CPU, and `golden`, a reader
+//! of recorded reference results; faster implementations are tested against both.
 //!
 //! ```
 //! use mor_model::{Checkpoint, Dtype, KvLayout, MorConfig};
@@ -32,16 +32,22 @@
 //! ```
 
 mod config;
+mod device_weights;
 mod error;
+#[cfg(feature = "oracle")]
+pub mod golden;
 mod kv_layout;
+mod model;
+#[cfg(feature = "oracle")]
+pub mod oracle;
 mod sharing;
 mod weights;
 
-pub use config::{
-    Balancing, Gating, KvStrategy, Mode, MorConfig, RouterFunc, RouterType, Sampling, SharingStrategy,
-};
+pub use config::{Balancing, Gating, KvStrategy, Mode, MorConfig, RouterFunc, RouterType, Sampling, SharingStrategy};
+pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
+pub use model::{KvTensors, LogitRows, MorModel, Phase, Routing, SampleTensors, StepTensors};
 pub use sharing::{EffectiveLayer, LayerLayout};
 pub use weights::{
     Checkpoint, Dtype, LayerTensor, LayerTensors, ParameterCounts, RouterTensors, TensorId, TensorName, TensorView,

@@ -58,8 +58,7 @@ impl LayerLayout {
         let base_depth = (num_layers - 2 * first_shared) / num_recursions;
         let layers = (0..num_layers)
             .map(|l| {
-                let unshared =
-                    config.sharing == SharingStrategy::None || (middle && (l == 0 || l == num_layers - 1));
+                let unshared = config.sharing == SharingStrategy::None || (middle && (l == 0 || l == num_layers - 1));
                 if unshared {
                     return EffectiveLayer { owner: l, recursion: None, prefix: unshared_prefix(config, l) };
                 }

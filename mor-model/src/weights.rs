@@ -59,23 +59,23 @@ impl fmt::Display for Dtype {
 /// One of the nine tensors of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum LayerTensor {
-    /// Query projection [H * D, C].
+    /// Query projection `[H * D, C]`.
     QProj,
-    /// Key projection [G * D, C].
+    /// Key projection `[G * D, C]`.
     KProj,
-    /// Value projection [G * D, C].
+    /// Value projection `[G * D, C]`.
     VProj,
-    /// Output projection [C, H * D].
+    /// Output projection `[C, H * D]`.
     OProj,
-    /// MLP gate [I, C].
+    /// MLP gate `[I, C]`.
     GateProj,
-    /// MLP up [I, C].
+    /// MLP up `[I, C]`.
     UpProj,
-    /// MLP down [C, I].
+    /// MLP down `[C, I]`.
     DownProj,
-    /// Norm before attention [C].
+    /// Norm before attention `[C]`.
     InputLayernorm,
-    /// Norm before the MLP [C].
+    /// Norm before the MLP `[C]`.
     PostAttentionLayernorm,
 }
 
@@ -125,7 +125,7 @@ impl LayerTensor {
 /// What a tensor is, independent of its name in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum TensorName {
-    /// Token embeddings [V, C].
+    /// Token embeddings `[V, C]`.
     EmbedTokens,
     /// A tensor of an effective layer.
     Layer {
@@ -148,11 +148,11 @@ pub enum TensorName {
         /// 0, or 1 for the second matrix of an MLP router.
         index: usize,
     },
-    /// Bias [R] of loss-free balancing.
+    /// Bias `[R]` of loss-free balancing.
     RouterBias,
-    /// Final norm [C].
+    /// Final norm `[C]`.
     Norm,
-    /// Output head [V, C].
+    /// Output head `[V, C]`.
     LmHead,
 }
 
@@ -170,34 +170,34 @@ impl TensorId {
 /// The tensors of one effective layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LayerTensors {
-    /// Query projection [H * D, C].
+    /// Query projection `[H * D, C]`.
     pub q_proj: TensorId,
-    /// Key projection [G * D, C].
+    /// Key projection `[G * D, C]`.
     pub k_proj: TensorId,
-    /// Value projection [G * D, C].
+    /// Value projection `[G * D, C]`.
     pub v_proj: TensorId,
-    /// Output projection [C, H * D].
+    /// Output projection `[C, H * D]`.
     pub o_proj: TensorId,
-    /// MLP gate [I, C].
+    /// MLP gate `[I, C]`.
     pub gate_proj: TensorId,
-    /// MLP up [I, C].
+    /// MLP up `[I, C]`.
     pub up_proj: TensorId,
-    /// MLP down [C, I].
+    /// MLP down `[C, I]`.
     pub down_proj: TensorId,
-    /// Norm before attention [C].
+    /// Norm before attention `[C]`.
     pub input_layernorm: TensorId,
-    /// Norm before the MLP [C].
+    /// Norm before the MLP `[C]`.
     pub post_attention_layernorm: TensorId,
 }
 
 /// The tensors of one router.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RouterTensors {
-    /// One matrix [outputs, C], or two: [2 C, C] and [outputs, 2 C].
+    /// One matrix `[outputs, C]`, or two: `[2 C, C]` and `[outputs, 2 C]`.
     pub router: Vec<TensorId>,
     /// The same for the auxiliary router, where there is one.
     pub aux: Option<Vec<TensorId>>,
-    /// Bias [R] added to the score, not to the gate (loss-free balancing).
+    /// Bias `[R]` added to the score, not to the gate (loss-free balancing).
     pub bias: Option<TensorId>,
 }
 
@@ -248,8 +248,8 @@ impl ParameterCounts {
 
 /// A model's configuration and weights, checked as a whole when opened and read on demand.
 ///
-/// Files are memory-mapped: nothing is copied until a tensor is asked for. A file must not be changed while a checkpoint
-/// made from it exists.
+/// Files are memory-mapped: nothing is copied until a tensor is asked for. A file must not be changed while a
+/// checkpoint made from it exists.
 ///
 /// ```
 /// use mor_model::{Checkpoint, Dtype, MorConfig};
@@ -397,8 +397,8 @@ impl Checkpoint {
     /// # Errors
     ///
     /// Those of [`MorConfig::from_json_file`]; [`ModelError::Io`] and [`ModelError::NoWeights`] for absent files; the
-    /// shard variants for a bad index; [`ModelError::SafetensorsHeader`] and [`ModelError::FileLength`] for damaged files;
-    /// [`ModelError::UnknownTensor`], [`ModelError::MissingTensor`], [`ModelError::TiedGroupIncomplete`],
+    /// shard variants for a bad index; [`ModelError::SafetensorsHeader`] and [`ModelError::FileLength`] for damaged
+    /// files; [`ModelError::UnknownTensor`], [`ModelError::MissingTensor`], [`ModelError::TiedGroupIncomplete`],
     /// [`ModelError::TensorShape`], [`ModelError::TensorDtype`] and [`ModelError::NonFinite`] for the tensors.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, ModelError> {
         let dir = dir.as_ref();
@@ -426,8 +426,8 @@ impl Checkpoint {
 
     /// Makes a model with random weights: normal with standard deviation 0.02, norms 1, biases 0.
     ///
-    /// The same configuration, seed and type give the same weights everywhere. Values come from one pool of a few million
-    /// that tensors read at different offsets, so even a large model takes little memory and time.
+    /// The same configuration, seed and type give the same weights everywhere. Values come from one pool of a few
+    /// million that tensors read at different offsets, so even a large model takes little memory and time.
     pub fn random(config: MorConfig, seed: u64, dtype: Dtype) -> Self {
         let layout = LayerLayout::new(&config);
         let pool = Pool::new(seed, dtype);
@@ -541,17 +541,17 @@ impl Checkpoint {
         self.id(name).map(|id| self.view(id))
     }
 
-    /// Token embeddings [V, C].
+    /// Token embeddings `[V, C]`.
     pub fn embed_tokens(&self) -> TensorId {
         self.ids[&TensorName::EmbedTokens]
     }
 
-    /// Final norm [C].
+    /// Final norm `[C]`.
     pub fn norm(&self) -> TensorId {
         self.ids[&TensorName::Norm]
     }
 
-    /// Output head [V, C]; equal to [`Checkpoint::embed_tokens`] when tied.
+    /// Output head `[V, C]`; equal to [`Checkpoint::embed_tokens`] when tied.
     pub fn lm_head(&self) -> TensorId {
         self.ids[&TensorName::LmHead]
     }
@@ -565,8 +565,8 @@ impl Checkpoint {
         self.layers[layer]
     }
 
-    /// Router of a recursion, `None` when the model routes nothing or has no such recursion. Token choice has one router,
-    /// that of recursion 0.
+    /// Router of a recursion, `None` when the model routes nothing or has no such recursion. Token choice has one
+    /// router, that of recursion 0.
     pub fn router(&self, recursion: u32) -> Option<RouterTensors> {
         let matrices = |name: fn(u32, usize) -> TensorName| {
             let list: Vec<TensorId> = (0..2).map_while(|index| self.id(name(recursion, index))).collect();
@@ -622,7 +622,12 @@ impl Checkpoint {
     pub fn read_bytes(&self, id: TensorId, first_elem: usize, out: &mut [u8]) {
         let tensor = &self.tensors[id.index()];
         let elem_bytes = tensor.dtype.num_bytes();
-        assert!(out.len().is_multiple_of(elem_bytes), "{}: {} bytes are no whole number of elements", tensor.name, out.len());
+        assert!(
+            out.len().is_multiple_of(elem_bytes),
+            "{}: {} bytes are no whole number of elements",
+            tensor.name,
+            out.len()
+        );
         assert!(
             first_elem <= tensor.num_elems() && out.len() / elem_bytes <= tensor.num_elems() - first_elem,
             "{}: elements {first_elem}.. with {} bytes pass the end of shape {:?}",
@@ -641,7 +646,9 @@ impl Checkpoint {
                 out.chunks_exact_mut(len).for_each(|elem| elem.copy_from_slice(&bytes[..len]));
             }
             // Places are made together with their source.
-            (Place::File { .. }, Source::Random(_)) | (Place::Pool { .. }, Source::Files(_)) => unreachable!(),
+            (Place::File { .. }, Source::Random(_)) | (Place::Pool { .. }, Source::Files(_)) => {
+                unreachable!()
+            }
         }
     }
 
@@ -659,9 +666,8 @@ impl Checkpoint {
     pub fn parameter_counts(&self) -> ParameterCounts {
         let elems = |id: TensorId| self.tensors[id.index()].num_elems() as u64;
         let embedding = [self.embed_tokens(), self.lm_head()];
-        let unique = |is_embedding: bool| {
-            self.tensor_ids().filter(|id| embedding.contains(id) == is_embedding).map(elems).sum()
-        };
+        let unique =
+            |is_embedding: bool| self.tensor_ids().filter(|id| embedding.contains(id) == is_embedding).map(elems).sum();
         let effective_non_embedding = self
             .ids
             .iter()
@@ -827,7 +833,9 @@ fn read_headers(files: &[WeightFile]) -> Result<HashMap<String, Stored>, ModelEr
         let (data_start, header) = read_header(file)?;
         // In file order, so that the first duplicate reported does not depend on hashing.
         for name in header.offset_keys() {
-            let Some(info) = header.info(&name) else { continue };
+            let Some(info) = header.info(&name) else {
+                continue;
+            };
             let bytes = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
             let tensor = Stored { file: index, dtype: info.dtype, shape: info.shape.clone(), bytes };
             if let Some(earlier) = stored.insert(name.clone(), tensor) {
@@ -914,15 +922,12 @@ fn missing(
             present: present.clone(),
             differs: false,
         },
-        None => ModelError::MissingTensor {
-            origin: origin.to_owned(),
-            name: expected.name,
-            expected: expected.shape,
-        },
+        None => ModelError::MissingTensor { origin: origin.to_owned(), name: expected.name, expected: expected.shape },
     }
 }
 
-/// Refuses a group in which one copy is absent while another differs: whose values the absent one has is anyone's guess.
+/// Refuses a group in which one copy is absent while another differs: whose values the absent one has is anyone's
+/// guess.
 fn refuse_ambiguous_groups(
     layout: &LayerLayout,
     present: &HashMap<TensorName, String>,
@@ -932,7 +937,9 @@ fn refuse_ambiguous_groups(
 ) -> Result<(), ModelError> {
     for layer in 0..layout.num_layers() {
         for tensor in LayerTensor::ALL {
-            let Some(missing) = absent.get(&TensorName::Layer { layer, tensor }) else { continue };
+            let Some(missing) = absent.get(&TensorName::Layer { layer, tensor }) else {
+                continue;
+            };
             let owner = layout.owner(layer);
             let owner_id = ids[&TensorName::Layer { layer: owner, tensor }];
             let differing = (0..layout.num_layers())
@@ -961,7 +968,9 @@ fn check_finite(files: &[WeightFile], tensors: &[Tensor]) -> Result<(), ModelErr
         let mut worst: Option<(usize, usize)> = None;
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(tensor) = tensors.get(index) else { return worst };
+            let Some(tensor) = tensors.get(index) else {
+                return worst;
+            };
             if let Some(elem) = first_non_finite(tensor.file_bytes(files), tensor.dtype) {
                 worst = Some(worst.map_or((index, elem), |w| w.min((index, elem))));
             }
@@ -971,7 +980,8 @@ fn check_finite(files: &[WeightFile], tensors: &[Tensor]) -> Result<(), ModelErr
         let workers: Vec<_> = (1..num_threads).map(|_| scope.spawn(scan)).collect();
         let own = scan();
         // A worker can only panic by a defect of this crate, which must not be swallowed.
-        let others = workers.into_iter().filter_map(|worker| worker.join().unwrap_or_else(|p| std::panic::resume_unwind(p)));
+        let others =
+            workers.into_iter().filter_map(|worker| worker.join().unwrap_or_else(|p| std::panic::resume_unwind(p)));
         others.chain(own).min()
     });
     match first {
@@ -1087,5 +1097,102 @@ fn encode(value: f32, dtype: Dtype) -> ([u8; 4], usize) {
             let [a, b] = bf16::from_f32(value).to_le_bytes();
             ([a, b, 0, 0], 2)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(mor: &str) -> MorConfig {
+        let text = format!(
+            r#"{{ "vocab_size": 97, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 8,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "mor": {mor} }}"#
+        );
+        MorConfig::from_json_str(&text, "test").unwrap()
+    }
+
+    #[test]
+    fn random_models_are_deterministic_and_normal() {
+        let expert = r#"{ "mode": "expert", "sharing": "middle_cycle", "num_recursion": 3,
+            "router_type": "mlp", "sampling": "aux_router" }"#;
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let [a, b, other] = [7, 7, 8].map(|seed| Checkpoint::random(config(expert), seed, dtype));
+            let embed = a.to_f32(a.embed_tokens());
+            assert_eq!(embed, b.to_f32(b.embed_tokens()));
+            assert_ne!(embed, other.to_f32(other.embed_tokens()));
+            assert_ne!(a.view(a.layer(0).q_proj).data, a.view(a.layer(1).q_proj).data);
+            assert!(a.to_f32(a.norm()).iter().all(|&w| w == 1.0));
+
+            let n = embed.len() as f64;
+            let mean = embed.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+            let variance = embed.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n - mean * mean;
+            assert!(mean.abs() < 1e-3 && (variance.sqrt() - 0.02).abs() < 1e-3, "{mean} {variance}");
+
+            let router = a.router(2).unwrap();
+            assert_eq!(router.router.iter().map(|&id| a.shape(id)).collect::<Vec<_>>(), [[128, 64], [1, 128]]);
+            assert_eq!(router.aux.unwrap().len(), 2);
+            assert_eq!((router.bias, a.router(3)), (None, None));
+        }
+    }
+
+    #[test]
+    fn random_loss_free_models_have_a_zero_bias() {
+        let token = r#"{ "mode": "token", "sharing": "cycle", "num_recursion": 4, "balancing": "loss_free" }"#;
+        let checkpoint = Checkpoint::random(config(token), 0, Dtype::BF16);
+        let router = checkpoint.router(0).unwrap();
+        assert_eq!(checkpoint.to_f32(router.bias.unwrap()), [0.0; 4]);
+        assert_eq!(checkpoint.shape(router.router[0]), [4, 64]);
+        assert_eq!(checkpoint.router(1), None);
+    }
+
+    #[test]
+    fn pieces_of_a_tensor_join_to_the_whole() {
+        let vanilla = MorConfig::from_json_str(
+            r#"{ "vocab_size": 70000, "hidden_size": 128, "intermediate_size": 80, "num_hidden_layers": 1,
+                "num_attention_heads": 4, "rms_norm_eps": 1e-5 }"#,
+            "test",
+        )
+        .unwrap();
+        let checkpoint = Checkpoint::random(vanilla, 3, Dtype::BF16);
+        let id = checkpoint.embed_tokens();
+        let whole = checkpoint.view(id);
+        // Larger than the pool, so that reading wraps at least twice.
+        assert!(whole.num_elems() > 2 * Pool::NUM_ELEMS);
+        let mut joined = Vec::new();
+        while joined.len() < whole.data.len() {
+            let mut piece = vec![0; 3_000_002.min(whole.data.len() - joined.len())];
+            checkpoint.read_bytes(id, joined.len() / 2, &mut piece);
+            joined.extend(piece);
+        }
+        assert!(joined == *whole.data);
+    }
+
+    #[test]
+    fn counts_of_a_published_size() {
+        let text = r#"{ "vocab_size": 49152, "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
+            "num_attention_heads": 15, "num_key_value_heads": 5, "rms_norm_eps": 1e-5,
+            "mor": { "mode": "expert", "sharing": "middle_cycle", "num_recursion": 3 } }"#;
+        let checkpoint = Checkpoint::random(MorConfig::from_json_str(text, "360M").unwrap(), 0, Dtype::BF16);
+        let counts = checkpoint.parameter_counts();
+        // 118M and 315M; besides layers there are the final norm and three linear routers.
+        let (layer, rest) = (9_832_320, 4 * 960);
+        assert_eq!(counts.unique_non_embedding, 12 * layer + rest);
+        assert_eq!(counts.effective_non_embedding, 32 * layer + rest);
+        assert_eq!(counts.unique_embedding, 49152 * 960);
+        assert_eq!(counts.unique_bytes, 2 * counts.unique());
+    }
+
+    #[test]
+    fn non_finite_values_are_found_past_a_block() {
+        for at in [0, 1, 4095, 4096, 9999] {
+            let mut values = vec![1.0f32; 10_000];
+            values[at] = f32::INFINITY;
+            let bytes: &[u8] = bytemuck::cast_slice(&values);
+            assert_eq!(first_non_finite(bytes, Dtype::F32), Some(at));
+        }
+        assert_eq!(first_non_finite(&[], Dtype::BF16), None);
+        let largest: Vec<u8> = [f16::MAX, f16::MIN].iter().flat_map(|x| x.to_le_bytes()).collect();
+        assert_eq!(first_non_finite(&largest, Dtype::F16), None);
     }
 }

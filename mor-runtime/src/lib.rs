@@ -1,1 +1,4 @@
-//! r
+//! draft
+pub mod error;
+pub mod sampling;
+pub use error::{Result, RuntimeError};

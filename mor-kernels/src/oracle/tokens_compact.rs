@@ -1,1 +1,116 @@
-//! draft
+//! CPU reference of `tokens_compact`.
+
+use crate::rows::{ActiveRow, NONE, PAGE_SIZE, ROW_ACTIVE, ROW_SAMPLE, Row};
+
+/// Which rows are kept.
+#[derive(Clone, Copy, Debug)]
+pub enum Mode<'a> {
+    /// All.
+    Begin,
+    /// Decision values, `always`, `keep_all`.
+    Expert(&'a [f32], bool, bool),
+    /// Depth above the recursion.
+    Token,
+    /// All.
+    Fixed,
+    /// Those flagged for sampling.
+    Sample,
+}
+
+/// The state that the kernel reads and updates.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State {
+    /// `[T]`.
+    pub depth: Vec<u32>,
+    /// `[sequences, groups]`.
+    pub lengths: Vec<u32>,
+    /// `[sequences, groups, max_pages]`.
+    pub pages: Vec<u32>,
+    /// `[sequences, groups, max_positions]`.
+    pub slots: Vec<u32>,
+    /// `[sequences, max_positions]` of (token, depth).
+    pub results: Vec<[u32; 2]>,
+}
+
+/// Sizes and groups of a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Recursion index.
+    pub recursion: u32,
+    /// Groups, 0 for no K/V.
+    pub num_groups: usize,
+    /// Group written.
+    pub write: Option<usize>,
+    /// Group read.
+    pub read: usize,
+    /// Pages of a table.
+    pub max_pages: usize,
+    /// Positions of a table.
+    pub max_positions: usize,
+    /// Whether slots are listed one by one, and from which group on they start as copies.
+    pub hybrid: Option<Option<usize>>,
+}
+
+/// Lists the kept rows and updates `state`.
+pub fn tokens_compact(rows: &[Row], mode: Mode<'_>, sizes: Sizes, state: &mut State) -> Vec<ActiveRow> {
+    let Sizes { num_groups, max_pages, max_positions, .. } = sizes;
+    let physical = |state: &State, sequence: u32, group: usize, slot: u32| {
+        let table = (sequence as usize * num_groups + group) * max_pages;
+        state.pages[table + (slot / PAGE_SIZE) as usize] * PAGE_SIZE + slot % PAGE_SIZE
+    };
+    if matches!(mode, Mode::Begin) {
+        state.depth.fill(0);
+    }
+    let mut active = Vec::new();
+    for (r, row) in rows.iter().enumerate().filter(|(_, row)| row.flags & ROW_ACTIVE != 0) {
+        let (mut listed, mut depth) = (true, state.depth[r]);
+        match mode {
+            Mode::Begin => {}
+            Mode::Expert(decision, always, keep_all) => {
+                let selected = depth == sizes.recursion && (always || decision[r] >= 0.0);
+                depth = if selected { sizes.recursion + 1 } else { depth };
+                listed = selected || keep_all;
+            }
+            Mode::Token => listed = depth > sizes.recursion,
+            Mode::Fixed => depth = sizes.recursion + 1,
+            Mode::Sample => {
+                listed = row.flags & ROW_SAMPLE != 0;
+                state.results[row.sequence as usize * max_positions + row.position as usize][1] = depth;
+            }
+        }
+        state.depth[r] = depth;
+        let sequence = row.sequence as usize;
+        if let (Some(Some(first)), Some(write)) = (sizes.hybrid, sizes.write) {
+            for group in first..num_groups {
+                state.slots[(sequence * num_groups + group) * max_positions + row.position as usize] =
+                    physical(state, row.sequence, write, row.position);
+            }
+        }
+        if !listed {
+            continue;
+        }
+        let mut entry =
+            ActiveRow { row: r as u32, sequence: row.sequence, position: row.position, ..ActiveRow::ABSENT };
+        if num_groups > 0 {
+            entry.kv_len = row.position + 1;
+            entry.kv_table = ((sequence * num_groups + sizes.read) * max_pages) as u32;
+            if let Some(write) = sizes.write {
+                let slot = state.lengths[sequence * num_groups + write];
+                state.lengths[sequence * num_groups + write] += 1;
+                entry.kv_slot = physical(state, row.sequence, write, slot);
+                if write == sizes.read {
+                    entry.kv_len = slot + 1;
+                }
+                if sizes.hybrid == Some(None) {
+                    let table = (sequence * num_groups + write) * max_positions;
+                    state.slots[table + row.position as usize] = entry.kv_slot;
+                    entry.kv_table = table as u32;
+                    entry.kv_len = row.position + 1;
+                }
+            }
+        }
+        active.push(entry);
+    }
+    debug_assert!(active.iter().all(|entry| entry.row != NONE));
+    active
+}
