@@ -750,7 +750,12 @@ impl<'a> Recorder<'a> {
                 next_rows: &self.sample.next_rows,
                 results: &self.sample.results,
             };
-            let params = SampleTokenParams::new(config.vocab_size, self.model.logits_stride(), self.kv.max_positions);
+            let params = SampleTokenParams {
+                vocab_size: config.vocab_size as u32,
+                logits_stride: self.model.logits_stride() as u32,
+                max_positions: self.kv.max_positions as u32,
+                seen_words: self.sample.seen.shape()[1] as u32,
+            };
             SampleToken::default().record(plan, bindings, params)?;
         }
         Ok(())

@@ -161,9 +161,10 @@ impl Linear {
             return unfit("num_outputs", found, "an even number from an even column");
         }
         let (found, expected) = (b.weight.num_elems(), p.num_outputs as usize * p.in_features as usize);
-        if found != expected || b.weight.dtype() != self.weight_dtype {
+        // More rows are fine: layers that share K/V read only the q rows of the fused projection.
+        if found < expected || b.weight.dtype() != self.weight_dtype {
             let found = format!("{found} elements of {:?}", b.weight.dtype());
-            return unfit("weight", found, &format!("{expected} of {:?}", self.weight_dtype));
+            return unfit("weight", found, &format!("at least {expected} of {:?}", self.weight_dtype));
         }
         if b.epilogue.kind() != self.epilogue {
             return unfit("epilogue", format!("{:?}", b.epilogue.kind()), &format!("{:?}", self.epilogue));
