@@ -16,8 +16,8 @@ pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
         let (c, mlp) = (shape.hidden_size, shape.intermediate_size);
         let q_dim = shape.num_attention_heads * shape.head_dim;
         let qkv = q_dim + 2 * shape.num_key_value_heads * shape.head_dim;
-        let tile = LinearTile::for_shape(gpu.caps(), 512);
         for (name, k, o) in [("qkv", c, qkv), ("o", q_dim, c), ("gate_up", c, 2 * mlp), ("down", mlp, c)] {
+            let tile = LinearTile::for_shape(gpu.caps(), 512, o);
             product(criterion, gpu, &format!("{}/{name}/512", shape.name), [512, o, k], &[tile]);
         }
     }

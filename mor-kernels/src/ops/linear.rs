@@ -60,7 +60,7 @@ pub enum LinearTile {
 pub struct LinearBindings<'a> {
     /// The rows to compute, n of them.
     pub rows: &'a RowSet,
-    /// `[O, K]`, K padded to a multiple of 8, O even.
+    /// `[O, K]`, K padded to a multiple of 8, O even; rows past `num_outputs` are left out.
     pub weight: &'a Tensor,
     /// `[n, K]` f32, or `[T, K]` with [`Linear::x_by_row`].
     pub x: &'a Tensor,
@@ -69,8 +69,10 @@ pub struct LinearBindings<'a> {
 }
 
 impl LinearTile {
-    /// The tile for up to `max_rows` rows on a device with `caps`.
-    pub fn for_shape(caps: &DeviceCaps, max_rows: u32) -> Self {
+    /// The tile for up to `max_rows` rows and `num_outputs` columns on a device with `caps`.
+    pub fn for_shape(caps: &DeviceCaps, max_rows: u32, num_outputs: u32) -> Self {
+        // Fewer workgroups leave a large GPU partly idle; smaller tiles then cost less than they give.
+        let fills_gpu = max_rows.div_ceil(64) * num_outputs.div_ceil(64) >= 128;
         match (caps.is_cpu, max_rows) {
             (true, _) if caps.subgroup_sizes == Some((BROADCAST_LANES, BROADCAST_LANES)) => {
                 LinearTile::Direct { tile_m: BROADCAST_LANES, tile_n: 64, thread_n: 4 }
@@ -78,6 +80,9 @@ impl LinearTile {
             (true, _) => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
             (false, 0..=16) => LinearTile::Staged { tile_m: 16, tile_n: 64, tile_k: 32, thread_m: 4, thread_n: 4 },
             (false, 17..=32) => LinearTile::Staged { tile_m: 32, tile_n: 64, tile_k: 16, thread_m: 4, thread_n: 4 },
+            (false, _) if !fills_gpu => {
+                LinearTile::Staged { tile_m: 64, tile_n: 32, tile_k: 32, thread_m: 4, thread_n: 4 }
+            }
             (false, _) => LinearTile::Staged { tile_m: 64, tile_n: 64, tile_k: 16, thread_m: 8, thread_n: 4 },
         }
     }
@@ -124,21 +129,22 @@ impl LinearTile {
 }
 
 impl Linear {
-    /// The variant for up to `max_rows` rows at once on a device with `caps`.
+    /// The variant for up to `max_rows` rows and `num_outputs` columns at once on a device with `caps`.
     pub fn for_shape(
         caps: &DeviceCaps,
         max_rows: u32,
+        num_outputs: u32,
         weight_dtype: DType,
         x_by_row: bool,
         epilogue: EpilogueKind,
     ) -> Self {
-        Self { weight_dtype, x_by_row, epilogue, tile: LinearTile::for_shape(caps, max_rows) }
+        Self { weight_dtype, x_by_row, epilogue, tile: LinearTile::for_shape(caps, max_rows, num_outputs) }
     }
 
     /// Records the kernel over all active rows.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if the tile is none, the weight does not have its shape or type, or the epilogue is
+    /// [`KernelError::Shape`] if the tile is none, the weight is too small or of another type, or the epilogue is
     /// not the one specialised for; else as [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: &LinearBindings<'_>, p: &LinearParams) -> Result<()> {
         self.check(plan.gpu().caps(), b, p)?;
@@ -222,10 +228,12 @@ mod tests {
         for is_cpu in [true, false] {
             let caps = DeviceCaps { is_cpu, ..gpu.caps().clone() };
             for max_rows in [1, 16, 32, 64, 512, 4096] {
-                let tile = LinearTile::for_shape(&caps, max_rows);
-                assert!(tile.is_valid(&caps), "{tile:?}");
-                if !tiles.contains(&tile) {
-                    tiles.push(tile);
+                for num_outputs in [64, 960, 4096] {
+                    let tile = LinearTile::for_shape(&caps, max_rows, num_outputs);
+                    assert!(tile.is_valid(&caps), "{tile:?}");
+                    if !tiles.contains(&tile) {
+                        tiles.push(tile);
+                    }
                 }
             }
         }
@@ -331,7 +339,7 @@ mod tests {
         let gpu = parity::gpu();
         let weight = Tensor::zeros(gpu, "weight", DType::F16, &[6, 16]).expect("it fits");
         let rows = parity::row_set(gpu, &[]);
-        let kernel = Linear::for_shape(gpu.caps(), 64, DType::F16, false, EpilogueKind::Store);
+        let kernel = Linear::for_shape(gpu.caps(), 64, 6, DType::F16, false, EpilogueKind::Store);
         let bindings =
             LinearBindings { rows: &rows, weight: &weight, x: &weight, epilogue: Epilogue::Store { out: &weight } };
         let message = |kernel: Linear, num_outputs, in_features| {
@@ -344,7 +352,12 @@ mod tests {
             message(kernel, 5, 16),
             Err("linear: num_outputs has 5 from 0, expected an even number from an even column".to_owned())
         );
-        assert_eq!(message(kernel, 4, 16), Err("linear: weight has 96 elements of F16, expected 64 of F16".to_owned()));
+        // A product with the first rows of a weight, q of q/k/v say.
+        assert_eq!(message(kernel, 4, 16), Ok(()));
+        assert_eq!(
+            message(kernel, 8, 16),
+            Err("linear: weight has 96 elements of F16, expected at least 128 of F16".to_owned())
+        );
         let gelu = Linear { epilogue: EpilogueKind::Gelu, ..kernel };
         assert_eq!(message(gelu, 6, 16), Err("linear: epilogue has Store, expected Gelu".to_owned()));
         let odd = Linear { tile: LinearTile::Direct { tile_m: 4, tile_n: 8, thread_n: 1 }, ..kernel };
