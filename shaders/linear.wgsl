@@ -1,10 +1,10 @@
 // linear: y = x W^T for many rows, with an epilogue after it
 // Math      y[i, o] = sum_k x[i, k] * w[o, k] (x[r, k], r = active_rows[i].row, with X_BY_ROW); then
 //           shared/epilogue.wgsl
-// Why       every value fetched is used TILE_M or TILE_N times. STAGED: a workgroup shares tiles of x and w in
-//           workgroup memory, the next tiles in flight while these are multiplied. Otherwise every lane of a software
-//           rasteriser owns columns of its own: addresses of x are then the same for all lanes, which makes them
-//           scalar loads there, and no barrier is needed
+// Why       every value fetched is used THREAD_M or THREAD_N times. STAGED: a workgroup shares tiles of x and w in
+//           workgroup memory, the next tiles in flight while these are multiplied. Otherwise, for software
+//           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads
+//           one row of x for all
 // Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32; w [O, K] units of 8; outputs as the
 //           epilogue says; row-major
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 6 residual read [RESIDUAL];
@@ -13,8 +13,9 @@
 //           7 depth read [BLOCK_END_TOKEN]; 8 gates read [BLOCK_END_TOKEN]; 9 running write [BLOCK_END_TOKEN]
 // Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output; each of its
 //           (TILE_M / THREAD_M) * (TILE_N / THREAD_N) threads owns THREAD_M rows of THREAD_N columns
-// Spec      TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; STAGED: TILE_K multiple of 8, the tiles of x and
-//           w whole numbers of vec4s and units for every thread; otherwise THREAD_M = TILE_M; X_BY_ROW
+// Spec      TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K multiple of 8, tiles of x
+//           and w whole numbers of vec4s and units for every thread; otherwise THREAD_M = TILE_M; BROADCAST: TILE_M
+//           and all subgroups 8
 // Limits    STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1) bytes of workgroup memory
 // Numerics  f32; sums in ascending k
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
@@ -44,6 +45,7 @@ struct Params {
 const THREADS_M: u32 = TILE_M / THREAD_M;
 const THREADS_N: u32 = TILE_N / THREAD_N;
 const THREADS: u32 = THREADS_M * THREADS_N;
+const SUMS: u32 = THREAD_M * THREAD_N;
 
 fn multiply_add(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
     return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
@@ -70,8 +72,24 @@ var<workgroup> x_tile: array<vec4<f32>, TILE_M * STRIDE>;
 var<workgroup> w_tile: array<vec4<f32>, TILE_N * STRIDE>;
 #endif
 
+#if !STAGED
+// Adds 8 inputs of row m, `low` then `high`, times the weights `b`.
+fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x4<f32>, THREAD_N>>, sums: ptr<function, array<f32, SUMS>>) {
+    for (var j = 0u; j < THREAD_N; j++) {
+        let sum = multiply_add(low, (*b)[j][0], (*sums)[m * THREAD_N + j]);
+        (*sums)[m * THREAD_N + j] = multiply_add(high, (*b)[j][1], sum);
+    }
+}
+#endif
+
 @compute @workgroup_size(THREADS)
-fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+#if BROADCAST
+    @builtin(subgroup_invocation_id) lane: u32,
+#endif
+) {
     let first_entry = workgroup.y * TILE_M;
     let first_column = workgroup.x * TILE_N;
     let thread_m = thread / THREADS_N;
@@ -80,8 +98,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     // Columns past the end are computed as the last one and not stored.
     let last_column = params.num_outputs - 1u;
 
-    var sums: array<f32, THREAD_M * THREAD_N>;
-    for (var s = 0u; s < THREAD_M * THREAD_N; s++) {
+    var sums: array<f32, SUMS>;
+    for (var s = 0u; s < SUMS; s++) {
         sums[s] = 0.0;
     }
 
@@ -155,28 +173,42 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         workgroupBarrier();
     }
 #else
-    var x_from: array<u32, THREAD_M>;
-    for (var m = 0u; m < THREAD_M; m++) {
-        x_from[m] = source_row(first_entry, first_entry + m) * units * 2u;
-    }
     var w_from: array<u32, THREAD_N>;
     for (var j = 0u; j < THREAD_N; j++) {
         let n = first_column + 2u * (thread_n + j / 2u * THREADS_N) + j % 2u;
         w_from[j] = min(n, last_column) * units;
     }
+#if BROADCAST
+    // Each lane loads one row of x for all lanes.
+    let x_from = source_row(first_entry, first_entry + lane) * units * 2u;
+#else
+    var x_from: array<u32, THREAD_M>;
+    for (var m = 0u; m < THREAD_M; m++) {
+        x_from[m] = source_row(first_entry, first_entry + m) * units * 2u;
+    }
+#endif
     for (var unit = 0u; unit < units; unit++) {
         var b: array<mat2x4<f32>, THREAD_N>;
         for (var j = 0u; j < THREAD_N; j++) {
             b[j] = unpack_weights(w[w_from[j] + unit]);
         }
+#if BROADCAST
+        let low = x[x_from + 2u * unit];
+        let high = x[x_from + 2u * unit + 1u];
+        // The lane of a broadcast must be a literal.
+        add_row(0u, subgroupBroadcast(low, 0u), subgroupBroadcast(high, 0u), &b, &sums);
+        add_row(1u, subgroupBroadcast(low, 1u), subgroupBroadcast(high, 1u), &b, &sums);
+        add_row(2u, subgroupBroadcast(low, 2u), subgroupBroadcast(high, 2u), &b, &sums);
+        add_row(3u, subgroupBroadcast(low, 3u), subgroupBroadcast(high, 3u), &b, &sums);
+        add_row(4u, subgroupBroadcast(low, 4u), subgroupBroadcast(high, 4u), &b, &sums);
+        add_row(5u, subgroupBroadcast(low, 5u), subgroupBroadcast(high, 5u), &b, &sums);
+        add_row(6u, subgroupBroadcast(low, 6u), subgroupBroadcast(high, 6u), &b, &sums);
+        add_row(7u, subgroupBroadcast(low, 7u), subgroupBroadcast(high, 7u), &b, &sums);
+#else
         for (var m = 0u; m < THREAD_M; m++) {
-            let low = x[x_from[m] + 2u * unit];
-            let high = x[x_from[m] + 2u * unit + 1u];
-            for (var j = 0u; j < THREAD_N; j++) {
-                sums[m * THREAD_N + j] = multiply_add(low, b[j][0], sums[m * THREAD_N + j]);
-                sums[m * THREAD_N + j] = multiply_add(high, b[j][1], sums[m * THREAD_N + j]);
-            }
+            add_row(m, x[x_from[m] + 2u * unit], x[x_from[m] + 2u * unit + 1u], &b, &sums);
         }
+#endif
     }
 #endif
 

@@ -9,6 +9,9 @@ use crate::rows::{ROW_PADDING, RowSet};
 use crate::shader::Definitions;
 use crate::tensor::{DType, Tensor};
 
+/// Lanes of a subgroup for which the shader spells out its broadcasts: those of 256-bit vectors.
+const BROADCAST_LANES: u32 = 8;
+
 /// `y = x W^T`, weights and activations each read once for a tile of the output.
 ///
 /// # Source
@@ -57,7 +60,7 @@ pub enum LinearTile {
 pub struct LinearBindings<'a> {
     /// The rows to compute, n of them.
     pub rows: &'a RowSet,
-    /// `[O, K]`, K padded to a multiple of 8, O even.
+    /// `[O, K]`, K padded to a multiple of 8, O even; rows past `num_outputs` are left out.
     pub weight: &'a Tensor,
     /// `[n, K]` f32, or `[T, K]` with [`Linear::x_by_row`].
     pub x: &'a Tensor,
@@ -68,15 +71,29 @@ pub struct LinearBindings<'a> {
 impl LinearTile {
     /// The tile for up to `max_rows` rows and `num_outputs` columns on a device with `caps`.
     pub fn for_shape(caps: &DeviceCaps, max_rows: u32, num_outputs: u32) -> Self {
-        let _ = num_outputs;
-        if caps.is_cpu {
-            return LinearTile::Direct { tile_m: 8, tile_n: 64, thread_n: 2 };
+        // Fewer workgroups leave a large GPU partly idle; smaller tiles then cost less than they give.
+        let fills_gpu = max_rows.div_ceil(64) * num_outputs.div_ceil(64) >= 128;
+        match (caps.is_cpu, max_rows) {
+            (true, _) if caps.subgroup_sizes == Some((BROADCAST_LANES, BROADCAST_LANES)) => {
+                LinearTile::Direct { tile_m: BROADCAST_LANES, tile_n: 64, thread_n: 4 }
+            }
+            (true, _) => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
+            (false, 0..=16) => LinearTile::Staged { tile_m: 16, tile_n: 64, tile_k: 32, thread_m: 4, thread_n: 4 },
+            (false, 17..=32) => LinearTile::Staged { tile_m: 32, tile_n: 64, tile_k: 16, thread_m: 4, thread_n: 4 },
+            (false, _) if !fills_gpu => {
+                LinearTile::Staged { tile_m: 64, tile_n: 32, tile_k: 32, thread_m: 4, thread_n: 4 }
+            }
+            (false, _) => LinearTile::Staged { tile_m: 64, tile_n: 64, tile_k: 16, thread_m: 8, thread_n: 4 },
         }
-        match max_rows {
-            0..=16 => LinearTile::Staged { tile_m: 16, tile_n: 64, tile_k: 32, thread_m: 4, thread_n: 4 },
-            17..=32 => LinearTile::Staged { tile_m: 32, tile_n: 64, tile_k: 16, thread_m: 4, thread_n: 4 },
-            _ => LinearTile::Staged { tile_m: 64, tile_n: 64, tile_k: 16, thread_m: 8, thread_n: 4 },
-        }
+    }
+
+    /// Whether each lane of a subgroup loads one row of x and broadcasts it: there must be as many rows as lanes,
+    /// and no lane may be missing.
+    fn broadcasts(self, caps: &DeviceCaps) -> bool {
+        let LinearTile::Direct { tile_m, tile_n, thread_n } = self else { return false };
+        tile_m == BROADCAST_LANES
+            && (tile_n / thread_n).is_multiple_of(BROADCAST_LANES)
+            && caps.subgroup_sizes == Some((BROADCAST_LANES, BROADCAST_LANES))
     }
 
     /// Rows and columns of a workgroup.
@@ -127,7 +144,7 @@ impl Linear {
     /// Records the kernel over all active rows.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if the tile is none, the weight does not have its shape or type, or the epilogue is
+    /// [`KernelError::Shape`] if the tile is none, the weight is too small or of another type, or the epilogue is
     /// not the one specialised for; else as [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: &LinearBindings<'_>, p: &LinearParams) -> Result<()> {
         self.check(plan.gpu().caps(), b, p)?;
@@ -167,7 +184,7 @@ impl Kernel for Linear {
     type Params = LinearParams;
     type Bindings<'a> = LinearBindings<'a>;
 
-    fn definitions(&self, _: &DeviceCaps) -> Definitions {
+    fn definitions(&self, caps: &DeviceCaps) -> Definitions {
         let ([tile_m, tile_n], [thread_m, thread_n]) = (self.tile.size(), self.tile.thread());
         let mut definitions = Definitions::new()
             .u32("TILE_M", tile_m)
@@ -175,9 +192,10 @@ impl Kernel for Linear {
             .u32("THREAD_M", thread_m)
             .u32("THREAD_N", thread_n)
             .flag("X_BY_ROW", self.x_by_row);
-        if let LinearTile::Staged { tile_k, .. } = self.tile {
-            definitions = definitions.u32("TILE_K", tile_k).flag("STAGED", true);
-        }
+        definitions = match self.tile {
+            LinearTile::Staged { tile_k, .. } => definitions.u32("TILE_K", tile_k).flag("STAGED", true),
+            LinearTile::Direct { .. } => definitions.flag("BROADCAST", self.tile.broadcasts(caps)),
+        };
         self.epilogue.define(define_weight(definitions, self.weight_dtype))
     }
 
@@ -210,7 +228,7 @@ mod tests {
         for is_cpu in [true, false] {
             let caps = DeviceCaps { is_cpu, ..gpu.caps().clone() };
             for max_rows in [1, 16, 32, 64, 512, 4096] {
-                for num_outputs in [128, 960, 4096, 49152] {
+                for num_outputs in [64, 960, 4096] {
                     let tile = LinearTile::for_shape(&caps, max_rows, num_outputs);
                     assert!(tile.is_valid(&caps), "{tile:?}");
                     if !tiles.contains(&tile) {
@@ -334,7 +352,12 @@ mod tests {
             message(kernel, 5, 16),
             Err("linear: num_outputs has 5 from 0, expected an even number from an even column".to_owned())
         );
-        assert_eq!(message(kernel, 4, 16), Err("linear: weight has 96 elements of F16, expected 64 of F16".to_owned()));
+        // A product with the first rows of a weight, q of q/k/v say.
+        assert_eq!(message(kernel, 4, 16), Ok(()));
+        assert_eq!(
+            message(kernel, 8, 16),
+            Err("linear: weight has 96 elements of F16, expected at least 128 of F16".to_owned())
+        );
         let gelu = Linear { epilogue: EpilogueKind::Gelu, ..kernel };
         assert_eq!(message(gelu, 6, 16), Err("linear: epilogue has Store, expected Gelu".to_owned()));
         let odd = Linear { tile: LinearTile::Direct { tile_m: 4, tile_n: 8, thread_n: 1 }, ..kernel };
