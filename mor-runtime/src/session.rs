@@ -233,6 +233,16 @@ impl Session {
         self.load_ms
     }
 
+    /// Dispatches of a decode step at `context` positions, those with an empty grid included.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Kernel`] if the device refuses the caches.
+    pub fn decode_dispatches(&mut self, context: usize) -> Result<usize> {
+        self.reserve(context)?;
+        let runner = self.runner.as_mut().expect("reserved above");
+        Ok(runner.decode_plan(&self.model, context)?.num_dispatches())
+    }
+
     /// Continues a prompt. The prompt has been read when this returns; the iterator yields the events.
     ///
     /// # Errors
