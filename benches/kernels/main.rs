@@ -1,6 +1,15 @@
 //! One module per kernel; `cargo bench -p mor-bench -- rms_norm` runs one.
 
+mod attention_decode;
+mod attention_prefill;
+mod cross_entropy;
+mod embed_tokens;
+mod linear;
 mod rms_norm;
+mod router_expert;
+mod router_token;
+mod router_topk;
+mod sample_token;
 
 use criterion::Criterion;
 
@@ -11,6 +20,15 @@ fn main() {
         .warm_up_time(std::time::Duration::from_millis(500))
         .measurement_time(std::time::Duration::from_secs(1))
         .configure_from_args();
+    attention_decode::bench(&mut criterion, gpu);
+    attention_prefill::bench(&mut criterion, gpu);
+    cross_entropy::bench(&mut criterion, gpu);
+    embed_tokens::bench(&mut criterion, gpu);
+    linear::bench(&mut criterion, gpu);
     rms_norm::bench(&mut criterion, gpu);
+    router_expert::bench(&mut criterion, gpu);
+    router_token::bench(&mut criterion, gpu);
+    router_topk::bench(&mut criterion, gpu);
+    sample_token::bench(&mut criterion, gpu);
     criterion.final_summary();
 }

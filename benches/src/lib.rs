@@ -65,8 +65,17 @@ pub fn record(
 
 /// Times `plan` under `group/id` by device timestamps; `bytes` is the least it must move.
 pub fn time(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, bytes: u64, plan: &Plan) {
+    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), plan);
+}
+
+/// As [`time`], for kernels bound by arithmetic: the elements criterion counts are `flop` operations.
+pub fn time_flop(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, flop: u64, plan: &Plan) {
+    time_per(criterion, gpu, group, id, Throughput::Elements(flop), plan);
+}
+
+fn time_per(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, throughput: Throughput, plan: &Plan) {
     let mut group = criterion.benchmark_group(group);
-    group.throughput(Throughput::Bytes(bytes));
+    group.throughput(throughput);
     group.bench_function(BenchmarkId::from_parameter(id), |bencher| {
         bencher.iter_custom(|iterations| {
             let mut total = Duration::ZERO;

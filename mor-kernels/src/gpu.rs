@@ -210,6 +210,15 @@ impl Gpu {
         self.inner.queue.write_buffer(&tensor.buffer, offset, bytes);
     }
 
+    /// Hands all writes so far to the device and waits for them, which frees their staging memory.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn flush_writes(&self) -> Result<()> {
+        self.inner.queue.submit([]);
+        self.wait_idle()
+    }
+
     /// Reports the first error the device has raised since the last call.
     ///
     /// # Errors

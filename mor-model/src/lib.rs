@@ -32,18 +32,22 @@
 //! ```
 
 mod config;
+mod device_weights;
 mod error;
 #[cfg(feature = "oracle")]
 pub mod golden;
 mod kv_layout;
+mod model;
 #[cfg(feature = "oracle")]
 pub mod oracle;
 mod sharing;
 mod weights;
 
 pub use config::{Balancing, Gating, KvStrategy, Mode, MorConfig, RouterFunc, RouterType, Sampling, SharingStrategy};
+pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
+pub use model::{KvTensors, LogitRows, MorModel, Phase, Routing, SampleTensors, StepTensors};
 pub use sharing::{EffectiveLayer, LayerLayout};
 pub use weights::{
     Checkpoint, Dtype, LayerTensor, LayerTensors, ParameterCounts, RouterTensors, TensorId, TensorName, TensorView,

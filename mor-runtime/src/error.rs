@@ -19,7 +19,9 @@ pub enum RuntimeError {
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// The model does not fit the adapter's memory.
-    #[error("the model needs {needed} bytes on \"{adapter}\", which has {available}: {weights} for weights, {kv} for K/V of {positions} positions, {activations} for activations; use --dtype f16, a shorter context or another --device")]
+    #[error(
+        "the model needs {needed} bytes on \"{adapter}\", which has {available}: {weights} for weights, {kv} for K/V of {positions} positions, {activations} for activations; use --dtype f16, a shorter context or another --device"
+    )]
     DoesNotFit {
         /// Adapter name.
         adapter: String,
@@ -61,7 +63,9 @@ pub enum RuntimeError {
         advice: &'static str,
     },
     /// An empty prompt for a model without an end-of-text token.
-    #[error("the prompt is empty and the model's config names no eos_token_id to start from; give a prompt or --prompt-tokens")]
+    #[error(
+        "the prompt is empty and the model's config names no eos_token_id to start from; give a prompt or --prompt-tokens"
+    )]
     EmptyPrompt,
     /// A parameter outside its range.
     #[error("{name} is {found}, expected {expected}")]

@@ -1,1 +1,308 @@
-//! draft
+//! Scores every active row for one recursion, and gates it.
+
+use crate::caps::DeviceCaps;
+use crate::error::{KernelError, Result};
+use crate::kernel::{Binding, Kernel};
+use crate::plan::{Grid, PlanBuilder};
+use crate::rows::RowSet;
+use crate::shader::Definitions;
+use crate::tensor::{DType, Tensor};
+
+/// What turns a router's logit into the weight of the block's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ExpertGate {
+    /// `alpha * sigmoid(logit)`.
+    Sigmoid,
+    /// `alpha * tanh(logit)`.
+    Tanh,
+    /// The logit itself; alpha is not used.
+    None,
+}
+
+/// `logits[r] = input_scale * dot(x[r], weight)` and its gate, for the active rows `r`.
+///
+/// # Source
+/// Bae et al. 2025, arXiv 2507.10524: expert-choice routing.
+#[derive(Clone, Copy, Debug)]
+pub struct RouterExpert {
+    /// Threads of a workgroup: a power of two.
+    pub workgroup_size: u32,
+    /// The gate's function.
+    pub gate: ExpertGate,
+    /// Type of the weight: f32, f16 or bf16.
+    pub weight_dtype: DType,
+    /// Whether `x` is a stream read at each entry's row; else it is compact, in the order of the list.
+    pub x_by_row: bool,
+    /// Writes no gates: for the auxiliary router, which only decides.
+    pub logit_only: bool,
+}
+
+/// Sizes and constants of a call. Mirrors `struct Params` of the shader.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RouterExpertParams {
+    /// Elements of an input row, a multiple of 8.
+    pub in_features: u32,
+    /// Multiplies the dot product: 1 / temperature of a linear router.
+    pub input_scale: f32,
+    /// Multiplies sigmoid or tanh.
+    pub alpha: f32,
+}
+
+/// Tensors of a call.
+#[derive(Clone, Copy, Debug)]
+pub struct RouterExpertBindings<'a> {
+    /// The rows to score, n of them.
+    pub rows: &'a RowSet,
+    /// `[T, K]` f32, or `[n, K]` without `x_by_row`.
+    pub x: &'a Tensor,
+    /// `[K]` of the specialisation's type.
+    pub weight: &'a Tensor,
+    /// `[T]` f32, written at the active rows.
+    pub logits: &'a Tensor,
+    /// `[T]` f32, written at the active rows; `None` exactly with `logit_only`.
+    pub gates: Option<&'a Tensor>,
+}
+
+impl Default for RouterExpert {
+    fn default() -> Self {
+        Self {
+            workgroup_size: 64,
+            gate: ExpertGate::Sigmoid,
+            weight_dtype: DType::F32,
+            x_by_row: true,
+            logit_only: false,
+        }
+    }
+}
+
+impl RouterExpert {
+    /// Records the kernel over all active rows.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if `in_features` is no multiple of 8, if the weight has another size or type, or if
+    /// `gates` and `logit_only` contradict each other; else as [`PlanBuilder::dispatch`].
+    pub fn record(&self, plan: &mut PlanBuilder<'_>, b: RouterExpertBindings<'_>, p: RouterExpertParams) -> Result<()> {
+        check_router(Self::NAME, b.weight, self.weight_dtype, 1, p.in_features)?;
+        if b.gates.is_some() == self.logit_only {
+            return Err(KernelError::Shape {
+                kernel: Self::NAME,
+                what: "gates",
+                found: if self.logit_only { "a tensor" } else { "no tensor" }.to_owned(),
+                expected: format!("the contrary with logit_only = {}", self.logit_only),
+            });
+        }
+        plan.dispatch(self, &b, &p, Grid::rows(b.rows, 1, 1))
+    }
+}
+
+/// What the routers ask of their weight.
+pub(super) fn check_router(
+    kernel: &'static str,
+    weight: &Tensor,
+    dtype: DType,
+    out_features: u32,
+    in_features: u32,
+) -> Result<()> {
+    let refuse = |what, found, expected| Err(KernelError::Shape { kernel, what, found, expected });
+    if in_features == 0 || !in_features.is_multiple_of(8) {
+        return refuse("in_features", in_features.to_string(), "a multiple of 8".to_owned());
+    }
+    let elems = out_features as usize * in_features as usize;
+    if weight.num_elems() != elems || weight.dtype() != dtype || dtype == DType::U32 {
+        let found = format!("{:?} of {:?}", weight.shape(), weight.dtype());
+        return refuse("weight", found, format!("{out_features} x {in_features} elements of {dtype:?}"));
+    }
+    Ok(())
+}
+
+/// Sets the flags of `shared/weights.wgsl`.
+pub(super) fn with_weight_dtype(definitions: Definitions, dtype: DType) -> Definitions {
+    definitions.flag("WEIGHT_F16", dtype == DType::F16).flag("WEIGHT_BF16", dtype == DType::BF16)
+}
+
+impl Kernel for RouterExpert {
+    const NAME: &'static str = "router_expert";
+    type Params = RouterExpertParams;
+    type Bindings<'a> = RouterExpertBindings<'a>;
+
+    fn definitions(&self, _: &DeviceCaps) -> Definitions {
+        let definitions = Definitions::new()
+            .u32("WORKGROUP_SIZE", self.workgroup_size)
+            .flag("X_BY_ROW", self.x_by_row)
+            .flag("LOGIT_ONLY", self.logit_only)
+            .flag("SIGMOID", self.gate == ExpertGate::Sigmoid)
+            .flag("TANH", self.gate == ExpertGate::Tanh);
+        with_weight_dtype(definitions, self.weight_dtype)
+    }
+
+    fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
+        let mut bindings = vec![
+            Binding::read(1, &b.rows.active),
+            Binding::read(2, b.x),
+            Binding::read(3, b.weight),
+            Binding::write(4, b.logits),
+        ];
+        bindings.extend(b.gates.map(|gates| Binding::write(5, gates)));
+        bindings
+    }
+
+    fn workgroup_storage_bytes(&self, _: &DeviceCaps) -> u32 {
+        4 * self.workgroup_size
+    }
+}
+
+#[cfg(all(test, feature = "oracle"))]
+pub(super) mod tests {
+    use super::*;
+    use crate::gpu::Gpu;
+    use crate::oracle::router_expert::router_expert;
+    use crate::parity::{self, Output, Rng, Tolerance};
+
+    /// `values` as a tensor of `dtype`, and as the device reads them back.
+    pub(crate) fn weights(gpu: &Gpu, dtype: DType, values: &[f32]) -> (Tensor, Vec<f32>) {
+        let shape = [values.len()];
+        let (tensor, rounded) = match dtype {
+            DType::F16 => {
+                let halves: Vec<_> = values.iter().map(|v| half::f16::from_f32(*v)).collect();
+                let rounded = halves.iter().map(|h| h.to_f32()).collect();
+                (Tensor::from_slice(gpu, "weight", dtype, &shape, &halves), rounded)
+            }
+            DType::BF16 => {
+                let halves: Vec<_> = values.iter().map(|v| half::bf16::from_f32(*v)).collect();
+                let rounded = halves.iter().map(|h| h.to_f32()).collect();
+                (Tensor::from_slice(gpu, "weight", dtype, &shape, &halves), rounded)
+            }
+            _ => (Tensor::from_slice(gpu, "weight", dtype, &shape, values), values.to_vec()),
+        };
+        (tensor.expect("a test's buffer fits"), rounded)
+    }
+
+    #[test]
+    fn matches_oracle() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("router_expert");
+            for in_features in [8, 64, 264, 512, 520, 960, 4096] {
+                for num_active in [0, 1, 7, 33] {
+                    for (gate, weight_dtype, x_by_row) in [
+                        (ExpertGate::Sigmoid, DType::F32, true),
+                        (ExpertGate::Tanh, DType::F16, false),
+                        (ExpertGate::None, DType::BF16, true),
+                    ] {
+                        let kernel = RouterExpert { gate, weight_dtype, x_by_row, ..RouterExpert::default() };
+                        let num_rows = num_active + 3;
+                        let active = parity::some_rows(&mut rng, num_rows, num_active);
+                        let x = rng.normals(num_rows * in_features);
+                        // Logits of about one: gates of all sizes, and sums without cancellation in all digits.
+                        let values: Vec<f32> =
+                            rng.normals(in_features).iter().map(|v| v / (in_features as f32).sqrt()).collect();
+                        let (weight, values) = weights(gpu, weight_dtype, &values);
+                        let logits = Output::new(gpu, num_rows);
+                        let gates = Output::new(gpu, num_rows);
+                        // Rows that are not active keep what they held.
+                        let (mut want_logits, mut want_gates) = (logits.read(gpu), gates.read(gpu));
+                        let params =
+                            RouterExpertParams { in_features: in_features as u32, input_scale: 0.7, alpha: 0.1 };
+                        router_expert(&kernel, &params, &active, &x, &values, &mut want_logits, Some(&mut want_gates));
+                        let bindings = RouterExpertBindings {
+                            rows: &parity::row_set(gpu, &active),
+                            x: &parity::upload(gpu, &x),
+                            weight: &weight,
+                            logits: &logits.tensor,
+                            gates: Some(&gates.tensor),
+                        };
+                        parity::run(gpu, |plan| {
+                            plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, num_active as u32, 1]))
+                        });
+                        let what = format!("{profile} K={in_features} n={num_active} {gate:?}");
+                        parity::assert_close(
+                            &format!("logits {what}"),
+                            &logits.read(gpu),
+                            &want_logits,
+                            Tolerance::F32,
+                        );
+                        parity::assert_close(&format!("gates {what}"), &gates.read(gpu), &want_gates, Tolerance::F32);
+                    }
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn saturates_and_stops_past_the_end() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("router_expert extremes");
+            let scales = [0.0, 1e-30, 1e-3, 20.0, -20.0, 100.0, -100.0, 3e38, -3e38, f32::NAN];
+            let active = parity::some_rows(&mut rng, scales.len(), scales.len());
+            let x: Vec<f32> = scales.iter().flat_map(|scale| [*scale, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]).collect();
+            let weight = [1.0_f32; 8];
+            for gate in [ExpertGate::Sigmoid, ExpertGate::Tanh, ExpertGate::None] {
+                let kernel = RouterExpert { gate, ..RouterExpert::default() };
+                let (logits, gates) = (Output::new(gpu, scales.len()), Output::new(gpu, scales.len()));
+                let bindings = RouterExpertBindings {
+                    rows: &parity::row_set(gpu, &active),
+                    x: &parity::upload(gpu, &x),
+                    weight: &parity::upload(gpu, &weight),
+                    logits: &logits.tensor,
+                    gates: Some(&gates.tensor),
+                };
+                let params = RouterExpertParams { in_features: 8, input_scale: 1.0, alpha: 1.0 };
+                // More workgroups than rows: the padding entries end them.
+                let grid = Grid::Fixed([1, scales.len() as u32 + 5, 1]);
+                parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
+                let (mut want_logits, mut want) = (vec![0.0; scales.len()], vec![0.0; scales.len()]);
+                router_expert(&kernel, &params, &active, &x, &weight, &mut want_logits, Some(&mut want));
+                let got = gates.read(gpu);
+                let last = scales.len() - 1;
+                assert!(got[last].is_nan(), "{profile} {gate:?}: NaN gave {}", got[last]);
+                parity::assert_close(&format!("{profile} {gate:?}"), &got[..last], &want[..last], Tolerance::F32);
+            }
+        });
+    }
+
+    #[test]
+    fn writes_logits_alone_for_the_auxiliary_router() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("router_expert logit only");
+            let active = parity::some_rows(&mut rng, 9, 7);
+            let (x, weight) = (rng.normals(9 * 64), rng.normals(64));
+            let kernel = RouterExpert { logit_only: true, ..RouterExpert::default() };
+            let params = RouterExpertParams { in_features: 64, input_scale: 1.0, alpha: 1.0 };
+            let logits = Output::new(gpu, 9);
+            let mut want = logits.read(gpu);
+            router_expert(&kernel, &params, &active, &x, &weight, &mut want, None);
+            let bindings = RouterExpertBindings {
+                rows: &parity::row_set(gpu, &active),
+                x: &parity::upload(gpu, &x),
+                weight: &parity::upload(gpu, &weight),
+                logits: &logits.tensor,
+                gates: None,
+            };
+            parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, 7, 1])));
+            parity::assert_close(profile, &logits.read(gpu), &want, Tolerance::F32);
+        });
+    }
+
+    #[test]
+    fn refuses_contradictions() {
+        let gpu = parity::gpu();
+        let mut plan = PlanBuilder::new(gpu).expect("a small buffer fits");
+        let tensor = parity::upload(gpu, &[0.0; 64]);
+        let bindings = RouterExpertBindings {
+            rows: &parity::row_set(gpu, &[]),
+            x: &tensor,
+            weight: &tensor,
+            logits: &tensor,
+            gates: None,
+        };
+        let params = RouterExpertParams { in_features: 64, input_scale: 1.0, alpha: 1.0 };
+        let mut message = |kernel: RouterExpert, params| {
+            kernel.record(&mut plan, bindings, params).expect_err("must be refused").to_string()
+        };
+        assert!(message(RouterExpert::default(), params).contains("gates has no tensor"));
+        let short = RouterExpertParams { in_features: 60, ..params };
+        assert!(message(RouterExpert::default(), short).contains("in_features has 60"));
+        let half = RouterExpert { weight_dtype: DType::F16, ..RouterExpert::default() };
+        assert!(message(half, params).contains("weight has [64] of F32"));
+    }
+}

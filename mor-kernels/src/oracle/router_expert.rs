@@ -1,1 +1,38 @@
-//! draft
+//! CPU reference of `router_expert`.
+
+use crate::ops::{ExpertGate, RouterExpert, RouterExpertParams};
+use crate::rows::ActiveRow;
+
+/// Writes logits and gates of the rows `active` of `x` `[T, K]`, or `[n, K]` unless the kernel reads by row.
+///
+/// # Source
+/// Bae et al. 2025, arXiv 2507.10524.
+pub fn router_expert(
+    kernel: &RouterExpert,
+    params: &RouterExpertParams,
+    active: &[ActiveRow],
+    x: &[f32],
+    weight: &[f32],
+    logits: &mut [f32],
+    mut gates: Option<&mut [f32]>,
+) {
+    let alpha = f64::from(params.alpha);
+    for (i, entry) in active.iter().enumerate() {
+        let row = entry.row as usize;
+        let from = if kernel.x_by_row { row } else { i };
+        let logit = router_logit(&x[from * weight.len()..][..weight.len()], weight, params.input_scale);
+        logits[row] = logit as f32;
+        if let Some(gates) = &mut gates {
+            gates[row] = match kernel.gate {
+                ExpertGate::Sigmoid => alpha / (1.0 + (-logit).exp()),
+                ExpertGate::Tanh => alpha * logit.tanh(),
+                ExpertGate::None => logit,
+            } as f32;
+        }
+    }
+}
+
+/// `scale * dot(x, weight)`.
+pub(super) fn router_logit(x: &[f32], weight: &[f32], scale: f32) -> f64 {
+    f64::from(scale) * x.iter().zip(weight).map(|(v, w)| f64::from(*v) * f64::from(*w)).sum::<f64>()
+}

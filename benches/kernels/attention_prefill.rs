@@ -1,0 +1,49 @@
+//! `attention_prefill`: 512 rows of one sequence of every shape, f16 cache.
+
+use criterion::Criterion;
+use mor_bench::{SHAPES, record, time};
+use mor_kernels::gpu::Gpu;
+use mor_kernels::ops::{AttentionPrefill, AttentionPrefillBindings, AttentionPrefillParams, AttentionShape};
+use mor_kernels::oracle::attention_decode::AttentionInputs;
+use mor_kernels::oracle::attention_prefill::attention_prefill;
+use mor_kernels::parity::{self, Rng, Tolerance};
+use mor_kernels::plan::Grid;
+use mor_kernels::rows::KvTable;
+use mor_kernels::tensor::DType;
+
+pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+    let mut rng = Rng::new("bench attention_prefill");
+    for sizes in SHAPES {
+        let shape = AttentionShape {
+            num_attention_heads: sizes.num_attention_heads,
+            num_key_value_heads: sizes.num_key_value_heads,
+            head_dim: sizes.head_dim,
+            kv_dtype: DType::F16,
+            kv_table: KvTable::Pages,
+        };
+        let num_rows = 512;
+        let id = format!("{}/{num_rows}", sizes.name);
+        let inputs = AttentionInputs::random(&mut rng, &shape, &[(num_rows, num_rows)], 1.0);
+        let tensors = inputs.upload(gpu, &shape);
+        let row_elems = (shape.num_attention_heads * shape.head_dim) as usize;
+        let out = parity::Output::new(gpu, num_rows * row_elems);
+        let bindings = AttentionPrefillBindings {
+            rows: &tensors.rows,
+            q: &tensors.q,
+            keys: &tensors.keys,
+            values: &tensors.values,
+            kv_table: &tensors.table,
+            out: &out.tensor,
+        };
+        let kernel = AttentionPrefill::new(shape);
+        let params = AttentionPrefillParams { scale: shape.scale() };
+        let grid = Grid::Fixed(kernel.grid(num_rows as u32, gpu.caps()));
+        let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else {
+            continue;
+        };
+        gpu.run(&plan).expect("the device answers");
+        parity::assert_close(&id, &out.read(gpu), &attention_prefill(&shape, &inputs, shape.scale()), Tolerance::F32);
+        let cache_elems = num_rows * (shape.num_key_value_heads * shape.head_dim) as usize;
+        time(criterion, gpu, "attention_prefill", &id, (2 * 2 * cache_elems + 8 * num_rows * row_elems) as u64, &plan);
+    }
+}

@@ -1,0 +1,360 @@
+//! [`DeviceWeights`]: a checkpoint's tensors on the device, fused and interleaved for the kernels.
+//!
+//! What the loader does to a tensor, and why:
+//!
+//! * q, k and v of a layer become one matrix, so that one dispatch reads the normalised input once. Rows of q and k are
+//!   interleaved inside each head, (0, D/2, 1, D/2 + 1, ...): the two halves of a rotary pair are adjacent columns, and
+//!   scores do not change because q and k are permuted alike.
+//! * gate and up become one matrix of alternating rows, so that SwiGLU happens where both meet.
+//! * Input sizes are padded to a multiple of 8 and output sizes to an even number, with zeros.
+//! * A matrix larger than one storage binding is split by rows into shards.
+//! * Tied tensors are uploaded once.
+
+use std::collections::HashMap;
+
+use half::{bf16, f16};
+use mor_kernels::tensor::{DType, Tensor};
+use mor_kernels::{Gpu, Result};
+
+use crate::{Checkpoint, Dtype, TensorId};
+
+/// Bytes converted and staged at a time.
+const PIECE_BYTES: usize = 8 << 20;
+/// Staged bytes after which the upload waits for the device, so that staging memory stays small.
+const STAGED_BYTES: u64 = 128 << 20;
+
+/// How numbers are stored on the device; sums are always f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Weights in the type of the file (16-bit types are exact in f32), K/V in f32.
+    F32,
+    /// f32 weights narrowed to f16, other types as in the file, K/V in f16.
+    F16,
+}
+
+impl Precision {
+    /// `f32` or `f16`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::F16 => "f16",
+        }
+    }
+
+    /// Element type of K/V caches.
+    pub const fn kv_dtype(self) -> DType {
+        match self {
+            Precision::F32 => DType::F32,
+            Precision::F16 => DType::F16,
+        }
+    }
+
+    /// The type a tensor stored as `dtype` has on the device.
+    pub const fn weight_dtype(self, dtype: Dtype) -> DType {
+        match (self, dtype) {
+            (Precision::F32, Dtype::F32) => DType::F32,
+            (Precision::F16, Dtype::F32) | (_, Dtype::F16) => DType::F16,
+            (_, Dtype::BF16) => DType::BF16,
+        }
+    }
+}
+
+/// Consecutive rows of a [`Matrix`] in one tensor.
+#[derive(Clone, Debug)]
+pub struct Shard {
+    /// `[num_rows, in_features]`.
+    pub tensor: Tensor,
+    /// Row of the matrix where the shard starts; even.
+    pub first_row: usize,
+    /// Rows of the shard; even.
+    pub num_rows: usize,
+}
+
+/// A weight matrix `[num_rows, in_features]` on the device, padded.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    /// Its parts, in row order.
+    pub shards: Vec<Shard>,
+    /// Rows, padded to an even number.
+    pub num_rows: usize,
+    /// Elements of a row, padded to a multiple of 8.
+    pub in_features: usize,
+    /// Element type.
+    pub dtype: DType,
+}
+
+/// One distinct set of layer weights.
+#[derive(Clone, Debug)]
+pub(crate) struct LayerWeights {
+    pub(crate) input_layernorm: Tensor,
+    pub(crate) qkv_proj: Matrix,
+    pub(crate) o_proj: Matrix,
+    pub(crate) post_attention_layernorm: Tensor,
+    pub(crate) gate_up_proj: Matrix,
+    pub(crate) down_proj: Matrix,
+}
+
+/// A router: the optional first matrix of the MLP types, and the matrix that gives the logits.
+#[derive(Clone, Debug)]
+pub(crate) struct RouterWeights {
+    pub(crate) hidden: Option<Matrix>,
+    pub(crate) output: Tensor,
+}
+
+/// The routers of one recursion (expert choice) or of the model (token choice).
+#[derive(Clone, Debug)]
+pub(crate) struct Routers {
+    pub(crate) router: RouterWeights,
+    pub(crate) aux: Option<RouterWeights>,
+    pub(crate) bias: Option<Tensor>,
+}
+
+/// All weights of a model on the device.
+#[derive(Clone, Debug)]
+pub struct DeviceWeights {
+    pub(crate) embed_tokens: Matrix,
+    pub(crate) lm_head: Matrix,
+    pub(crate) norm: Tensor,
+    /// Per effective layer; tied layers share their tensors.
+    pub(crate) layers: Vec<LayerWeights>,
+    pub(crate) routers: Vec<Routers>,
+    pub(crate) num_bytes: u64,
+}
+
+impl DeviceWeights {
+    /// Uploads a checkpoint. `progress` is told the bytes uploaded so far.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`](mor_kernels::KernelError::OutOfMemory) if the device refuses a buffer.
+    pub fn upload(
+        gpu: &Gpu,
+        checkpoint: &Checkpoint,
+        precision: Precision,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self> {
+        let mut loader = Loader::new(gpu, checkpoint, precision, progress);
+        let config = checkpoint.config();
+        let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
+        let natural = |id: TensorId, num_rows: usize| (0..num_rows).map(move |row| Some((id, row))).collect();
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for l in 0..config.num_hidden_layers {
+            let ids = checkpoint.layer(l);
+            let qkv =
+                qkv_rows(config.head_dim, (ids.q_proj, config.q_dim()), (ids.k_proj, config.kv_dim()), ids.v_proj);
+            let padded = intermediate_size.next_multiple_of(8);
+            let gate_up = (0..padded)
+                .flat_map(|row| {
+                    let real = row < intermediate_size;
+                    [real.then_some((ids.gate_proj, row)), real.then_some((ids.up_proj, row))]
+                })
+                .collect();
+            layers.push(LayerWeights {
+                input_layernorm: loader.vector(ids.input_layernorm)?,
+                qkv_proj: loader.matrix("qkv_proj", qkv, hidden_size)?,
+                o_proj: loader.matrix("o_proj", natural(ids.o_proj, hidden_size), config.q_dim())?,
+                post_attention_layernorm: loader.vector(ids.post_attention_layernorm)?,
+                gate_up_proj: loader.matrix("gate_up_proj", gate_up, hidden_size)?,
+                down_proj: loader.matrix("down_proj", natural(ids.down_proj, hidden_size), intermediate_size)?,
+            });
+        }
+        let vocab = config.vocab_size;
+        let embed_tokens = loader.matrix("embed_tokens", natural(checkpoint.embed_tokens(), vocab), hidden_size)?;
+        let lm_head = loader.matrix("lm_head", natural(checkpoint.lm_head(), vocab), hidden_size)?;
+        let norm = loader.vector(checkpoint.norm())?;
+        let mut routers = Vec::new();
+        for recursion in 0..config.num_recursions as u32 {
+            let Some(tensors) = checkpoint.router(recursion) else { continue };
+            routers.push(Routers {
+                router: loader.router(&tensors.router)?,
+                aux: tensors.aux.as_deref().map(|aux| loader.router(aux)).transpose()?,
+                bias: tensors.bias.map(|bias| loader.vector(bias)).transpose()?,
+            });
+        }
+        gpu.wait_idle()?;
+        Ok(Self { embed_tokens, lm_head, norm, layers, routers, num_bytes: loader.uploaded })
+    }
+
+    /// Bytes uploaded.
+    pub fn num_bytes(&self) -> u64 {
+        self.num_bytes
+    }
+}
+
+/// Rows of the fused projection: q and k interleaved inside each head, then v.
+fn qkv_rows(
+    head_dim: usize,
+    (q, q_dim): (TensorId, usize),
+    (k, kv_dim): (TensorId, usize),
+    v: TensorId,
+) -> Vec<Option<(TensorId, usize)>> {
+    let interleaved = |id: TensorId, dim: usize| {
+        (0..dim).map(move |row| {
+            let (head, within) = (row / head_dim, row % head_dim);
+            Some((id, head * head_dim + within / 2 + within % 2 * (head_dim / 2)))
+        })
+    };
+    interleaved(q, q_dim).chain(interleaved(k, kv_dim)).chain((0..kv_dim).map(|row| Some((v, row)))).collect()
+}
+
+struct Loader<'a> {
+    gpu: &'a Gpu,
+    checkpoint: &'a Checkpoint,
+    precision: Precision,
+    progress: &'a mut dyn FnMut(u64),
+    matrices: HashMap<(&'static str, Vec<TensorId>), Matrix>,
+    vectors: HashMap<TensorId, Tensor>,
+    uploaded: u64,
+    staged: u64,
+}
+
+impl<'a> Loader<'a> {
+    fn new(gpu: &'a Gpu, checkpoint: &'a Checkpoint, precision: Precision, progress: &'a mut dyn FnMut(u64)) -> Self {
+        let (matrices, vectors) = (HashMap::new(), HashMap::new());
+        Self { gpu, checkpoint, precision, progress, matrices, vectors, uploaded: 0, staged: 0 }
+    }
+
+    /// A tensor as f32: norms and biases.
+    fn vector(&mut self, id: TensorId) -> Result<Tensor> {
+        if let Some(tensor) = self.vectors.get(&id) {
+            return Ok(tensor.clone());
+        }
+        let values = self.checkpoint.to_f32(id);
+        let tensor = Tensor::zeros(self.gpu, self.checkpoint.name(id), DType::F32, &[values.len()])?;
+        self.write(&tensor, 0, bytemuck::cast_slice(&values))?;
+        self.vectors.insert(id, tensor.clone());
+        Ok(tensor)
+    }
+
+    fn router(&mut self, ids: &[TensorId]) -> Result<RouterWeights> {
+        let rows = |id: TensorId, checkpoint: &Checkpoint| -> Vec<_> {
+            (0..checkpoint.shape(id)[0]).map(|row| Some((id, row))).collect()
+        };
+        let (first, last) = (ids[0], ids[ids.len() - 1]);
+        let hidden = if ids.len() == 2 {
+            let in_features = self.checkpoint.shape(first)[1];
+            Some(self.matrix("router_hidden", rows(first, self.checkpoint), in_features)?)
+        } else {
+            None
+        };
+        // The router kernels read exactly [outputs, K], without the padding of matrices.
+        let dtype = self.precision.weight_dtype(self.checkpoint.dtype(last));
+        let shape = self.checkpoint.shape(last);
+        let output = Tensor::zeros(self.gpu, self.checkpoint.name(last), dtype, shape)?;
+        let mut bytes = Vec::new();
+        for row in 0..shape[0] {
+            self.append_row(&mut bytes, (last, row), shape[1], dtype);
+        }
+        self.write(&output, 0, &bytes)?;
+        Ok(RouterWeights { hidden, output })
+    }
+
+    /// A matrix of the given source rows; `None` is a row of zeros.
+    fn matrix(
+        &mut self,
+        label: &'static str,
+        mut rows: Vec<Option<(TensorId, usize)>>,
+        in_features: usize,
+    ) -> Result<Matrix> {
+        let mut ids: Vec<_> = rows.iter().flatten().map(|(id, _)| *id).collect();
+        ids.dedup();
+        if label == "gate_up_proj" {
+            ids.truncate(2);
+        }
+        // A tied head is the embedding.
+        let key = (if label == "lm_head" { "embed_tokens" } else { label }, ids.clone());
+        if let Some(matrix) = self.matrices.get(&key) {
+            return Ok(matrix.clone());
+        }
+        let mut dtypes: Vec<_> = ids.iter().map(|id| self.precision.weight_dtype(self.checkpoint.dtype(*id))).collect();
+        dtypes.dedup();
+        let dtype = if let [dtype] = dtypes[..] { dtype } else { DType::F32 };
+
+        rows.resize(rows.len().next_multiple_of(2), None);
+        let padded = in_features.next_multiple_of(8);
+        let row_bytes = padded * dtype.bytes();
+        let caps = self.gpu.caps();
+        let binding_bytes = caps.max_storage_binding_bytes.min(caps.max_buffer_bytes) as usize;
+        let rows_per_shard = (binding_bytes / row_bytes / 2 * 2).max(2);
+        let mut shards = Vec::new();
+        for (index, part) in rows.chunks(rows_per_shard).enumerate() {
+            let tensor = Tensor::zeros(self.gpu, label, dtype, &[part.len(), padded])?;
+            let rows_per_piece = (PIECE_BYTES / row_bytes).max(1);
+            for (piece, rows) in part.chunks(rows_per_piece).enumerate() {
+                let mut bytes = Vec::with_capacity(rows.len() * row_bytes);
+                for row in rows {
+                    let end = bytes.len() + row_bytes;
+                    if let Some(source) = row {
+                        self.append_row(&mut bytes, *source, in_features, dtype);
+                    }
+                    bytes.resize(end, 0);
+                }
+                self.write(&tensor, (piece * rows_per_piece * row_bytes) as u64, &bytes)?;
+            }
+            shards.push(Shard { tensor, first_row: index * rows_per_shard, num_rows: part.len() });
+        }
+        let matrix = Matrix { shards, num_rows: rows.len(), in_features: padded, dtype };
+        self.matrices.insert(key, matrix.clone());
+        Ok(matrix)
+    }
+
+    /// Appends row `row` of a tensor of `in_features` columns, converted to `dtype`.
+    fn append_row(&self, bytes: &mut Vec<u8>, (id, row): (TensorId, usize), in_features: usize, dtype: DType) {
+        let stored = self.checkpoint.dtype(id);
+        let mut data = vec![0; in_features * stored.num_bytes()];
+        self.checkpoint.read_bytes(id, row * in_features, &mut data);
+        match (stored, dtype) {
+            (Dtype::F32, DType::F32) | (Dtype::F16, DType::F16) | (Dtype::BF16, DType::BF16) => {
+                bytes.extend_from_slice(&data);
+            }
+            _ => {
+                let value = |elem: &[u8]| match stored {
+                    Dtype::F32 => f32::from_le_bytes([elem[0], elem[1], elem[2], elem[3]]),
+                    Dtype::F16 => f16::from_le_bytes([elem[0], elem[1]]).to_f32(),
+                    Dtype::BF16 => bf16::from_le_bytes([elem[0], elem[1]]).to_f32(),
+                };
+                for value in data.chunks_exact(stored.num_bytes()).map(value) {
+                    match dtype {
+                        DType::F16 => bytes.extend_from_slice(&f16::from_f32(value).to_le_bytes()),
+                        DType::BF16 => bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes()),
+                        DType::F32 | DType::U32 => bytes.extend_from_slice(&value.to_le_bytes()),
+                    }
+                }
+            }
+        }
+    }
+
+    fn write(&mut self, tensor: &Tensor, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.gpu.write(tensor, offset, bytes);
+        self.uploaded += bytes.len() as u64;
+        self.staged += bytes.len() as u64;
+        if self.staged > STAGED_BYTES {
+            self.staged = 0;
+            self.gpu.flush_writes()?;
+        }
+        (self.progress)(self.uploaded);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MorConfig;
+
+    #[test]
+    fn rotary_pairs_become_adjacent() {
+        let config = MorConfig::from_json_str(
+            r#"{ "vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-5 }"#,
+            "test",
+        )
+        .expect("the config is valid");
+        let checkpoint = Checkpoint::random(config, 0, Dtype::F32);
+        let ids = checkpoint.layer(0);
+        let rows = qkv_rows(8, (ids.q_proj, 16), (ids.k_proj, 8), ids.v_proj);
+        let q: Vec<_> = rows[..16].iter().flatten().map(|(_, row)| *row).collect();
+        assert_eq!(q, [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]);
+        assert_eq!(rows[16], Some((ids.k_proj, 0)));
+        assert_eq!(rows[24..].iter().flatten().map(|(_, row)| *row).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
+    }
+}
