@@ -85,9 +85,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         match self.inner.encode_fast(text, false) {
             Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => {
-                Err(RuntimeError::Tokenizer { path: self.origin.clone().into(), reason: error.to_string() })
-            }
+            Err(error) => Err(RuntimeError::Tokenizer { path: self.origin.clone().into(), reason: error.to_string() }),
         }
     }
 
@@ -404,7 +402,8 @@ mod tests {
         for id in 0..4096 {
             assert_eq!(tokenizer.decode(&[id]), tokenizer.inner.decode(&[id], true).unwrap(), "token {id}");
         }
-        let mut bytes: Vec<u8> = (0..=u32::from('\u{143}')).filter_map(char::from_u32).filter_map(byte_of_char).collect();
+        let mut bytes: Vec<u8> =
+            (0..=u32::from('\u{143}')).filter_map(char::from_u32).filter_map(byte_of_char).collect();
         bytes.sort_unstable();
         assert_eq!(bytes, (0..=255).collect::<Vec<u8>>(), "every byte has exactly one stand-in");
         assert_eq!(byte_of_char('\u{144}'), None);
