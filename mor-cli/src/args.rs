@@ -1,0 +1,291 @@
+//! The command line. Names and outputs are fixed: scripts rely on them.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
+use mor_runtime::{DeviceSelector, KvStrategy, Precision, Routing};
+
+/// Run Mixture-of-Recursions language models on any GPU.
+#[derive(Debug, Parser)]
+#[command(name = "mor", version, max_term_width = 100)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Continue a prompt
+    Generate(GenerateArgs),
+    /// Run full sequences and write everything they compute
+    Forward(ForwardArgs),
+    /// Measure the likelihood of a text
+    Eval(EvalArgs),
+    /// Show a model's layers, parameters and memory
+    Inspect(InspectArgs),
+    /// List the adapters of this machine
+    Devices(DevicesArgs),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(group = ArgGroup::new("input").multiple(false))]
+pub(crate) struct GenerateArgs {
+    /// Text to continue; `-` reads standard input; without any prompt, starts from the end-of-text token
+    #[arg(group = "input")]
+    pub(crate) prompt: Option<String>,
+    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Read the prompt from a UTF-8 file; one newline at its end is dropped
+    #[arg(long, value_name = "FILE", group = "input")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// Prompt as token ids, for example 1,2,3; needs no tokenizer
+    #[arg(long, value_name = "IDS", group = "input", value_parser = token_list, allow_hyphen_values = true)]
+    pub(crate) prompt_tokens: Option<TokenList>,
+    /// Most tokens to generate [default: 128, or what the context leaves]
+    #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true)]
+    pub(crate) max_new_tokens: Option<usize>,
+    /// Divides the logits; 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
+    pub(crate) temperature: f32,
+    /// Keep the K most likely tokens; 0 keeps all
+    #[arg(long, value_name = "K", default_value_t = 0, allow_negative_numbers = true)]
+    pub(crate) top_k: u32,
+    /// Keep the most likely tokens that together reach this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
+    pub(crate) top_p: f32,
+    /// Keep tokens at least this fraction as likely as the most likely one
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub(crate) min_p: f32,
+    /// Make tokens that already occurred less likely; 1 is off
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    pub(crate) repeat_penalty: f32,
+    /// Same seed, same text on the same device [default: random; the summary names it]
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
+    pub(crate) seed: Option<u64>,
+    /// End before this text; may be given several times
+    #[arg(long, value_name = "STR", allow_hyphen_values = true)]
+    pub(crate) stop: Vec<String>,
+    /// Go on after the end-of-text token
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    #[command(flatten)]
+    pub(crate) device: DeviceArg,
+    /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    pub(crate) dtype: DtypeArg,
+    /// Which recursions store keys and values [default: as the model's config says]
+    #[arg(long, value_enum)]
+    pub(crate) kv: Option<KvArg>,
+    /// Mark each token with its depth: by colour in a terminal, else as token(depth)
+    #[arg(long)]
+    pub(crate) show_depth: bool,
+    /// Print one JSON object instead of streaming text
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Random weights of the shape in a config.json; only with --prompt-tokens or no prompt
+    #[arg(long, value_name = "CONFIG", help_heading = "Benchmarks", conflicts_with = "model")]
+    pub(crate) random_weights: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ForwardArgs {
+    /// Model folder in Hugging Face layout
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Safetensors file with `tokens` [N, S] and `lengths` [N], both integers
+    #[arg(long, value_name = "IN")]
+    pub(crate) tokens: PathBuf,
+    /// Safetensors file to write
+    #[arg(long, value_name = "OUT")]
+    pub(crate) out: PathBuf,
+    /// How expert choice selects tokens: one by one, or the best of the whole sequence
+    #[arg(long, value_enum, default_value_t = RoutingArg::Causal)]
+    pub(crate) routing: RoutingArg,
+    /// How numbers are stored
+    #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
+    pub(crate) dtype: DtypeArg,
+    #[command(flatten)]
+    pub(crate) device: DeviceArg,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct EvalArgs {
+    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// UTF-8 file of documents separated by lines <|endoftext|>
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: PathBuf,
+    /// Documents to score, zero-based, the last one excluded [default: all]
+    #[arg(long, value_name = "A..B", value_parser = document_range)]
+    pub(crate) documents: Option<Range<usize>>,
+    /// How expert choice selects tokens: one by one, or the best of the whole sequence
+    #[arg(long, value_enum, default_value_t = RoutingArg::Causal)]
+    pub(crate) routing: RoutingArg,
+    /// How numbers are stored
+    #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
+    pub(crate) dtype: DtypeArg,
+    #[command(flatten)]
+    pub(crate) device: DeviceArg,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct InspectArgs {
+    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
+    #[arg(value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DevicesArgs {
+    /// Print one JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DeviceArg {
+    /// Adapter by its index in `mor devices` or a part of its name [default: the best]
+    #[arg(long, value_name = "IDX|NAME", env = "MOR_DEVICE")]
+    pub(crate) device: Option<String>,
+}
+
+impl DeviceArg {
+    pub(crate) fn selector(&self) -> DeviceSelector {
+        match self.device.as_deref().map(str::trim) {
+            // An empty environment variable is an unset one.
+            None | Some("") => DeviceSelector::Best,
+            Some(text) => match text.parse() {
+                Ok(index) => DeviceSelector::Index(index),
+                Err(_) => DeviceSelector::Name(text.to_owned()),
+            },
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum DtypeArg {
+    Auto,
+    F32,
+    F16,
+}
+
+impl DtypeArg {
+    pub(crate) fn precision(self) -> Option<Precision> {
+        match self {
+            DtypeArg::Auto => None,
+            DtypeArg::F32 => Some(Precision::F32),
+            DtypeArg::F16 => Some(Precision::F16),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub(crate) enum KvArg {
+    RecursionWise,
+    Sharing,
+    Hybrid,
+}
+
+impl KvArg {
+    pub(crate) fn strategy(self) -> KvStrategy {
+        match self {
+            KvArg::RecursionWise => KvStrategy::RecursionWise,
+            KvArg::Sharing => KvStrategy::Sharing,
+            KvArg::Hybrid => KvStrategy::Hybrid,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+#[value(rename_all = "lower")]
+pub(crate) enum RoutingArg {
+    Causal,
+    TopK,
+}
+
+impl RoutingArg {
+    pub(crate) fn routing(self) -> Routing {
+        match self {
+            RoutingArg::Causal => Routing::Causal,
+            RoutingArg::TopK => Routing::TopK,
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            RoutingArg::Causal => "causal",
+            RoutingArg::TopK => "topk",
+        }
+    }
+}
+
+/// Token ids as written; whether the model has them is checked later, with a message that names the vocabulary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TokenList(pub(crate) Vec<i64>);
+
+fn token_list(text: &str) -> Result<TokenList, String> {
+    if text.trim().is_empty() {
+        return Ok(TokenList(Vec::new()));
+    }
+    let id = |part: &str| {
+        let part = part.trim();
+        part.parse().map_err(|_| format!("'{part}' is not a token id, expected numbers separated by commas"))
+    };
+    text.split(',').map(id).collect::<Result<_, _>>().map(TokenList)
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&count| count > 0).ok_or_else(|| "expected a whole number, 1 or more".to_owned())
+}
+
+fn document_range(text: &str) -> Result<Range<usize>, String> {
+    let parse = || {
+        let (first, end) = text.split_once("..")?;
+        let range = first.trim().parse().ok()?..end.trim().parse().ok()?;
+        (!range.is_empty()).then_some(range)
+    };
+    parse().ok_or_else(|| "expected A..B with A below B, for example 0..40".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn lists_and_ranges_are_read() {
+        assert_eq!(token_list("1, 2,-3"), Ok(TokenList(vec![1, 2, -3])));
+        assert_eq!(token_list(""), Ok(TokenList(Vec::new())));
+        assert!(token_list("1,,2").is_err());
+        assert_eq!(document_range("0..40"), Ok(0..40));
+        for text in ["40", "4..4", "5..4", "a..b", "0..=4", "-1..4"] {
+            assert!(document_range(text).is_err(), "{text}");
+        }
+        assert_eq!(at_least_one("1"), Ok(1));
+        assert!(at_least_one("0").is_err() && at_least_one("-1").is_err() && at_least_one("x").is_err());
+    }
+
+    #[test]
+    fn devices_are_chosen_by_index_or_name() {
+        let selector = |text: &str| DeviceArg { device: Some(text.to_owned()) }.selector();
+        assert_eq!(selector("1"), DeviceSelector::Index(1));
+        assert_eq!(selector("llvm"), DeviceSelector::Name("llvm".to_owned()));
+        assert_eq!(selector(""), DeviceSelector::Best);
+        assert_eq!(DeviceArg { device: None }.selector(), DeviceSelector::Best);
+    }
+}

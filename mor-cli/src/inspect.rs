@@ -1,0 +1,268 @@
+//! `mor inspect`: what a model consists of and what it takes, without a device.
+
+use mor_model::{Checkpoint, KvLayout, KvStrategy, LayerLayout, MorConfig};
+use mor_runtime::Precision;
+use serde::Serialize;
+
+use crate::args::InspectArgs;
+use crate::model::Model;
+use crate::{print, print_json};
+
+const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::F16];
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    mode: &'static str,
+    sharing: &'static str,
+    num_recursions: usize,
+    kv: &'static str,
+    router: Option<String>,
+    capacity: Option<Vec<f64>>,
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: usize,
+    max_position_embeddings: usize,
+    parameters: Parameters,
+    /// Bytes of all distinct weights as stored in the checkpoint.
+    checkpoint_bytes: u64,
+    weights: Vec<WeightBytes>,
+    kv_bytes_per_token: Vec<StrategyBytes>,
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug, Serialize)]
+struct Parameters {
+    /// Distinct ones.
+    unique: u64,
+    unique_non_embedding: u64,
+    /// Of the unrolled model: a tied layer counts as often as it runs.
+    effective: u64,
+    effective_non_embedding: u64,
+}
+
+/// What the weights take on a device, padding aside.
+#[derive(Debug, Serialize)]
+struct WeightBytes {
+    dtype: &'static str,
+    bytes: u64,
+}
+
+/// What a cached token takes on average, at the fraction of tokens that `capacity` gives each recursion.
+#[derive(Debug, Serialize)]
+struct StrategyBytes {
+    strategy: &'static str,
+    is_configured: bool,
+    f32_bytes: f64,
+    f16_bytes: f64,
+    /// Of a vanilla model of the same depth.
+    vanilla_f32_bytes: f64,
+    vanilla_f16_bytes: f64,
+    ratio: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Layer {
+    layer: usize,
+    /// The first layer with the same tensors.
+    owner: usize,
+    recursion: Option<u32>,
+    /// Prefix of its tensors in the checkpoint.
+    prefix: String,
+    /// Whether it stores keys and values under the configured strategy.
+    stores_kv: bool,
+}
+
+pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
+    let model = Model::named(args.model.as_deref())?;
+    let report = Report::new(model.name(), &model.checkpoint()?);
+    if args.json { print_json(&report) } else { Ok(print(&report.to_text())?) }
+}
+
+impl Report {
+    fn new(model: String, checkpoint: &Checkpoint) -> Self {
+        let config = checkpoint.config();
+        let counts = checkpoint.parameter_counts();
+        let kv = KvLayout::new(config, checkpoint.layout());
+        let layers = checkpoint.layout().layers().iter().enumerate();
+        Self {
+            model,
+            mode: config.mode.as_str(),
+            sharing: config.sharing.as_str(),
+            num_recursions: config.num_recursions,
+            kv: config.kv.as_str(),
+            router: config
+                .is_routed()
+                .then(|| format!("{}, {}, alpha {}", config.router_type, config.router_func, config.alpha)),
+            capacity: config.is_routed().then(|| config.capacity.clone()),
+            vocab_size: config.vocab_size,
+            hidden_size: config.hidden_size,
+            intermediate_size: config.intermediate_size,
+            num_attention_heads: config.num_attention_heads,
+            num_key_value_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            max_position_embeddings: config.max_position_embeddings,
+            parameters: Parameters {
+                unique: counts.unique(),
+                unique_non_embedding: counts.unique_non_embedding,
+                effective: counts.effective(),
+                effective_non_embedding: counts.effective_non_embedding,
+            },
+            checkpoint_bytes: counts.unique_bytes,
+            weights: PRECISIONS
+                .map(|precision| WeightBytes { dtype: precision.as_str(), bytes: weight_bytes(checkpoint, precision) })
+                .into(),
+            kv_bytes_per_token: KvStrategy::ALL.iter().filter_map(|&kv| strategy_bytes(config, kv)).collect(),
+            layers: layers
+                .map(|(index, layer)| Layer {
+                    layer: index,
+                    owner: layer.owner,
+                    recursion: layer.recursion,
+                    prefix: layer.prefix.clone(),
+                    stores_kv: kv.layer(index).write_group.is_some(),
+                })
+                .collect(),
+        }
+    }
+
+    fn to_text(&self) -> String {
+        let mut lines = vec![
+            format!("model             {}", self.model),
+            match self.num_recursions {
+                1 => format!("mode              {}", self.mode),
+                n => format!("mode              {}, {n} recursions, sharing {}", self.mode, self.sharing),
+            },
+        ];
+        lines.extend(self.router.iter().map(|router| format!("router            {router}")));
+        lines.extend([
+            format!(
+                "shape             {} layers, hidden {}, MLP {}, {} heads of {}, {} K/V heads, vocabulary {}",
+                self.layers.len(),
+                self.hidden_size,
+                self.intermediate_size,
+                self.num_attention_heads,
+                self.head_dim,
+                self.num_key_value_heads,
+                self.vocab_size
+            ),
+            format!("context           {} tokens", self.max_position_embeddings),
+            format!(
+                "parameters        {} unique ({} without embeddings), {} effective ({} without embeddings)",
+                millions(self.parameters.unique),
+                millions(self.parameters.unique_non_embedding),
+                millions(self.parameters.effective),
+                millions(self.parameters.effective_non_embedding)
+            ),
+        ]);
+        for WeightBytes { dtype, bytes } in &self.weights {
+            lines.push(format!("weights on GPU    {} with --dtype {dtype}", bytes_text(*bytes)));
+        }
+        lines
+            .extend([String::new(), "K/V bytes per token     f32     f16  vanilla f32  vanilla f16  ratio".to_owned()]);
+        for kv in &self.kv_bytes_per_token {
+            lines.push(format!(
+                "  {:<16}{:>9.0}{:>8.0}{:>13.0}{:>13.0}{:>7.2}{}",
+                kv.strategy,
+                kv.f32_bytes,
+                kv.f16_bytes,
+                kv.vanilla_f32_bytes,
+                kv.vanilla_f16_bytes,
+                kv.ratio,
+                if kv.is_configured { "  (configured)" } else { "" }
+            ));
+        }
+        if self.capacity.is_some() {
+            lines.push("  at the fraction of tokens that the config's capacity gives each recursion".to_owned());
+        }
+        lines.extend([String::new(), "layer  owner  recursion  K/V     tensors".to_owned()]);
+        for layer in &self.layers {
+            lines.push(format!(
+                "{:>5}{:>7}{:>11}  {:<6}  {}",
+                layer.layer,
+                layer.owner,
+                layer.recursion.map_or("-".to_owned(), |r| r.to_string()),
+                if layer.stores_kv { "own" } else { "shared" },
+                layer.prefix
+            ));
+        }
+        lines.join("\n") + "\n"
+    }
+}
+
+fn weight_bytes(checkpoint: &Checkpoint, precision: Precision) -> u64 {
+    let bytes = |id| {
+        let elems: usize = checkpoint.shape(id).iter().product();
+        (elems * precision.weight_dtype(checkpoint.dtype(id)).bytes()) as u64
+    };
+    checkpoint.tensor_ids().map(bytes).sum()
+}
+
+/// `None` for a strategy that the mode does not have.
+fn strategy_bytes(config: &MorConfig, kv: KvStrategy) -> Option<StrategyBytes> {
+    let is_configured = config.kv == kv;
+    let config = config.with_kv(kv).ok()?;
+    let layout = KvLayout::new(&config, &LayerLayout::new(&config));
+    let f32_bytes = layout.bytes_per_token(&config.capacity, 4);
+    let f16_bytes = layout.bytes_per_token(&config.capacity, 2);
+    Some(StrategyBytes {
+        strategy: kv.as_str(),
+        is_configured,
+        f32_bytes: f32_bytes.model,
+        f16_bytes: f16_bytes.model,
+        vanilla_f32_bytes: f32_bytes.vanilla,
+        vanilla_f16_bytes: f16_bytes.vanilla,
+        ratio: f32_bytes.ratio(),
+    })
+}
+
+fn millions(count: u64) -> String {
+    format!("{:.2} M", count as f64 / 1e6)
+}
+
+/// Bytes in the unit that leaves one to three digits before the point.
+pub(crate) fn bytes_text(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if bytes < 1024 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_embedded_model_is_described() {
+        let model = Model::Embedded;
+        let report = Report::new(model.name(), &model.checkpoint().unwrap());
+        let owners: Vec<usize> = report.layers.iter().map(|layer| layer.owner).collect();
+        assert_eq!(owners, [0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 10]);
+        assert!((4_730_000..4_750_000).contains(&report.parameters.unique), "{:?}", report.parameters);
+        assert!(report.parameters.effective > report.parameters.unique);
+        // Stored as bfloat16, which both precisions keep.
+        assert_eq!(report.weights.iter().map(|w| w.bytes).collect::<Vec<_>>(), [report.checkpoint_bytes; 2]);
+        // A key and a value of 2 heads of 64 in each of 11 layers.
+        let own = &report.kv_bytes_per_token[0];
+        assert_eq!((own.strategy, own.is_configured), ("recursion_wise", true));
+        assert_eq!(own.vanilla_f16_bytes, 2.0 * 128.0 * 11.0 * 2.0);
+        assert!((own.ratio - 8.0 / 11.0).abs() < 1e-9, "{}", own.ratio);
+        let text = report.to_text();
+        assert!(text.contains("    4      1          1  own     model.layers.2.block.0"), "{text}");
+    }
+
+    #[test]
+    fn bytes_are_readable() {
+        assert_eq!(bytes_text(1023), "1023 B");
+        assert_eq!(bytes_text(1536), "1.5 KiB");
+        assert_eq!(bytes_text(9 << 20), "9.0 MiB");
+        assert_eq!(bytes_text(u64::MAX), "16777216.0 TiB");
+    }
+}

@@ -1,0 +1,136 @@
+//! Which model a command runs, and how it is loaded.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use mor_model::{Checkpoint, Dtype, KvStrategy, MorConfig};
+use mor_runtime::{
+    AdapterKind, AdapterSummary, DeviceSelector, GpuOptions, LoadProgress, ModelSource, Precision, Session,
+    SessionOptions,
+};
+
+use crate::failure::bad_input;
+use crate::{embedded, note};
+
+/// A load shorter than this shows no progress bar.
+const QUIET: Duration = Duration::from_millis(400);
+
+/// The model a command line names.
+#[derive(Debug)]
+pub(crate) enum Model {
+    Embedded,
+    Folder(PathBuf),
+    /// Random weights of the shape in this file.
+    Random(PathBuf),
+}
+
+impl Model {
+    /// The folder, or the embedded model where none is named.
+    pub(crate) fn named(folder: Option<&Path>) -> anyhow::Result<Self> {
+        let Some(folder) = folder else {
+            return Ok(Model::Embedded);
+        };
+        if !folder.is_dir() {
+            let what = if folder.exists() { "is not a folder" } else { "does not exist" };
+            let expected = "a model folder with config.json, model.safetensors and tokenizer.json";
+            return Err(bad_input!("{}: {what}, expected {expected}", folder.display()));
+        }
+        Ok(Model::Folder(folder.to_owned()))
+    }
+
+    /// What reports call it.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Model::Embedded => embedded::NAME.to_owned(),
+            Model::Folder(folder) => folder.display().to_string(),
+            Model::Random(config) => format!("random weights of {}", config.display()),
+        }
+    }
+
+    /// The configuration alone, so that a request is checked before anything large is read.
+    pub(crate) fn config(&self) -> anyhow::Result<MorConfig> {
+        Ok(match self {
+            Model::Embedded => MorConfig::from_json_str(embedded::CONFIG, embedded::NAME)?,
+            Model::Folder(folder) => MorConfig::from_json_file(folder.join("config.json"))?,
+            Model::Random(config) => MorConfig::from_json_file(config)?,
+        })
+    }
+
+    /// Whether it comes with a tokenizer; whether that is usable shows when it is loaded.
+    pub(crate) fn has_tokenizer(&self) -> bool {
+        match self {
+            Model::Embedded => true,
+            Model::Folder(folder) => folder.join("tokenizer.json").exists(),
+            Model::Random(_) => false,
+        }
+    }
+
+    /// Configuration and weights without a device.
+    pub(crate) fn checkpoint(&self) -> anyhow::Result<Checkpoint> {
+        Ok(match self {
+            Model::Embedded => Checkpoint::from_bytes(embedded::CONFIG, embedded::WEIGHTS, embedded::NAME)?,
+            Model::Folder(folder) => Checkpoint::open(folder)?,
+            Model::Random(_) => Checkpoint::random(self.config()?, 0, Dtype::BF16),
+        })
+    }
+
+    fn source(&self) -> anyhow::Result<ModelSource> {
+        Ok(match self {
+            Model::Embedded => embedded::source(),
+            Model::Folder(folder) => ModelSource::Folder(folder.clone()),
+            Model::Random(_) => ModelSource::Random { config: self.config()?, seed: 0, dtype: Dtype::BF16 },
+        })
+    }
+
+    /// Loads it onto a device, with a progress bar where that takes a while.
+    pub(crate) fn load(
+        &self,
+        device: DeviceSelector,
+        precision: Option<Precision>,
+        kv: Option<KvStrategy>,
+    ) -> anyhow::Result<Session> {
+        let was_chosen = device != DeviceSelector::Best;
+        let gpu = GpuOptions { device, ..GpuOptions::default() };
+        let options = SessionOptions { gpu, precision, kv, on_load: Some(Box::new(progress_bar())) };
+        let session = Session::load(self.source()?, options)?;
+        warn_of_software(session.device(), was_chosen);
+        Ok(session)
+    }
+}
+
+/// A callback that draws the upload on standard error. indicatif draws nothing where that is no terminal.
+fn progress_bar() -> impl FnMut(LoadProgress) {
+    let start = Instant::now();
+    let mut bar: Option<ProgressBar> = None;
+    move |progress| {
+        let done = progress.uploaded_bytes >= progress.total_bytes;
+        if bar.is_none() && !done && start.elapsed() > QUIET {
+            let style = ProgressStyle::with_template("loading {bar:30} {bytes} of {total_bytes}");
+            let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+            bar = Some(ProgressBar::new(progress.total_bytes).with_style(style));
+        }
+        if let Some(bar) = &bar {
+            bar.set_position(progress.uploaded_bytes);
+            if done {
+                bar.finish_and_clear();
+            }
+        }
+    }
+}
+
+/// A software rasteriser computes the same, so it is used; but nobody should take its speed for a GPU's.
+fn warn_of_software(adapter: &AdapterSummary, was_chosen: bool) {
+    if adapter.kind != AdapterKind::Cpu {
+        return;
+    }
+    let name = &adapter.name;
+    if was_chosen {
+        note(&format!("warning: running on the software rasteriser \"{name}\" (slow)"));
+    } else {
+        note(&format!(
+            "warning: no GPU driver found; running on the software rasteriser \"{name}\" (slow); install the Vulkan \
+             driver of your GPU (mesa-vulkan-drivers for AMD and Intel, NVIDIA's own for NVIDIA)"
+        ));
+    }
+}
