@@ -1,7 +1,7 @@
 //! Whole-model timings: prefill of a prompt and greedy decoding at batch 1, as Markdown rows.
 //!
 //! `cargo bench -p mor-bench --bench model -- [--config JSON | --model DIR]... [--device NAME] [--dtype f32|f16]`
-//! `[--prompt N] [--new N] [--repetitions N]`. Configurations get random weights. Run as a test it does one short
+//! `[--prompt N] [--new N] [--repetitions N] [--profile]`. Configurations get random weights. Run as a test it does one short
 //! repetition on the smallest configuration.
 
 use std::path::PathBuf;
@@ -18,6 +18,7 @@ struct Options {
     prompt: usize,
     new: usize,
     repetitions: usize,
+    profile: bool,
 }
 
 fn main() {
@@ -60,6 +61,9 @@ fn bench(name: &str, source: &ModelSource, options: &Options) {
         values.sort_by(f64::total_cmp);
         values[values.len() / 2]
     };
+    if options.profile {
+        print_profile(&mut session, options.prompt + options.new);
+    }
     let decode = median(|summary| summary.decode_tokens_per_s);
     let dispatches = session.decode_dispatches(options.prompt + options.new);
     let dispatches = dispatches.unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -85,12 +89,14 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Options {
         prompt: 512,
         new: 128,
         repetitions: 5,
+        profile: false,
     };
     let mut is_bench = false;
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().unwrap_or_else(|| panic!("{argument} needs a value"));
         match argument.as_str() {
             "--bench" => is_bench = true,
+            "--profile" => options.profile = true,
             "--config" => {
                 let path = value();
                 let config = MorConfig::from_json_file(&path).unwrap_or_else(|error| panic!("{error}"));
@@ -124,4 +130,17 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Options {
         }
     }
     options
+}
+
+/// Time by kernel of a decode step, each dispatch in a pass of its own.
+fn print_profile(session: &mut Session, context: usize) {
+    let profile = session.profile_decode(context).unwrap_or_else(|error| panic!("{error}"));
+    let mut by_kernel: std::collections::BTreeMap<&str, (usize, f64)> = std::collections::BTreeMap::new();
+    for (label, micros) in profile {
+        let entry = by_kernel.entry(label).or_default();
+        *entry = (entry.0 + 1, entry.1 + micros);
+    }
+    for (label, (count, micros)) in by_kernel {
+        eprintln!("{label:<20} {count:>4} dispatches {micros:>10.1} us, {:.1} us each", micros / count as f64);
+    }
 }

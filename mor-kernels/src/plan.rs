@@ -48,6 +48,19 @@ enum Step {
     Copy { from: wgpu::Buffer, from_offset: u64, to: wgpu::Buffer, to_offset: u64, bytes: u64 },
 }
 
+impl Step {
+    /// Encodes a dispatch; copies are not for passes.
+    fn encode(&self, pass: &mut wgpu::ComputePass<'_>) {
+        let Step::Dispatch { kernel, bind_group, workgroups, .. } = self else { return };
+        pass.set_pipeline(&kernel.pipeline);
+        pass.set_bind_group(0, bind_group, &[]);
+        match workgroups {
+            Workgroups::Direct([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
+            Workgroups::Indirect { buffer, offset } => pass.dispatch_workgroups_indirect(buffer, *offset),
+        }
+    }
+}
+
 /// A recorded list of steps over its own parameter arena.
 #[derive(Debug)]
 pub struct Plan {
@@ -84,15 +97,26 @@ impl Plan {
                 continue;
             }
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            while let Some(Step::Dispatch { kernel, bind_group, workgroups, .. }) = steps.peek() {
-                pass.set_pipeline(&kernel.pipeline);
-                pass.set_bind_group(0, bind_group, &[]);
-                match workgroups {
-                    Workgroups::Direct([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
-                    Workgroups::Indirect { buffer, offset } => pass.dispatch_workgroups_indirect(buffer, *offset),
-                }
+            while let Some(step @ Step::Dispatch { .. }) = steps.peek() {
+                step.encode(&mut pass);
                 steps.next();
             }
+        }
+    }
+
+    /// Encodes the dispatches `range`, the i-th of it in a pass of its own between queries `2 i` and `2 i + 1`;
+    /// copies are left out.
+    pub(crate) fn encode_timed(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        queries: &wgpu::QuerySet,
+        range: std::ops::Range<usize>,
+    ) {
+        let dispatches = self.steps.iter().filter(|step| matches!(step, Step::Dispatch { .. }));
+        for (i, step) in dispatches.skip(range.start).take(range.len()).enumerate() {
+            encoder.write_timestamp(queries, 2 * i as u32);
+            step.encode(&mut encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()));
+            encoder.write_timestamp(queries, 2 * i as u32 + 1);
         }
     }
 }

@@ -9,12 +9,24 @@ use crate::plan::Plan;
 /// # Errors
 /// [`KernelError::Limit`] if the device writes no timestamps, [`KernelError::Device`] if it fails.
 pub fn device_micros(gpu: &Gpu, plan: &Plan, repetitions: u32) -> Result<f64> {
+    let stamps = stamps(gpu, 2, |encoder, queries| {
+        encoder.write_timestamp(queries, 0);
+        for _ in 0..repetitions {
+            plan.encode(encoder);
+        }
+        encoder.write_timestamp(queries, 1);
+    })?;
+    Ok((stamps[1] - stamps[0]) / f64::from(repetitions.max(1)))
+}
+
+/// Submits what `record` encodes and returns its `count` timestamps in microseconds from the first.
+fn stamps(gpu: &Gpu, count: u32, record: impl FnOnce(&mut wgpu::CommandEncoder, &wgpu::QuerySet)) -> Result<Vec<f64>> {
     use wgpu::BufferUsages as U;
     if !gpu.caps().timestamps {
         return Err(KernelError::Limit {
             kernel: "timing",
             what: "timestamp queries",
-            found: 2,
+            found: u64::from(count),
             limit: 0,
             why: format!("\"{}\" offers", gpu.summary().name),
             advice: "measure wall time instead",
@@ -24,24 +36,44 @@ pub fn device_micros(gpu: &Gpu, plan: &Plan, repetitions: u32) -> Result<f64> {
     let queries = device.create_query_set(&wgpu::QuerySetDescriptor {
         label: Some("timing"),
         ty: wgpu::QueryType::Timestamp,
-        count: 2,
+        count,
     });
-    let resolved = gpu.create_buffer("timestamps", 16, U::QUERY_RESOLVE | U::COPY_SRC)?;
-    let staging = gpu.create_buffer("timestamps", 16, U::MAP_READ | U::COPY_DST)?;
+    let bytes = 8 * u64::from(count);
+    let resolved = gpu.create_buffer("timestamps", bytes, U::QUERY_RESOLVE | U::COPY_SRC)?;
+    let staging = gpu.create_buffer("timestamps", bytes, U::MAP_READ | U::COPY_DST)?;
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("timing") });
-    encoder.write_timestamp(&queries, 0);
-    for _ in 0..repetitions {
-        plan.encode(&mut encoder);
-    }
-    encoder.write_timestamp(&queries, 1);
-    encoder.resolve_query_set(&queries, 0..2, &resolved, 0);
-    encoder.copy_buffer_to_buffer(&resolved, 0, &staging, 0, 16);
+    record(&mut encoder, &queries);
+    encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
+    encoder.copy_buffer_to_buffer(&resolved, 0, &staging, 0, bytes);
     gpu.inner.queue.submit([encoder.finish()]);
     staging.map_async(wgpu::MapMode::Read, .., |_| {});
     gpu.wait_idle()?;
     let failed = |reason: String| KernelError::Device { adapter: gpu.summary().name.clone(), reason };
     let view = staging.get_mapped_range(..).map_err(|error| failed(error.to_string()))?;
-    let stamps: Vec<u64> = bytemuck::pod_collect_to_vec(&view[..]);
-    let nanos = stamps[1].wrapping_sub(stamps[0]) as f64 * f64::from(gpu.inner.queue.get_timestamp_period());
-    Ok(nanos / 1e3 / f64::from(repetitions.max(1)))
+    let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&view[..]);
+    let nanos_per_tick = f64::from(gpu.inner.queue.get_timestamp_period());
+    Ok(ticks.iter().map(|tick| tick.wrapping_sub(ticks[0]) as f64 * nanos_per_tick / 1e3).collect())
+}
+
+/// Device microseconds of every dispatch of `plan`, in order: the smallest of `repetitions` runs. Each dispatch gets
+/// a pass of its own between two timestamps, so the sum is more than the plan takes as a whole.
+///
+/// # Errors
+/// As [`device_micros`].
+pub fn profile(gpu: &Gpu, plan: &Plan, repetitions: u32) -> Result<Vec<(&'static str, f64)>> {
+    let labels: Vec<_> = plan.labels().collect();
+    let mut best = vec![f64::INFINITY; labels.len()];
+    for _ in 0..repetitions {
+        // Query sets are limited to 4096 entries.
+        for first in (0..labels.len()).step_by(2048) {
+            let count = (labels.len() - first).min(2048);
+            let stamps = stamps(gpu, 2 * count as u32, |encoder, queries| {
+                plan.encode_timed(encoder, queries, first..first + count);
+            })?;
+            for (i, pair) in stamps.chunks_exact(2).enumerate() {
+                best[first + i] = best[first + i].min(pair[1] - pair[0]);
+            }
+        }
+    }
+    Ok(labels.into_iter().zip(best).collect())
 }

@@ -126,10 +126,16 @@ impl Runner {
         self.stop(model, sequence);
     }
 
+    /// Puts a row in place of the one the last step drew.
+    pub(crate) fn set_next_row(&self, model: &MorModel, row: Row) {
+        let offset = row.sequence as usize * size_of::<Row>();
+        model.gpu().write(&self.sample.next_rows, offset as u64, bytemuck::bytes_of(&row));
+    }
+
     /// Takes a sequence out of the decode steps submitted from now on.
     pub fn stop(&self, model: &MorModel, sequence: usize) {
-        let row = Row::ABSENT;
-        model.gpu().write(&self.sample.next_rows, (sequence * size_of::<Row>()) as u64, bytemuck::bytes_of(&row));
+        let offset = sequence * size_of::<Row>();
+        model.gpu().write(&self.sample.next_rows, offset as u64, bytemuck::bytes_of(&Row::ABSENT));
     }
 
     /// Submits one step over the rows of `feeds` (sequences ascending, one feed each) and returns at once.

@@ -243,6 +243,20 @@ impl Session {
         Ok(runner.decode_plan(&self.model, context)?.num_dispatches())
     }
 
+    /// Device microseconds of each dispatch of a decode step, by kernel, for the sequence as the last generation left
+    /// it; see [`mor_kernels::timing::profile`].
+    ///
+    /// # Errors
+    /// [`RuntimeError::Kernel`] if the device writes no timestamps.
+    pub fn profile_decode(&mut self, context: usize) -> Result<Vec<(&'static str, f64)>> {
+        self.reserve(context)?;
+        let runner = self.runner.as_mut().expect("reserved above");
+        let row = mor_kernels::rows::Row { token: 1, position: context as u32 / 2, sequence: 0, flags: 3 };
+        runner.set_next_row(&self.model, row);
+        let plan = runner.decode_plan(&self.model, context)?;
+        Ok(mor_kernels::timing::profile(self.model.gpu(), plan, 10)?)
+    }
+
     /// Continues a prompt. The prompt has been read when this returns; the iterator yields the events.
     ///
     /// # Errors
