@@ -131,9 +131,10 @@ fn chosen<'t>(documents: Vec<&'t str>, range: Option<Range<usize>>, origin: &str
     let found = documents.len();
     documents.get(range.clone()).map(<[_]>::to_vec).ok_or_else(|| {
         bad_input!(
-            "--documents {}..{}: {origin} has {found} documents, expected 0..{found} or less",
+            "--documents {}..{}: {origin} has {found} document{}, expected 0..{found} or less",
             range.start,
-            range.end
+            range.end,
+            if found == 1 { "" } else { "s" }
         )
     })
 }
@@ -204,7 +205,7 @@ mod tests {
     #[test]
     fn tokens_are_counted_as_in_the_reference() {
         let tokenizer = Tokenizer::from_bytes(embedded::TOKENIZER, "test", 4096).unwrap();
-        let tokens = |text| document_tokens(&tokenizer, text, 0, 1024).unwrap();
+        let tokens = |text: &str| document_tokens(&tokenizer, text, 0, 1024).unwrap();
         assert_eq!(tokens("Once upon a time"), [0, 505, 478, 259, 425]);
         assert_eq!(tokens(""), [0]);
         assert_eq!(tokens(&"a ".repeat(2000)).len(), 1024);

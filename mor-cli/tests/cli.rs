@@ -184,7 +184,7 @@ fn documents_that_are_not_there() {
     fs::write(&path, "").unwrap();
     eval("0..1", &["text.txt: there is no text"]);
     fs::write(&path, "one\n<|endoftext|>\n").unwrap();
-    eval("0..2", &["text.txt has 1 documents"]);
+    eval("0..2", &["text.txt has 1 document,"]);
     eval("1..1", &["1..1", "A below B"]);
     eval("1", &["expected A..B"]);
     fs::write(&path, b"\xff").unwrap();

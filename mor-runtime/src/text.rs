@@ -380,7 +380,7 @@ mod tests {
         let ids = tokenizer.encode(text).unwrap();
         assert_eq!(ids, [505, 478, 259, 425, 12, 412, 290, 259, 413]);
         assert_eq!(tokenizer.decode(&ids), text);
-        assert_eq!(tokenizer.encode("").unwrap(), []);
+        assert!(tokenizer.encode("").unwrap().is_empty());
         assert_eq!(tokenizer.num_entries(), 4096);
         assert_eq!(tokenizer.token_id("<|endoftext|>"), Some(0));
         assert_eq!(tokenizer.token_id("no such token"), None);
