@@ -213,6 +213,17 @@ impl MorModel {
         self.config.num_key_value_heads * self.head_dim()
     }
 
+    /// Heads and caches as the attention kernels see them.
+    pub fn attention_shape(&self) -> AttentionShape {
+        AttentionShape {
+            num_attention_heads: self.config.num_attention_heads as u32,
+            num_key_value_heads: self.config.num_key_value_heads as u32,
+            head_dim: self.head_dim() as u32,
+            kv_dtype: self.precision.kv_dtype(),
+            kv_table: KvTable::Pages,
+        }
+    }
+
     /// Allocates the tensors of steps of up to `capacity` rows, `logit_rows` of them with logits.
     ///
     /// # Errors
@@ -543,13 +554,7 @@ impl<'a> Recorder<'a> {
         table: KvTable,
     ) -> Result<Input<'a>> {
         let (config, step) = (self.config(), self.step);
-        let shape = AttentionShape {
-            num_attention_heads: config.num_attention_heads as u32,
-            num_key_value_heads: config.num_key_value_heads as u32,
-            head_dim: self.model.head_dim() as u32,
-            kv_dtype: self.model.precision.kv_dtype(),
-            kv_table: table,
-        };
+        let shape = AttentionShape { kv_table: table, ..self.model.attention_shape() };
         // Of the real head: padding adds nothing to a score.
         let scale = (config.head_dim as f64).sqrt().recip() as f32;
         let kv_table = match table {
@@ -774,7 +779,7 @@ impl<'a> Recorder<'a> {
                 max_positions: self.kv.max_positions as u32,
                 seen_words: self.sample.seen.shape()[1] as u32,
             };
-            SampleToken::default().record(plan, bindings, params)?;
+            SampleToken::new(plan.gpu().caps()).record(plan, bindings, params)?;
         }
         Ok(())
     }

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mor_kernels::Result;
-use mor_kernels::ops::{CrossEntropy, CrossEntropyBindings, CrossEntropyParams, GpuSampling, TopkSequence};
+use mor_kernels::ops::{
+    AttentionDecode, CrossEntropy, CrossEntropyBindings, CrossEntropyParams, GpuSampling, TopkSequence,
+};
 use mor_kernels::plan::{Plan, PlanBuilder};
 use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
 use mor_kernels::submit::{Readback, Submission};
@@ -299,13 +301,9 @@ impl Runner {
     }
 }
 
-/// Parts the keys of a decode step are split into: one workgroup of a (row, head) reads up to 128 keys in about the
-/// time a dispatch takes to start, and more workgroups than that only cost in the merge.
+/// Parts the keys of a decode step are split into.
 fn num_splits(model: &MorModel, max_context: usize) -> u32 {
-    if model.gpu().caps().is_cpu {
-        return 1;
-    }
-    (max_context.div_ceil(128) as u32).next_power_of_two().clamp(1, 16)
+    AttentionDecode::suggest_splits(&model.attention_shape(), 1, max_context as u32, model.gpu().caps())
 }
 
 fn submit(model: &MorModel, plan: &Plan) {
