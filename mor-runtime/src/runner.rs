@@ -72,9 +72,12 @@ pub struct Runner {
     decode: BTreeMap<u32, Step>,
     prefill: Option<Step>,
     prefill_capacity: usize,
+    key_splits: Option<u32>,
 }
 
 impl Runner {
+    const MAX_KEY_SPLITS: u32 = 16;
+
     /// Allocates caches for `num_sequences` sequences of up to `max_positions` tokens, fed at most
     /// `prefill_capacity` rows at a time.
     ///
@@ -98,7 +101,7 @@ impl Runner {
             )?,
             results: words("results", &[num_sequences, max_positions, 2])?,
         };
-        Ok(Self { kv, sample, decode: BTreeMap::new(), prefill: None, prefill_capacity })
+        Ok(Self { kv, sample, decode: BTreeMap::new(), prefill: None, prefill_capacity, key_splits: None })
     }
 
     /// Longest sequence.
@@ -109,6 +112,22 @@ impl Runner {
     /// Most rows of a [`Runner::feed`].
     pub fn prefill_capacity(&self) -> usize {
         self.prefill_capacity
+    }
+
+    /// Splits the keys of every decode step into this many parts (a power of two up to 16) whatever the context's
+    /// length; `None` lets the length decide. The result does not depend on it: for tests and measurements.
+    pub fn set_key_splits(&mut self, key_splits: Option<u32>) {
+        self.key_splits = key_splits.map(|splits| splits.next_power_of_two().clamp(1, Self::MAX_KEY_SPLITS));
+    }
+
+    /// Parts the keys of a decode step are split into: one workgroup of a (row, head) reads up to 128 keys in about
+    /// the time a dispatch takes to start, and more workgroups than that only cost in the merge.
+    fn num_splits(&self, model: &MorModel, max_context: usize) -> u32 {
+        match self.key_splits {
+            Some(splits) => splits,
+            None if model.gpu().caps().is_cpu => 1,
+            None => (max_context.div_ceil(128) as u32).next_power_of_two().clamp(1, Self::MAX_KEY_SPLITS),
+        }
     }
 
     /// Forgets a sequence and sets how its tokens are drawn; `seen` are the tokens that count as occurred.
@@ -220,7 +239,7 @@ impl Runner {
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
     pub fn logits(&self, model: &MorModel, last_was_decode: bool, max_context: usize) -> Result<Vec<Vec<f32>>> {
         let step = if last_was_decode {
-            &self.decode[&num_splits(model, max_context)]
+            &self.decode[&self.num_splits(model, max_context)]
         } else {
             self.prefill.as_ref().expect("a step was fed")
         };
@@ -279,7 +298,7 @@ impl Runner {
 
     /// Records the decode plan for `max_context` positions if it is not there; returns its number of key splits.
     fn prepare_decode(&mut self, model: &MorModel, max_context: usize) -> Result<u32> {
-        let num_splits = num_splits(model, max_context);
+        let num_splits = self.num_splits(model, max_context);
         if !self.decode.contains_key(&num_splits) {
             let phase = Phase::Decode { num_splits };
             let mut tensors = model.step_tensors(self.kv.num_sequences, self.kv.num_sequences, phase)?;
@@ -296,15 +315,6 @@ impl Runner {
         model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
         Ok(Step { plan: plan.finish()?, tensors })
     }
-}
-
-/// Parts the keys of a decode step are split into: one workgroup of a (row, head) reads up to 128 keys in about the
-/// time a dispatch takes to start, and more workgroups than that only cost in the merge.
-fn num_splits(model: &MorModel, max_context: usize) -> u32 {
-    if model.gpu().caps().is_cpu {
-        return 1;
-    }
-    (max_context.div_ceil(128) as u32).next_power_of_two().clamp(1, 16)
 }
 
 fn submit(model: &MorModel, plan: &Plan) {
