@@ -93,9 +93,13 @@ fn check_forward(case: &GoldenCase, tag: &str, index: usize, out: &SequenceOutpu
 
 #[test]
 fn forward_matches_every_case() {
+    check_forwards(gpu(), cases()).print("forward");
+}
+
+fn check_forwards(gpu: &Gpu, cases: Vec<GoldenCase>) -> Largest {
     let mut largest = Largest::default();
-    for case in cases() {
-        let mut session = Session::on_gpu(gpu().clone(), &case.checkpoint, Precision::F32).expect("loads");
+    for case in cases {
+        let mut session = Session::on_gpu(gpu.clone(), &case.checkpoint, Precision::F32).expect("loads");
         let causal = session.forward(&case.sequences, Routing::Causal).expect("runs");
         for (index, out) in causal.sequences.iter().enumerate() {
             check_forward(&case, "causal", index, out, &mut largest);
@@ -107,15 +111,36 @@ fn forward_matches_every_case() {
             }
         }
     }
-    largest.print("forward");
+    largest
+}
+
+#[test]
+fn decoding_matches_every_case() {
+    check_decodes(gpu(), cases()).print("decode");
+}
+
+/// A case of each kind also with run-time checks in the shaders, and without subgroups within WebGPU's limits.
+#[test]
+fn some_cases_match_on_every_profile() {
+    let names = [
+        "vanilla_mha_untied",
+        "recursive_sequence_r3_share",
+        "expert_middle_cycle_r3_hybrid",
+        "expert_cycle_r3_share_mlp_tanh",
+        "token_middle_cycle_r3",
+    ];
+    parity::on_every_profile(|gpu, name| {
+        let chosen = || cases().into_iter().filter(|case| names.contains(&case.name.as_str())).collect::<Vec<_>>();
+        assert_eq!(chosen().len(), names.len());
+        check_forwards(gpu, chosen()).print(&format!("{name}: forward"));
+        check_decodes(gpu, chosen()).print(&format!("{name}: decode"));
+    });
 }
 
 /// Both prompts of a case decode together, as a ragged batch; each must equal its golden trace, which was made alone.
-#[test]
-fn decoding_matches_every_case() {
-    let gpu = gpu();
+fn check_decodes(gpu: &Gpu, cases: Vec<GoldenCase>) -> Largest {
     let mut largest = Largest::default();
-    for case in cases() {
+    for case in cases {
         let config = case.checkpoint.config().clone();
         let model = MorModel::load(gpu, &case.checkpoint, Precision::F32, &mut |_| {}).expect("loads");
         let num_sequences = case.prompts.len();
@@ -183,7 +208,7 @@ fn decoding_matches_every_case() {
             assert_eq!(runner.rows_processed(&model).expect("reads"), rows_by_recursion, "{} rows", case.name);
         }
     }
-    largest.print("decode");
+    largest
 }
 
 /// Heads and MLPs whose sizes are no multiple of 8 are padded on the device; an odd vocabulary pads the head.

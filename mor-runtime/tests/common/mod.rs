@@ -1,6 +1,8 @@
 //! Tiny models with random weights large enough that routing matters, written as a checkpoint would be.
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
+pub(crate) mod batch;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -90,9 +92,14 @@ impl TinyModel {
 
     /// The file, or a shard of it, with the elements of `dtype`.
     pub(crate) fn bytes(&self, dtype: Dtype, keep: impl Fn(&str) -> bool) -> Vec<u8> {
+        self.bytes_of(|_| dtype, keep)
+    }
+
+    /// As [`TinyModel::bytes`], with an element type for each name.
+    pub(crate) fn bytes_of(&self, dtype: impl Fn(&str) -> Dtype, keep: impl Fn(&str) -> bool) -> Vec<u8> {
         let (mut header, mut data) = (Map::new(), Vec::new());
         for (name, (shape, values)) in self.tensors.iter().filter(|(name, _)| keep(name)) {
-            let start = data.len();
+            let (start, dtype) = (data.len(), dtype(name));
             for value in values {
                 match dtype {
                     Dtype::F32 => data.extend(value.to_le_bytes()),
