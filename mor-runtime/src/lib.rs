@@ -56,7 +56,7 @@ pub use mor_kernels::gpu::{AdapterKind, AdapterSummary, DeviceSelector, GpuOptio
 pub use mor_model::{KvStrategy, Precision, Routing};
 pub use sampling::{FinishReason, GenerateRequest, SamplingParams};
 pub use session::{
-    Event, ForwardOutput, Generation, LoadProgress, ModelSource, Score, SequenceOutput, Session, SessionOptions,
-    Summary,
+    DecodeProfile, Event, ForwardOutput, Generation, LoadProgress, ModelSource, Score, SequenceOutput, Session,
+    SessionOptions, Summary,
 };
 pub use text::{Piece, TextStream, Tokenizer};

@@ -1,9 +1,12 @@
 //! [`Runner`]: feeds rows to a model and reads what comes back. The only place that submits work.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use mor_kernels::Result;
-use mor_kernels::ops::{CrossEntropy, CrossEntropyBindings, CrossEntropyParams, GpuSampling, TopkSequence};
+use mor_kernels::ops::{
+    AttentionDecode, CrossEntropy, CrossEntropyBindings, CrossEntropyParams, GpuSampling, TopkSequence,
+};
 use mor_kernels::plan::{Plan, PlanBuilder};
 use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
 use mor_kernels::submit::{Readback, Submission};
@@ -60,7 +63,7 @@ impl Outcomes {
 #[derive(Debug)]
 struct Step {
     tensors: StepTensors,
-    plan: Plan,
+    plan: Arc<Plan>,
 }
 
 /// Runs steps of a model over a fixed number of sequences.
@@ -244,13 +247,13 @@ impl Runner {
         Ok(rows)
     }
 
-    /// Dispatches of a decode step at `max_context` positions.
+    /// The plan of a decode step at up to `max_context` positions.
     ///
     /// # Errors
     /// As [`Runner::decode`].
-    pub fn decode_plan(&mut self, model: &MorModel, max_context: usize) -> Result<&Plan> {
+    pub fn decode_plan(&mut self, model: &MorModel, max_context: usize) -> Result<Arc<Plan>> {
         let num_splits = self.prepare_decode(model, max_context)?;
-        Ok(&self.decode[&num_splits].plan)
+        Ok(Arc::clone(&self.decode[&num_splits].plan))
     }
 
     /// Records the plans of prefill and of decode up to `max_context` positions, so that no later call compiles.
@@ -294,17 +297,13 @@ impl Runner {
     fn record(&self, model: &MorModel, tensors: StepTensors, how: (Phase, Routing, LogitRows)) -> Result<Step> {
         let mut plan = PlanBuilder::new(model.gpu())?;
         model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
-        Ok(Step { plan: plan.finish()?, tensors })
+        Ok(Step { plan: Arc::new(plan.finish()?), tensors })
     }
 }
 
-/// Parts the keys of a decode step are split into: one workgroup of a (row, head) reads up to 128 keys in about the
-/// time a dispatch takes to start, and more workgroups than that only cost in the merge.
+/// Parts the keys of a decode step are split into.
 fn num_splits(model: &MorModel, max_context: usize) -> u32 {
-    if model.gpu().caps().is_cpu {
-        return 1;
-    }
-    (max_context.div_ceil(128) as u32).next_power_of_two().clamp(1, 16)
+    AttentionDecode::suggest_splits(&model.attention_shape(), 1, max_context as u32, model.gpu().caps())
 }
 
 fn submit(model: &MorModel, plan: &Plan) {
@@ -412,7 +411,7 @@ impl Evaluator {
             };
             CrossEntropy::default().record(&mut plan, bindings, params)?;
         }
-        let step = Step { plan: plan.finish()?, tensors };
+        let step = Step { plan: Arc::new(plan.finish()?), tensors };
         Ok(Self { kv, step, key: (routing, capture), labels, nll, captured })
     }
 
