@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::{Gpu, parity};
 use mor_model::golden::{GoldenCase, GoldenTensors};
-use mor_model::{KvStrategy, Mode, MorModel, Precision, Routing};
+use mor_model::oracle::Oracle;
+use mor_model::{Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
 use mor_runtime::runner::{Feed, Runner};
 use mor_runtime::{SequenceOutput, Session};
 
@@ -208,4 +209,26 @@ fn check_decodes(gpu: &Gpu, cases: Vec<GoldenCase>) -> Largest {
         }
     }
     largest
+}
+
+/// Heads and MLPs whose sizes are no multiple of 8 are padded on the device; an odd vocabulary pads the head.
+#[test]
+fn padded_shapes_match_the_oracle() {
+    for (head_dim, intermediate_size, vocab_size) in [(20, 83, 97), (6, 4, 31), (10, 172, 50)] {
+        let config = format!(
+            r#"{{ "model_type": "llama", "vocab_size": {vocab_size}, "hidden_size": 96,
+                "intermediate_size": {intermediate_size}, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "head_dim": {head_dim}, "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 64 }}"#
+        );
+        let config = MorConfig::from_json_str(&config, "padded").expect("the config is valid");
+        let checkpoint = Checkpoint::random(config, 7, Dtype::F32);
+        let tokens: Vec<u32> = (0..23).map(|i| i * 5 % vocab_size).collect();
+        let want = Oracle::new(&checkpoint).forward(&tokens, Routing::Causal).expect("runs");
+        let mut session = Session::on_gpu(gpu().clone(), &checkpoint, Precision::F32).expect("loads");
+        let found = session.forward(std::slice::from_ref(&tokens), Routing::Causal).expect("runs");
+        let what = format!("head_dim {head_dim}");
+        let (found, width) = (&found.sequences[0].logits, vocab_size as usize);
+        Largest::default().check("logits", &what, (found, &want.logits), width, (0..tokens.len()).map(|t| (t, t)));
+    }
 }
