@@ -4,16 +4,27 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-fn mor(args: &[&str]) -> Output {
+use serde_json::{Value, json};
+
+fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mor"));
     command.env_remove("MOR_DEVICE").env_remove("RUST_LOG").args(args);
-    command.output().expect("the program starts")
+    // Without it Mesa adds lines of its own to standard error.
+    command.env("XDG_RUNTIME_DIR", std::env::temp_dir());
+    command
+}
+
+fn mor(args: &[&str]) -> Output {
+    command(args).output().expect("the program starts")
 }
 
 /// Checks that `args` are refused in one sentence that contains all of `words`.
 fn refused(args: &[&str], words: &[&str]) {
-    let output = mor(args);
-    let message = String::from_utf8(output.stderr).unwrap();
+    check_refusal(&mor(args), args, words);
+}
+
+fn check_refusal(output: &Output, args: &[&str], words: &[&str]) {
+    let message = std::str::from_utf8(&output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{args:?}: {message}");
     assert!(output.stdout.is_empty(), "{args:?} printed something");
     assert!(message.starts_with("error: ") && message.ends_with('\n'), "{args:?}: {message}");
@@ -21,6 +32,11 @@ fn refused(args: &[&str], words: &[&str]) {
     for word in words {
         assert!(message.contains(word), "{args:?}: {word:?} is not in: {message}");
     }
+}
+
+/// As [`refused`], by a program with one more environment variable.
+fn refused_with((name, value): (&str, &str), args: &[&str], words: &[&str]) {
+    check_refusal(&command(args).env(name, value).output().expect("the program starts"), args, words);
 }
 
 fn accepted(args: &[&str]) -> String {
@@ -210,4 +226,212 @@ fn adapters_are_listed() {
         assert_eq!(adapter["index"], index);
     }
     accepted(&["devices"]);
+}
+
+/// A copy of a golden case that tests may damage, with the bytes of its weights.
+struct Copied {
+    folder: tempfile::TempDir,
+    header: serde_json::Map<String, Value>,
+    data: Vec<u8>,
+}
+
+impl Copied {
+    fn of(name: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::copy(golden(name).join("config.json"), folder.path().join("config.json")).unwrap();
+        let file = fs::read(golden(name).join("model.safetensors")).unwrap();
+        let (length, rest) = file.split_at(8);
+        let (header, data) = rest.split_at(u64::from_le_bytes(length.try_into().unwrap()) as usize);
+        Self { folder, header: serde_json::from_slice(header).unwrap(), data: data.to_vec() }
+    }
+
+    fn edit_config(&self, edit: impl FnOnce(&mut Value)) {
+        let path = self.folder.path().join("config.json");
+        let mut config = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        edit(&mut config);
+        fs::write(path, config.to_string()).unwrap();
+    }
+
+    fn write_weights(&self) {
+        let header = serde_json::to_vec(&self.header).unwrap();
+        let length = (header.len() as u64).to_le_bytes();
+        fs::write(self.folder.path().join("model.safetensors"), [&length, &header[..], &self.data].concat()).unwrap();
+    }
+
+    /// Every command that opens a model refuses this one alike.
+    fn refused(&self, words: &[&str]) {
+        let folder = text(self.folder.path());
+        let tokens = golden("vanilla_gqa").join("tokens.safetensors");
+        let out = self.folder.path().join("out.safetensors");
+        refused(&["inspect", folder], words);
+        refused(&["generate", "--model", folder, "--prompt-tokens", "1"], words);
+        refused(&["generate", "--model", folder, "--prompt-tokens", "1", "--json"], words);
+        refused(&["forward", "--model", folder, "--tokens", text(&tokens), "--out", text(&out)], words);
+        let names: Vec<_> = fs::read_dir(self.folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert!(names.iter().all(|name| !name.to_string_lossy().contains("out")), "{names:?}");
+    }
+}
+
+const Q_PROJ: &str = "model.layers.0.self_attn.q_proj.weight";
+
+#[test]
+fn tensors_that_do_not_fit_the_configuration() {
+    let mut model = Copied::of("vanilla_gqa");
+    model.header[Q_PROJ]["shape"] = json!([32, 128]);
+    model.write_weights();
+    model.refused(&[Q_PROJ, "[32, 128]", "expected [64, 64]"]);
+
+    let mut model = Copied::of("vanilla_gqa");
+    // An integer of the same size, so that nothing else is wrong.
+    let integer = if model.header[Q_PROJ]["dtype"] == "F32" { "I32" } else { "I16" };
+    model.header[Q_PROJ]["dtype"] = json!(integer);
+    model.write_weights();
+    model.refused(&[Q_PROJ, &format!("element type {integer}, expected F32, F16 or BF16")]);
+
+    let mut model = Copied::of("vanilla_gqa");
+    let tensor = model.header.remove(Q_PROJ).unwrap();
+    model.header.insert("model.layers.0.self_attn.query.weight".to_owned(), tensor.clone());
+    model.write_weights();
+    model.refused(&["tensor model.layers.0.self_attn.query.weight has no place in a vanilla model"]);
+
+    // Its bytes stay as those of a buffer that is tolerated.
+    model.header.remove("model.layers.0.self_attn.query.weight");
+    model.header.insert("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), tensor);
+    model.write_weights();
+    model.refused(&[&format!("tensor {Q_PROJ} [64, 64] is missing")]);
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_named() {
+    for (pattern, shown) in [(0x7fc0_0000_u32, "NaN"), (0xff80_0000, "-inf")] {
+        let mut model = Copied::of("vanilla_gqa");
+        let start = model.header[Q_PROJ]["data_offsets"][0].as_u64().unwrap() as usize;
+        let bytes = pattern.to_le_bytes();
+        // The upper half alone is the same number in bfloat16.
+        let bytes = if model.header[Q_PROJ]["dtype"] == "BF16" { &bytes[2..] } else { &bytes[..] };
+        model.data[start + 3 * bytes.len()..][..bytes.len()].copy_from_slice(bytes);
+        model.write_weights();
+        model.refused(&["model.safetensors", Q_PROJ, &format!("{shown} at element 3")]);
+    }
+}
+
+#[test]
+fn configurations_that_contradict_themselves() {
+    let case = "expert_middle_cycle_r3";
+    let check = |edit: &dyn Fn(&mut Value), words: &[&str]| {
+        let model = Copied::of(case);
+        model.write_weights();
+        model.edit_config(edit);
+        model.refused(words);
+    };
+    check(&|c| c["num_hidden_layers"] = json!(9), &["num_hidden_layers = 9", "multiple of mor.num_recursion = 3"]);
+    check(&|c| c["mor"]["mode"] = json!("experts"), &["mor.mode is \"experts\"", "expected", "token"]);
+    check(&|c| c["mor"]["sharing"] = json!("middle"), &["mor.sharing is \"middle\"", "middle_cycle"]);
+    check(&|c| c["mor"]["kv"] = json!("none"), &["mor.kv is \"none\"", "recursion_wise"]);
+    check(&|c| c["mor"]["router_func"] = json!("softmax"), &["mor.router_func", "contradicts mor.mode = expert"]);
+    check(&|c| c["mor"]["capacity"] = json!([1.0, 0.5]), &["mor.capacity is [1.0,0.5]"]);
+    check(&|c| c["mor"]["depth"] = json!(3), &["mor.depth is not a known field"]);
+    check(&|c| c["num_key_value_heads"] = json!(3), &["num_key_value_heads = 3 contradicts num_attention_heads"]);
+    check(&|c| c["model_type"] = json!("qwen2"), &["model_type is \"qwen2\"", "llama or mor"]);
+    check(&|c| c["vocab_size"] = json!("many"), &["vocab_size is \"many\""]);
+    check(&|c| drop(c.as_object_mut().unwrap().remove("hidden_size")), &["hidden_size is missing"]);
+    // A configuration that is fine by itself, but not that of these weights.
+    check(&|c| c["intermediate_size"] = json!(88), &["gate_proj.weight has shape", "expected [88, 64]"]);
+    check(&|c| c["mor"]["router_type"] = json!("mlp"), &["router"]);
+}
+
+#[test]
+fn tokenizers_of_another_model() {
+    let model = Copied::of("vanilla_gqa");
+    model.write_weights();
+    let path = model.folder.path().join("tokenizer.json");
+    fs::copy(root().join("models/tinystories-mor-expert-5m/tokenizer.json"), &path).unwrap();
+    let folder = text(model.folder.path());
+    let words = ["tokenizer.json: the tokenizer has 4096 entries, but the model embeds 97"];
+    refused(&["generate", "Once", "--model", folder], &words);
+    refused(&["generate", "--prompt-tokens", "1", "--model", folder], &words);
+    fs::write(&path, "{}").unwrap();
+    refused(&["generate", "Once", "--model", folder], &["tokenizer.json: not a usable tokenizer"]);
+    fs::write(&path, b"\xff\xfe").unwrap();
+    refused(&["generate", "Once", "--model", folder], &["tokenizer.json: not a usable tokenizer"]);
+}
+
+#[test]
+fn machines_without_an_adapter() {
+    // The Vulkan loader then finds no driver, whatever the machine has.
+    let none = ("VK_DRIVER_FILES", "/nonexistent");
+    if accepted_with(none, &["devices", "--json"]).trim() != "[]" {
+        eprintln!("skipped: there are adapters that are not Vulkan's");
+        return;
+    }
+    let words = ["no GPU adapter answers on this machine", "found: none", "install"];
+    refused_with(none, &["generate", "Once"], &words);
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/valid-40.txt");
+    refused_with(none, &["eval", "--text", fixture], &words);
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.safetensors");
+    let tokens = golden("vanilla_gqa").join("tokens.safetensors");
+    let model = golden("vanilla_gqa");
+    let files = ["--model", text(&model), "--tokens", text(&tokens), "--out", text(&out)];
+    refused_with(none, &[&["forward"], &files[..]].concat(), &words);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is written");
+    assert_eq!(accepted_with(none, &["devices"]), "", "the table of nothing");
+}
+
+fn accepted_with((name, value): (&str, &str), args: &[&str]) -> String {
+    let output = command(args).env(name, value).output().unwrap();
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn adapters_that_do_not_exist() {
+    if std::env::var_os("MOR_TEST_GPU").is_some_and(|value| value == "skip") {
+        eprintln!("skipped: MOR_TEST_GPU=skip");
+        return;
+    }
+    refused(&["generate", "Once", "--device", "99"], &["no GPU adapter has index 99; found: 0 "]);
+    refused(&["generate", "Once", "--device", "voodoo"], &["no GPU adapter is named like \"voodoo\"; found: 0 "]);
+}
+
+/// Refused by its sizes before anything is uploaded, hence at once.
+#[test]
+fn models_larger_than_the_adapter() {
+    if std::env::var_os("MOR_TEST_GPU").is_some_and(|value| value == "skip") {
+        eprintln!("skipped: MOR_TEST_GPU=skip");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    let config = json!({
+        "model_type": "llama", "vocab_size": 128000, "hidden_size": 16384, "intermediate_size": 53248,
+        "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": false, "eos_token_id": 0,
+    });
+    fs::write(&path, config.to_string()).unwrap();
+    let start = std::time::Instant::now();
+    let words = ["the model needs 81", " bytes on \"", "for weights", "use "];
+    refused(&["generate", "--random-weights", text(&path), "--dtype", "f16"], &words);
+    assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
+}
+
+#[test]
+fn prompts_that_are_no_text_or_too_long() {
+    // Standard input is held to the same as a file.
+    let pipe = |bytes: &[u8]| {
+        use std::io::Write;
+        let mut child = command(&["generate", "-"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // A program that has already refused may have closed the pipe.
+        let _ = child.stdin.take().unwrap().write_all(bytes);
+        child.wait_with_output().unwrap()
+    };
+    check_refusal(&pipe(b"Once \xf0\x9f"), &["generate", "-"], &["standard input: not UTF-8 text at byte 5"]);
+    let most = usize::MAX.to_string();
+    refused(&["generate", "Once", "--max-new-tokens", &most], &["tokens, but the model's context holds 1024"]);
+    refused(&["generate", "Once", "--max-new-tokens", "99999999999999999999999"], &["--max-new-tokens"]);
 }

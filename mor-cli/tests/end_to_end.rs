@@ -236,6 +236,25 @@ fn generations_end_and_repeat_as_asked() {
 }
 
 #[test]
+fn long_prompts_do_not_depend_on_the_chunk() {
+    if !gpu() {
+        return;
+    }
+    let ids: Vec<String> = (0..300).map(|i| (1 + i * 37 % 4095).to_string()).collect();
+    let ids = ids.join(",");
+    let args = ["generate", "--prompt-tokens", &ids, "--temperature", "0", "--dtype", "f32", "--ignore-eos"];
+    let args = [&args[..], &["--max-new-tokens", "8", "--json"]].concat();
+    let whole = json(&args);
+    for chunk in ["16", "100"] {
+        let output = command(&args).env("MOR_PREFILL_CHUNK", chunk).output().unwrap();
+        let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+        for field in ["tokens", "depths", "text", "kv_entries"] {
+            assert_eq!(found[field], whole[field], "{field} in chunks of {chunk}");
+        }
+    }
+}
+
+#[test]
 fn models_without_a_tokenizer_give_ids() {
     if !gpu() {
         return;

@@ -479,6 +479,99 @@ proptest! {
     }
 }
 
+/// Values that a field may wrongly have.
+fn any_json() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        (0i64..100).prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        (-2.0f64..2.0).prop_map(Value::from),
+        prop::sample::select(vec!["expert", "token", "recursive", "vanilla", "cycle", "sequence", "none", "sharing"])
+            .prop_map(Value::from),
+        ".{0,8}".prop_map(Value::from),
+        prop::collection::vec(-1.0f64..2.0, 0..5).prop_map(Value::from),
+        Just(json!({ "a": [1] })),
+    ]
+}
+
+/// What a program does with a configuration and weights before it opens a device.
+fn use_model(config: &str, weights: &[u8]) {
+    let Ok(parsed) = MorConfig::from_json_str(config, "edited") else { return };
+    assert_eq!(MorConfig::from_json_str(&parsed.to_json(), "round trip").unwrap(), parsed);
+    let kv = mor_model::KvLayout::new(&parsed, &LayerLayout::new(&parsed));
+    let _ = kv.bytes_per_token(&parsed.capacity, 2);
+    for strategy in KvStrategy::ALL {
+        let _ = parsed.with_kv(*strategy);
+    }
+    if let Ok(checkpoint) = Checkpoint::from_bytes(config, weights.to_vec(), "edited") {
+        let _ = checkpoint.parameter_counts();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// A few fields replaced by anything.
+    #[test]
+    fn odd_values_never_panic(
+        case in prop::sample::select(vec!["expert_middle_cycle_r3", "token_cycle_r3_lossfree_sigmoid", "vanilla_gqa"]),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any_json()), 1..4),
+    ) {
+        let mut config = Draft::of(case).config;
+        let weights = fs::read(golden::fixtures_dir().join(case).join("model.safetensors")).unwrap();
+        for (index, value) in edits {
+            let names: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
+            let inner: Vec<String> = config["mor"].as_object().into_iter().flat_map(|mor| mor.keys().cloned()).collect();
+            let at = index.index(names.len() + inner.len());
+            match at.checked_sub(names.len()) {
+                None => config[&names[at]] = value,
+                Some(at) => config["mor"][&inner[at]] = value,
+            }
+        }
+        use_model(&config.to_string(), &weights);
+    }
+
+    /// The text itself damaged: bytes replaced, its end cut off.
+    #[test]
+    fn damaged_configurations_never_panic(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+        keep in any::<prop::sample::Index>(),
+        cut in any::<bool>(),
+    ) {
+        let dir = golden::fixtures_dir().join("expert_middle_cycle_r3");
+        let mut bytes = fs::read(dir.join("config.json")).unwrap();
+        for (index, byte) in edits {
+            let at = index.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if cut {
+            bytes.truncate(keep.index(bytes.len()));
+        }
+        let weights = fs::read(dir.join("model.safetensors")).unwrap();
+        use_model(&String::from_utf8_lossy(&bytes), &weights);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Mapped files of any length: the weights, one of two shards, or the shard index.
+    #[test]
+    fn truncated_files_never_panic(which in 0usize..3, keep in any::<prop::sample::Index>()) {
+        let draft = Draft::of("token_cycle_r3_lossfree_sigmoid");
+        let dir = if which == 0 { draft.write() } else { write_shards(&draft, |_, _| {}) };
+        let name = ["model.safetensors", "shard-1.safetensors", "model.safetensors.index.json"][which];
+        let path = dir.path().join(name);
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..keep.index(bytes.len())]).unwrap();
+        let error = Checkpoint::open(dir.path()).unwrap_err();
+        assert_message(&error, &[]);
+    }
+}
+
 #[test]
 fn every_golden_configuration_round_trips() {
     for dir in golden::case_dirs().unwrap() {

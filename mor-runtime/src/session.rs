@@ -192,7 +192,7 @@ impl Session {
         let gpu = Gpu::open(&options.gpu)?;
         let precision = options.precision.unwrap_or(if gpu.caps().is_cpu { Precision::F32 } else { Precision::F16 });
         let total_bytes = device_bytes(&checkpoint, precision);
-        check_memory(&gpu, checkpoint.config(), total_bytes, 0)?;
+        check_memory(&gpu, checkpoint.config(), total_bytes, (0, 0))?;
         let mut progress = |uploaded_bytes| {
             if let Some(on_load) = &mut options.on_load {
                 on_load(LoadProgress { uploaded_bytes, total_bytes });
@@ -494,7 +494,7 @@ impl Session {
             let positions = context.next_power_of_two().min(config.max_position_embeddings).max(context);
             let weights = self.model.weights().num_bytes();
             let kv = kv_bytes(&self.model, 1, positions);
-            check_memory(self.model.gpu(), config, weights, kv)?;
+            check_memory(self.model.gpu(), config, weights, (kv, positions))?;
             self.runner = Some(Runner::new(&self.model, 1, positions, self.chunk.most)?);
         }
         Ok(())
@@ -535,7 +535,8 @@ fn device_bytes(checkpoint: &Checkpoint, precision: Precision) -> u64 {
     checkpoint.tensor_ids().map(bytes).sum()
 }
 
-fn check_memory(gpu: &Gpu, config: &MorConfig, weights: u64, kv: u64) -> Result<()> {
+/// Refuses what does not fit the adapter; `kv` are the bytes of the caches for so many positions.
+fn check_memory(gpu: &Gpu, config: &MorConfig, weights: u64, (kv, positions): (u64, usize)) -> Result<()> {
     let Some(available) = gpu.summary().memory_bytes else { return Ok(()) };
     // Streams, queries and MLP rows of a full prefill chunk, and one row of logits.
     let row = 6 * config.hidden_size + 2 * config.q_dim() + config.intermediate_size;
@@ -545,7 +546,6 @@ fn check_memory(gpu: &Gpu, config: &MorConfig, weights: u64, kv: u64) -> Result<
         return Ok(());
     }
     let adapter = gpu.summary().name.clone();
-    let positions = config.max_position_embeddings;
     Err(RuntimeError::DoesNotFit { adapter, needed, available, weights, kv, positions, activations })
 }
 

@@ -28,7 +28,7 @@ pub(crate) struct Tally {
     pub(crate) cases: usize,
     pub(crate) rejected_seeds: usize,
     /// Tokens by depth.
-    pub(crate) depth_counts: [usize; 5],
+    pub(crate) depth_counts: [usize; 9],
     pub(crate) largest: f32,
 }
 
