@@ -18,3 +18,5 @@ pub mod ops;
 pub mod oracle;
 #[cfg(feature = "oracle")]
 pub mod parity;
+#[cfg(feature = "oracle")]
+pub mod variants;

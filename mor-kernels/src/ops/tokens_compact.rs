@@ -67,10 +67,10 @@ pub struct Hybrid<'a> {
 /// MoR, arXiv 2507.10524; the inference rule is `logit >= 0` where capacity is below 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TokensCompact {
-    mode: &'static str,
-    kv: bool,
-    kv_slots: bool,
-    workgroup_size: u32,
+    pub(crate) mode: &'static str,
+    pub(crate) kv: bool,
+    pub(crate) kv_slots: bool,
+    pub(crate) workgroup_size: u32,
 }
 
 /// Sizes of a call. Mirrors `struct Params` of the shader.
