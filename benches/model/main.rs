@@ -43,7 +43,7 @@ fn bench(name: &str, source: &ModelSource, options: &Options) {
         sampling: SamplingParams::greedy(),
         ignore_eos: true,
         ..GenerateRequest::new(
-            (0..options.prompt as u32).map(|i| 1 + (i * 2_654_435_761 >> 7) % (vocab_size - 1)).collect(),
+            (0..options.prompt as u32).map(|i| 1 + ((i * 2_654_435_761) >> 7) % (vocab_size - 1)).collect(),
         )
     };
     let mut runs: Vec<Summary> = Vec::new();

@@ -226,7 +226,7 @@ mod tests {
                 token: 0,
                 position: (start + i) as u32,
                 sequence: sequence as u32,
-                flags: active | if i + 1 == len { ROW_SAMPLE } else { 0 } | ROW_INDEX_UNIT * i as u32,
+                flags: active | if i + 1 == len { ROW_SAMPLE } else { 0 } | (ROW_INDEX_UNIT * i as u32),
             }));
         }
         let absent = rng.below(3).min(rows.len());
