@@ -103,7 +103,9 @@ fn extreme_shapes_never_panic() {
                 println!("{name}: {error}");
                 let limit =
                     matches!(&error, RuntimeError::Kernel(KernelError::Limit { .. } | KernelError::OutOfMemory { .. }));
-                if !limit { println!("NOT {name}: {error:?}"); }
+                if !limit {
+                    println!("NOT {name}: {error:?}");
+                }
             }
         }
         parity::gpu().check().expect("the device raised no error");
