@@ -12,7 +12,8 @@
 // Grid      (ceil(O / (2 * GROUPS * PAIRS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs
 // Spec      IN_FEATURES multiple of 8; CHUNK units of 8 staged at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH
-//           steps of weights in flight before the activation is ready; NORM, or MERGE of SPLITS partials, or neither;
+//           steps of weights in flight before the activation is ready, or, with the flag STREAM, STREAM steps of the
+//           activation held while weights stream by; LOG2_LANES; NORM, or MERGE of SPLITS partials, or neither;
 //           X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the subgroup size;
 //           WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END_EXPERT or
 //           BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
@@ -72,9 +73,10 @@ fn lane_sum(value: f32, thread: u32, lane: u32) -> f32 {
 #if SUBGROUP_EXACT
     return subgroupAdd(value);
 #else
+    // Counted steps, not a halving variable: compilers unroll only the former.
     var sum = value;
-    for (var step = LANES / 2u; step > 0u; step = step / 2u) {
-        sum += subgroupShuffleXor(sum, step);
+    for (var step = 0u; step < LOG2_LANES; step++) {
+        sum += subgroupShuffleXor(sum, 1u << step);
     }
     return sum;
 #endif
@@ -158,6 +160,7 @@ fn main(
 
     for (var base = 0u; base < UNITS; base += CHUNK) {
         let units = min(CHUNK, UNITS - base);
+#if !STREAM
         var ahead: array<WeightUnit, PREFETCH * OUTPUTS>;
         for (var p = 0u; p < PREFETCH; p++) {
             let unit = min(p * LANES + lane, units - 1u);
@@ -165,6 +168,7 @@ fn main(
                 ahead[p * OUTPUTS + o] = w[min(first_pair * 2u + o, last_row) * UNITS + base + unit];
             }
         }
+#endif
         for (var m = 0u; m < ROWS; m++) {
             let entry = active_rows[first_entry + m];
             for (var c = thread; c < units * 2u; c += THREADS) {
@@ -180,27 +184,58 @@ fn main(
             }
         }
         workgroupBarrier();
+#if STREAM
+        // A software rasteriser waits for memory: the activation is held and each row of w read from end to end,
+        // which its caches foresee.
+        for (var first = 0u; first < units; first += STREAM * LANES) {
+            var held: array<vec4<f32>, 2u * ROWS * STREAM>;
+            for (var h = 0u; h < STREAM; h++) {
+                let unit = first + h * LANES + lane;
+                for (var m = 0u; m < ROWS; m++) {
+                    let at = m * ROW_STRIDE + padded(2u * min(unit, units - 1u));
+                    held[2u * (m * STREAM + h)] = select(vec4<f32>(), staged[at], unit < units);
+                    held[2u * (m * STREAM + h) + 1u] = select(vec4<f32>(), staged[at + 1u], unit < units);
+                }
+            }
+            for (var o = 0u; o < OUTPUTS; o++) {
+                let start = min(first_pair * 2u + o, last_row) * UNITS + base;
+                for (var h = 0u; h < STREAM; h++) {
+                    let weights = unpack_weights(w[start + min(first + h * LANES + lane, units - 1u)]);
+                    for (var m = 0u; m < ROWS; m++) {
+                        let at = 2u * (m * STREAM + h);
+                        sums[m * OUTPUTS + o] += dot(weights[0], held[at]) + dot(weights[1], held[at + 1u]);
+                    }
+                }
+            }
+        }
+#else
         for (var p = 0u; p < PREFETCH; p++) {
             let unit = p * LANES + lane;
             if unit < units {
-                for (var o = 0u; o < OUTPUTS; o++) {
-                    let weights = unpack_weights(ahead[p * OUTPUTS + o]);
-                    for (var m = 0u; m < ROWS; m++) {
-                        sums[m * OUTPUTS + o] += dot(weights[0], staged[m * ROW_STRIDE + padded(2u * unit)])
-                            + dot(weights[1], staged[m * ROW_STRIDE + padded(2u * unit + 1u)]);
+                for (var m = 0u; m < ROWS; m++) {
+                    let x0 = staged[m * ROW_STRIDE + padded(2u * unit)];
+                    let x1 = staged[m * ROW_STRIDE + padded(2u * unit + 1u)];
+                    for (var o = 0u; o < OUTPUTS; o++) {
+                        let weights = unpack_weights(ahead[p * OUTPUTS + o]);
+                        sums[m * OUTPUTS + o] += dot(weights[0], x0) + dot(weights[1], x1);
                     }
                 }
             }
         }
         for (var unit = PREFETCH * LANES + lane; unit < units; unit += LANES) {
+            var weights: array<mat2x4<f32>, OUTPUTS>;
             for (var o = 0u; o < OUTPUTS; o++) {
-                let weights = unpack_weights(w[min(first_pair * 2u + o, last_row) * UNITS + base + unit]);
-                for (var m = 0u; m < ROWS; m++) {
-                    sums[m * OUTPUTS + o] += dot(weights[0], staged[m * ROW_STRIDE + padded(2u * unit)])
-                        + dot(weights[1], staged[m * ROW_STRIDE + padded(2u * unit + 1u)]);
+                weights[o] = unpack_weights(w[min(first_pair * 2u + o, last_row) * UNITS + base + unit]);
+            }
+            for (var m = 0u; m < ROWS; m++) {
+                let x0 = staged[m * ROW_STRIDE + padded(2u * unit)];
+                let x1 = staged[m * ROW_STRIDE + padded(2u * unit + 1u)];
+                for (var o = 0u; o < OUTPUTS; o++) {
+                    sums[m * OUTPUTS + o] += dot(weights[o][0], x0) + dot(weights[o][1], x1);
                 }
             }
         }
+#endif
         // The next chunk overwrites the staged activation.
         workgroupBarrier();
     }

@@ -6,7 +6,7 @@
 //           next_rows [S]; results [S, max_positions, 2] u32, of which only [.., 0] is written; S sequences
 // Bindings  0 params uniform; 1 active_rows read; 2 logits read; 3 sampling read; 4 seen write; 5 next_rows write; 6 results write
 // Grid      (1, n, 1) workgroups; one per sampled row; WORKGROUP_SIZE threads stride over the vocabulary
-// Spec      WORKGROUP_SIZE 16..=256; MAX_LISTED: 4 * MAX_LISTED bytes of workgroup memory; MIN_TEMPERATURE: greedy below;
+// Spec      WORKGROUP_SIZE 16..=1024; MAX_LISTED: 4 * MAX_LISTED bytes of workgroup memory; MIN_TEMPERATURE: greedy below;
 //           SUBGROUP
 // Limits    vocab_size <= 2^18; position < max_positions; one row a sequence; penalty and temperature not NaN
 // Numerics  penalty: l > 0 ? l / p : l * p. Order: penalty, temperature, top-k, top-p, min-p, draw. top-k keeps
@@ -119,13 +119,25 @@ fn workgroup_best(best: vec2<u32>, thread: u32, lane: u32) -> vec2<u32> {
     return workgroupUniformLoad(&broadcast);
 }
 
+// Logits a thread fetches before it looks at them.
+const AHEAD: u32 = 8u;
+
 fn most_likely(source: Source, thread: u32, lane: u32) -> vec2<u32> {
     var best = vec2<u32>(0u, NONE);
-    for (var token = thread; token < params.vocab_size; token += WORKGROUP_SIZE) {
-        let key = token_key(source, token);
-        // A thread's tokens ascend, so the first of equals stays.
-        if key > best.x {
-            best = vec2<u32>(key, token);
+    for (var first = thread; first < params.vocab_size; first += AHEAD * WORKGROUP_SIZE) {
+        // Fetched together: one workgroup alone waits for memory, not for arithmetic.
+        var keys: array<u32, AHEAD>;
+        for (var i = 0u; i < AHEAD; i++) {
+            keys[i] = 0u;
+            if first + i * WORKGROUP_SIZE < params.vocab_size {
+                keys[i] = token_key(source, first + i * WORKGROUP_SIZE);
+            }
+        }
+        for (var i = 0u; i < AHEAD; i++) {
+            // A thread's tokens ascend, so the first of equals stays.
+            if keys[i] > best.x {
+                best = vec2<u32>(keys[i], first + i * WORKGROUP_SIZE);
+            }
         }
     }
     return workgroup_best(best, thread, lane);

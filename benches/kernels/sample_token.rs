@@ -38,7 +38,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
             let params = SampleTokenParams { vocab_size, logits_stride: vocab_size, max_positions: 1, seen_words };
             let id = format!("{name}/{vocab_size}");
             let grid = Grid::Fixed([1, 1, 1]);
-            let kernel = SampleToken::default();
+            let kernel = SampleToken::new(gpu.caps());
             let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else {
                 continue;
             };

@@ -43,7 +43,7 @@ fn bench(name: &str, source: &ModelSource, options: &Options) {
         sampling: SamplingParams::greedy(),
         ignore_eos: true,
         ..GenerateRequest::new(
-            (0..options.prompt as u32).map(|i| 1 + ((i * 2_654_435_761) >> 7) % (vocab_size - 1)).collect(),
+            (0..options.prompt as u32).map(|i| 1 + (i.wrapping_mul(2_654_435_761) >> 7) % (vocab_size - 1)).collect(),
         )
     };
     let mut runs: Vec<Summary> = Vec::new();
@@ -135,8 +135,9 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Options {
 /// Time by kernel of a decode step, each dispatch in a pass of its own.
 fn print_profile(session: &mut Session, context: usize) {
     let profile = session.profile_decode(context).unwrap_or_else(|error| panic!("{error}"));
+    eprintln!("decode step: device {:.1} us, host {:.1} us", profile.device_micros, profile.host_micros);
     let mut by_kernel: std::collections::BTreeMap<&str, (usize, f64)> = std::collections::BTreeMap::new();
-    for (label, micros) in profile {
+    for (label, micros) in profile.dispatches {
         let entry = by_kernel.entry(label).or_default();
         *entry = (entry.0 + 1, entry.1 + micros);
     }

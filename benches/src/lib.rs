@@ -1,7 +1,12 @@
-//! Shared parts of the benchmarks: the shape table, the device and the timing of one kernel.
+//! Shared parts of the benchmarks: the shape table and the timing of one kernel.
 //!
-//! Every kernel bench first runs the kernel's oracle check on a small case (`check`), then times named shapes
-//! by device timestamps. `cargo bench -p mor-bench` times; `cargo test -p mor-bench --benches` runs each once.
+//! - `kernels/<stem>.rs`: every shape is first compared with the kernel's oracle, then timed by device timestamps. A
+//!   shape that does not fit the device is skipped by name.
+//! - `model/main.rs`: prefill and greedy decoding of whole models at batch 1, by wall clock, as Markdown rows.
+//! - `runs/`: raw outputs, one file per date and device; a number in prose links the one it comes from.
+//!
+//! `cargo bench -p mor-bench` times; `cargo test -p mor-bench --benches` runs everything once. `MOR_TEST_DEVICE` (kernels)
+//! and `--device` (models) choose an adapter. A GPU's clock falls when idle: warm it up, quote medians.
 
 use std::time::Duration;
 

@@ -78,6 +78,8 @@ pub struct GpuOptions {
     pub subgroups: bool,
     /// Clamp every limit to WebGPU's defaults, as a browser would.
     pub webgpu_limits: bool,
+    /// Clamp storage bindings to this many bytes, so that even small weights are split: for tests.
+    pub max_binding_bytes: Option<u64>,
 }
 
 impl Default for GpuOptions {
@@ -88,6 +90,7 @@ impl Default for GpuOptions {
             checked: on("MOR_CHECKED"),
             subgroups: !on("MOR_NO_SUBGROUPS"),
             webgpu_limits: on("MOR_WEBGPU_LIMITS"),
+            max_binding_bytes: None,
         }
     }
 }
@@ -322,11 +325,14 @@ fn wanted(adapter: &wgpu::Adapter, options: &GpuOptions) -> (wgpu::Features, wgp
     if options.subgroups {
         features |= F::SUBGROUP;
     }
-    let limits = if options.webgpu_limits {
+    let mut limits = if options.webgpu_limits {
         wgpu::Limits::default().or_worse_values_from(&adapter.limits())
     } else {
         adapter.limits()
     };
+    if let Some(bytes) = options.max_binding_bytes {
+        limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(bytes);
+    }
     (features & adapter.features(), limits)
 }
 

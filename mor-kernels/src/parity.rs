@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use crate::Result;
 use crate::epilogue::{Epilogue, EpilogueKind, LinearParams};
-use crate::gpu::{Gpu, GpuOptions};
+use crate::gpu::{DeviceSelector, Gpu, GpuOptions};
 use crate::oracle::linear_decode::EpilogueState;
 use crate::plan::PlanBuilder;
 use crate::rows::{ActiveRow, RowSet};
@@ -59,14 +59,16 @@ pub fn gpu() -> &'static Gpu {
     &devices()[0].0
 }
 
+/// The adapter that tests use: the one `MOR_TEST_DEVICE` names, else the best.
+pub fn device() -> DeviceSelector {
+    std::env::var("MOR_TEST_DEVICE").map_or(DeviceSelector::Best, DeviceSelector::Name)
+}
+
 fn devices() -> &'static [(Gpu, &'static str)] {
     static DEVICES: OnceLock<Vec<(Gpu, &'static str)>> = OnceLock::new();
     DEVICES.get_or_init(|| {
-        let device = std::env::var("MOR_TEST_DEVICE").ok();
         let open = |(name, mut options): (&'static str, GpuOptions)| {
-            if let Some(device) = &device {
-                options.device = crate::gpu::DeviceSelector::Name(device.clone());
-            }
+            options.device = device();
             (Gpu::open(&options).unwrap_or_else(|error| panic!("{error}")), name)
         };
         profiles().into_iter().map(open).collect()

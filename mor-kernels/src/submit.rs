@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use std::time::Duration;
+
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
 use crate::plan::Plan;
@@ -81,7 +83,8 @@ impl Readback {
         Ok(self.state.load(Ordering::Acquire) != PENDING)
     }
 
-    /// Waits for the bytes. Spins between polls: a blocking wait costs about 20 us more on a discrete GPU.
+    /// Waits for the bytes. On a GPU it spins between polls, because a blocking wait costs about 20 us more there; a
+    /// software rasteriser computes on the very cores that would spin, so there it sleeps.
     ///
     /// # Errors
     /// [`KernelError::Device`] if the device failed meanwhile.
@@ -89,10 +92,11 @@ impl Readback {
         let mut spins = 0u32;
         while !self.is_ready()? {
             spins += 1;
-            if spins < 64 {
+            if self.gpu.caps().is_cpu {
+                std::thread::sleep(Duration::from_micros(50));
+            } else if spins < 64 {
                 std::hint::spin_loop();
             } else {
-                // A software rasteriser computes on the very cores that would spin.
                 std::thread::yield_now();
             }
         }

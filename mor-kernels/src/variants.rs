@@ -126,7 +126,7 @@ pub fn all() -> Vec<Variant> {
         add_tokens_compact(&mut list);
         list.add(&CrossEntropy::default());
         list.add(&RmsNorm::default());
-        list.add(&SampleToken::default());
+        list.add(&SampleToken::new(&list.caps));
         for dtype in WEIGHT_DTYPES {
             list.add(&EmbedTokens::new(dtype));
         }

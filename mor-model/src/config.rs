@@ -192,7 +192,7 @@ pub struct MorConfig {
     pub num_attention_heads: usize,
     /// Key-value heads G; divides H.
     pub num_key_value_heads: usize,
-    /// Head size D; a multiple of 8.
+    /// Head size D; even.
     pub head_dim: usize,
     /// Epsilon of every RMSNorm.
     pub rms_norm_eps: f64,
@@ -341,13 +341,17 @@ impl MorConfig {
                 ));
             }
         };
-        for (field, width) in [("hidden_size", hidden_size), ("head_dim", head_dim)] {
-            if width % WIDTH_MULTIPLE != 0 {
+        let vector_loads = "which the kernels' vector loads need";
+        for (field, width, multiple, reason) in [
+            ("hidden_size", hidden_size, WIDTH_MULTIPLE, vector_loads),
+            ("head_dim", head_dim, 2, "because rotary positions turn pairs"),
+        ] {
+            if width % multiple != 0 {
                 return Err(ModelError::ConfigValue {
                     origin: top.origin.to_owned(),
                     field: field.to_owned(),
                     found: width.to_string(),
-                    expected: format!("a multiple of {WIDTH_MULTIPLE}, which the kernels' vector loads need"),
+                    expected: format!("a multiple of {multiple}, {reason}"),
                 });
             }
         }

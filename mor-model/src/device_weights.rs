@@ -6,7 +6,7 @@
 //!   interleaved inside each head, (0, D/2, 1, D/2 + 1, ...): the two halves of a rotary pair are adjacent columns, and
 //!   scores do not change because q and k are permuted alike.
 //! * gate and up become one matrix of alternating rows, so that SwiGLU happens where both meet.
-//! * Input sizes are padded to a multiple of 8 and output sizes to an even number, with zeros.
+//! * Input sizes and heads are padded to a multiple of 8 and output sizes to an even number, with zeros.
 //! * A matrix larger than one storage binding is split by rows into shards.
 //! * Tied tensors are uploaded once.
 
@@ -139,8 +139,10 @@ impl DeviceWeights {
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for l in 0..config.num_hidden_layers {
             let ids = checkpoint.layer(l);
-            let qkv =
-                qkv_rows(config.head_dim, (ids.q_proj, config.q_dim()), (ids.k_proj, config.kv_dim()), ids.v_proj);
+            let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+            let qkv = qkv_rows(config.head_dim, (ids.q_proj, heads), (ids.k_proj, kv_heads), ids.v_proj);
+            let heads_columns =
+                Columns { num_groups: heads, group_len: config.head_dim, padded_len: device_head_dim(config.head_dim) };
             let padded = intermediate_size.next_multiple_of(8);
             let gate_up = (0..padded)
                 .flat_map(|row| {
@@ -150,16 +152,20 @@ impl DeviceWeights {
                 .collect();
             layers.push(LayerWeights {
                 input_layernorm: loader.vector(ids.input_layernorm)?,
-                qkv_proj: loader.matrix("qkv_proj", qkv, hidden_size)?,
-                o_proj: loader.matrix("o_proj", natural(ids.o_proj, hidden_size), config.q_dim())?,
+                qkv_proj: loader.matrix("qkv_proj", qkv, Columns::plain(hidden_size))?,
+                o_proj: loader.matrix("o_proj", natural(ids.o_proj, hidden_size), heads_columns)?,
                 post_attention_layernorm: loader.vector(ids.post_attention_layernorm)?,
-                gate_up_proj: loader.matrix("gate_up_proj", gate_up, hidden_size)?,
-                down_proj: loader.matrix("down_proj", natural(ids.down_proj, hidden_size), intermediate_size)?,
+                gate_up_proj: loader.matrix("gate_up_proj", gate_up, Columns::plain(hidden_size))?,
+                down_proj: loader.matrix(
+                    "down_proj",
+                    natural(ids.down_proj, hidden_size),
+                    Columns::plain(intermediate_size),
+                )?,
             });
         }
-        let vocab = config.vocab_size;
-        let embed_tokens = loader.matrix("embed_tokens", natural(checkpoint.embed_tokens(), vocab), hidden_size)?;
-        let lm_head = loader.matrix("lm_head", natural(checkpoint.lm_head(), vocab), hidden_size)?;
+        let (vocab, width) = (config.vocab_size, Columns::plain(hidden_size));
+        let embed_tokens = loader.matrix("embed_tokens", natural(checkpoint.embed_tokens(), vocab), width)?;
+        let lm_head = loader.matrix("lm_head", natural(checkpoint.lm_head(), vocab), width)?;
         let norm = loader.vector(checkpoint.norm())?;
         let mut routers = Vec::new();
         for recursion in 0..config.num_recursions as u32 {
@@ -180,20 +186,51 @@ impl DeviceWeights {
     }
 }
 
-/// Rows of the fused projection: q and k interleaved inside each head, then v.
+/// Size of a head on the device: padded so that kernels read whole units.
+pub(crate) fn device_head_dim(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(8)
+}
+
+/// Rows of the fused projection: q and k interleaved inside each head, then v, every head padded.
 fn qkv_rows(
     head_dim: usize,
-    (q, q_dim): (TensorId, usize),
-    (k, kv_dim): (TensorId, usize),
+    (q, num_heads): (TensorId, usize),
+    (k, num_kv_heads): (TensorId, usize),
     v: TensorId,
 ) -> Vec<Option<(TensorId, usize)>> {
-    let interleaved = |id: TensorId, dim: usize| {
-        (0..dim).map(move |row| {
-            let (head, within) = (row / head_dim, row % head_dim);
-            Some((id, head * head_dim + within / 2 + within % 2 * (head_dim / 2)))
+    let rows = |id: TensorId, num_heads: usize, interleaved: bool| {
+        (0..num_heads * device_head_dim(head_dim)).map(move |row| {
+            let (head, within) = (row / device_head_dim(head_dim), row % device_head_dim(head_dim));
+            let within = if interleaved { within / 2 + within % 2 * (head_dim / 2) } else { within };
+            // Of an interleaved row, both halves are absent or neither.
+            let real = row % device_head_dim(head_dim) < head_dim;
+            real.then_some((id, head * head_dim + within))
         })
     };
-    interleaved(q, q_dim).chain(interleaved(k, kv_dim)).chain((0..kv_dim).map(|row| Some((v, row)))).collect()
+    rows(q, num_heads, true).chain(rows(k, num_kv_heads, true)).chain(rows(v, num_kv_heads, false)).collect()
+}
+
+/// How the elements of a stored row lie in a row on the device: groups, each padded with zeros.
+#[derive(Clone, Copy)]
+struct Columns {
+    num_groups: usize,
+    group_len: usize,
+    padded_len: usize,
+}
+
+impl Columns {
+    /// One group, padded to whole units.
+    fn plain(in_features: usize) -> Self {
+        Self { num_groups: 1, group_len: in_features, padded_len: in_features.next_multiple_of(8) }
+    }
+
+    fn in_features(self) -> usize {
+        self.num_groups * self.group_len
+    }
+
+    fn padded(self) -> usize {
+        self.num_groups * self.padded_len
+    }
 }
 
 struct Loader<'a> {
@@ -232,7 +269,7 @@ impl<'a> Loader<'a> {
         let (first, last) = (ids[0], ids[ids.len() - 1]);
         let hidden = if ids.len() == 2 {
             let in_features = self.checkpoint.shape(first)[1];
-            Some(self.matrix("router_hidden", rows(first, self.checkpoint), in_features)?)
+            Some(self.matrix("router_hidden", rows(first, self.checkpoint), Columns::plain(in_features))?)
         } else {
             None
         };
@@ -242,7 +279,7 @@ impl<'a> Loader<'a> {
         let output = Tensor::zeros(self.gpu, self.checkpoint.name(last), dtype, shape)?;
         let mut bytes = Vec::new();
         for row in 0..shape[0] {
-            self.append_row(&mut bytes, (last, row), shape[1], dtype);
+            self.append_row(&mut bytes, (last, row), Columns::plain(shape[1]), dtype);
         }
         self.write(&output, 0, &bytes)?;
         Ok(RouterWeights { hidden, output })
@@ -253,7 +290,7 @@ impl<'a> Loader<'a> {
         &mut self,
         label: &'static str,
         mut rows: Vec<Option<(TensorId, usize)>>,
-        in_features: usize,
+        columns: Columns,
     ) -> Result<Matrix> {
         let mut ids: Vec<_> = rows.iter().flatten().map(|(id, _)| *id).collect();
         ids.dedup();
@@ -270,7 +307,7 @@ impl<'a> Loader<'a> {
         let dtype = if let [dtype] = dtypes[..] { dtype } else { DType::F32 };
 
         rows.resize(rows.len().next_multiple_of(2), None);
-        let padded = in_features.next_multiple_of(8);
+        let padded = columns.padded();
         let row_bytes = padded * dtype.bytes();
         let caps = self.gpu.caps();
         let binding_bytes = caps.max_storage_binding_bytes.min(caps.max_buffer_bytes) as usize;
@@ -284,7 +321,7 @@ impl<'a> Loader<'a> {
                 for row in rows {
                     let end = bytes.len() + row_bytes;
                     if let Some(source) = row {
-                        self.append_row(&mut bytes, *source, in_features, dtype);
+                        self.append_row(&mut bytes, *source, columns, dtype);
                     }
                     bytes.resize(end, 0);
                 }
@@ -297,22 +334,25 @@ impl<'a> Loader<'a> {
         Ok(matrix)
     }
 
-    /// Appends row `row` of a tensor of `in_features` columns, converted to `dtype`.
-    fn append_row(&self, bytes: &mut Vec<u8>, (id, row): (TensorId, usize), in_features: usize, dtype: DType) {
+    /// Appends row `row` of a tensor, converted to `dtype` and spread over `columns`.
+    fn append_row(&self, bytes: &mut Vec<u8>, (id, row): (TensorId, usize), columns: Columns, dtype: DType) {
         let stored = self.checkpoint.dtype(id);
+        let in_features = columns.in_features();
         let mut data = vec![0; in_features * stored.num_bytes()];
         self.checkpoint.read_bytes(id, row * in_features, &mut data);
-        match (stored, dtype) {
-            (Dtype::F32, DType::F32) | (Dtype::F16, DType::F16) | (Dtype::BF16, DType::BF16) => {
-                bytes.extend_from_slice(&data);
-            }
-            _ => {
-                let value = |elem: &[u8]| match stored {
-                    Dtype::F32 => f32::from_le_bytes([elem[0], elem[1], elem[2], elem[3]]),
-                    Dtype::F16 => f16::from_le_bytes([elem[0], elem[1]]).to_f32(),
-                    Dtype::BF16 => bf16::from_le_bytes([elem[0], elem[1]]).to_f32(),
-                };
-                for value in data.chunks_exact(stored.num_bytes()).map(value) {
+        let value = |elem: &[u8]| match stored {
+            Dtype::F32 => f32::from_le_bytes([elem[0], elem[1], elem[2], elem[3]]),
+            Dtype::F16 => f16::from_le_bytes([elem[0], elem[1]]).to_f32(),
+            Dtype::BF16 => bf16::from_le_bytes([elem[0], elem[1]]).to_f32(),
+        };
+        let same =
+            matches!((stored, dtype), (Dtype::F32, DType::F32) | (Dtype::F16, DType::F16) | (Dtype::BF16, DType::BF16));
+        for group in data.chunks_exact(columns.group_len * stored.num_bytes()) {
+            let end = bytes.len() + columns.padded_len * dtype.bytes();
+            if same {
+                bytes.extend_from_slice(group);
+            } else {
+                for value in group.chunks_exact(stored.num_bytes()).map(value) {
                     match dtype {
                         DType::F16 => bytes.extend_from_slice(&f16::from_f32(value).to_le_bytes()),
                         DType::BF16 => bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes()),
@@ -320,6 +360,7 @@ impl<'a> Loader<'a> {
                     }
                 }
             }
+            bytes.resize(end, 0);
         }
     }
 
@@ -351,10 +392,14 @@ mod tests {
         .expect("the config is valid");
         let checkpoint = Checkpoint::random(config, 0, Dtype::F32);
         let ids = checkpoint.layer(0);
-        let rows = qkv_rows(8, (ids.q_proj, 16), (ids.k_proj, 8), ids.v_proj);
+        let rows = qkv_rows(8, (ids.q_proj, 2), (ids.k_proj, 1), ids.v_proj);
         let q: Vec<_> = rows[..16].iter().flatten().map(|(_, row)| *row).collect();
         assert_eq!(q, [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]);
         assert_eq!(rows[16], Some((ids.k_proj, 0)));
+        let padded = qkv_rows(4, (ids.q_proj, 2), (ids.k_proj, 1), ids.v_proj);
+        let q: Vec<_> = padded[..16].iter().map(|row| row.map(|(_, row)| row)).collect();
+        let half = [Some(0), Some(2), Some(1), Some(3), None, None, None, None];
+        assert_eq!((&q[..8], q[8], q[15]), (&half[..], Some(4), None));
         assert_eq!(rows[24..].iter().flatten().map(|(_, row)| *row).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
     }
 }

@@ -17,7 +17,7 @@ use mor_kernels::rows::{KvTable, PAGE_SIZE, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, Result};
 
-use crate::device_weights::{DeviceWeights, LayerWeights, Matrix, Precision, RouterWeights};
+use crate::device_weights::{DeviceWeights, LayerWeights, Matrix, Precision, RouterWeights, device_head_dim};
 use crate::{
     Checkpoint, Gating, KvLayout, KvStrategy, LayerLayout, Mode, MorConfig, RouterFunc, SharingStrategy,
     UNSHARED_GROUP, recursion_group,
@@ -198,6 +198,32 @@ impl MorModel {
         self.config.vocab_size.next_multiple_of(2)
     }
 
+    /// Elements of a head on the device: the configuration's, padded to a multiple of 8 with zeros.
+    pub fn head_dim(&self) -> usize {
+        device_head_dim(self.config.head_dim)
+    }
+
+    /// Columns of a row of queries on the device.
+    pub fn q_dim(&self) -> usize {
+        self.config.num_attention_heads * self.head_dim()
+    }
+
+    /// Columns of a row of keys, and of values, on the device.
+    pub fn kv_dim(&self) -> usize {
+        self.config.num_key_value_heads * self.head_dim()
+    }
+
+    /// Heads and caches as the attention kernels see them.
+    pub fn attention_shape(&self) -> AttentionShape {
+        AttentionShape {
+            num_attention_heads: self.config.num_attention_heads as u32,
+            num_key_value_heads: self.config.num_key_value_heads as u32,
+            head_dim: self.head_dim() as u32,
+            kv_dtype: self.precision.kv_dtype(),
+            kv_table: KvTable::Pages,
+        }
+    }
+
     /// Allocates the tensors of steps of up to `capacity` rows, `logit_rows` of them with logits.
     ///
     /// # Errors
@@ -206,7 +232,7 @@ impl MorModel {
         let (gpu, config) = (&self.gpu, &self.config);
         let t = capacity;
         let f32s = |label: &str, shape: &[usize]| Tensor::zeros(gpu, label, DType::F32, shape);
-        let (c, q_dim) = (config.hidden_size, config.q_dim());
+        let (c, q_dim) = (config.hidden_size, self.q_dim());
         let num_recursions = config.num_recursions;
         let sets = match config.mode {
             Mode::Vanilla => 0,
@@ -259,7 +285,7 @@ impl MorModel {
     /// Bytes that [`MorModel::step_tensors`] allocates, about.
     pub fn step_bytes(&self, capacity: usize, logit_rows: usize) -> u64 {
         let config = &self.config;
-        let per_row = 6 * config.hidden_size + 2 * config.q_dim() + config.intermediate_size + 64;
+        let per_row = 6 * config.hidden_size + 2 * self.q_dim() + config.intermediate_size + 64;
         4 * (capacity * per_row + logit_rows * self.logits_stride()) as u64
     }
 
@@ -467,12 +493,12 @@ impl<'a> Recorder<'a> {
         let weights: &LayerWeights = &self.model.weights.layers[layer];
         let place = self.model.kv_layout.layer(layer);
         let (k_cache, v_cache) = &self.kv.buffers[place.buffer];
-        let (q_dim, kv_dim) = (config.q_dim() as u32, config.kv_dim() as u32);
+        let (q_dim, kv_dim) = (self.model.q_dim() as u32, self.model.kv_dim() as u32);
         let base = LinearParams {
             out_stride: config.hidden_size as u32,
             q_dim,
             kv_dim,
-            head_dim: config.head_dim as u32,
+            head_dim: self.model.head_dim() as u32,
             additive: u32::from(config.gating == Gating::Additive),
             eps: config.rms_norm_eps as f32,
             scale: 1.0,
@@ -528,13 +554,9 @@ impl<'a> Recorder<'a> {
         table: KvTable,
     ) -> Result<Input<'a>> {
         let (config, step) = (self.config(), self.step);
-        let shape = AttentionShape {
-            num_attention_heads: config.num_attention_heads as u32,
-            num_key_value_heads: config.num_key_value_heads as u32,
-            head_dim: config.head_dim as u32,
-            kv_dtype: self.model.precision.kv_dtype(),
-            kv_table: table,
-        };
+        let shape = AttentionShape { kv_table: table, ..self.model.attention_shape() };
+        // Of the real head: padding adds nothing to a score.
+        let scale = (config.head_dim as f64).sqrt().recip() as f32;
         let kv_table = match table {
             KvTable::Pages => &self.kv.pages,
             KvTable::Slots => self.kv.slots.as_ref().expect("hybrid caches have a slot table"),
@@ -555,7 +577,7 @@ impl<'a> Recorder<'a> {
                 AttentionDecode::new(shape, num_splits, plan.gpu().caps()).record(
                     plan,
                     bindings,
-                    AttentionDecodeParams { scale: shape.scale() },
+                    AttentionDecodeParams { scale },
                 )?;
                 Ok(match stats {
                     Some(stats) => Input::Merge { partial: &step.attention, stats, num_splits },
@@ -564,7 +586,7 @@ impl<'a> Recorder<'a> {
             }
             Phase::Prefill => {
                 let bindings = AttentionPrefillBindings { rows, q, keys, values, kv_table, out: &step.attention };
-                AttentionPrefill::new(shape).record(plan, bindings, AttentionPrefillParams { scale: shape.scale() })?;
+                AttentionPrefill::new(shape).record(plan, bindings, AttentionPrefillParams { scale })?;
                 Ok(Input::Compact { x: &step.attention })
             }
         }
@@ -757,7 +779,7 @@ impl<'a> Recorder<'a> {
                 max_positions: self.kv.max_positions as u32,
                 seen_words: self.sample.seen.shape()[1] as u32,
             };
-            SampleToken::default().record(plan, bindings, params)?;
+            SampleToken::new(plan.gpu().caps()).record(plan, bindings, params)?;
         }
         Ok(())
     }

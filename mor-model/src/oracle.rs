@@ -12,7 +12,7 @@ use crate::{Checkpoint, Gating, KvLayout, KvStrategy, Mode, ModelError, MorConfi
 /// A model ready to run on the CPU: every distinct tensor in f32.
 ///
 /// ```
-/// use mor_model::{Checkpoint, Dtype, MorConfig, oracle::{Oracle, Routing}};
+/// use mor_model::{Checkpoint, Dtype, MorConfig, Routing, oracle::Oracle};
 ///
 /// let config = MorConfig::from_json_str(
 ///     r#"{

@@ -338,7 +338,6 @@ fn values_outside_their_domain() {
         ("vocab_size", json!(0)),
         ("hidden_size", json!(-64)),
         ("hidden_size", json!(60)),
-        ("head_dim", json!(12)),
         ("head_dim", json!(15)),
         ("intermediate_size", json!("80")),
         ("num_hidden_layers", json!(0)),

@@ -17,7 +17,7 @@ pub(crate) struct KvPool {
 
 /// Bytes of the K/V buffers for these sizes.
 pub(crate) fn kv_bytes(model: &MorModel, num_sequences: usize, max_positions: usize) -> u64 {
-    let row = model.config().kv_dim() * model.precision().kv_dtype().bytes();
+    let row = model.kv_dim() * model.precision().kv_dtype().bytes();
     let pages: usize = (0..model.kv_layout().num_buffers()).map(|b| groups_of(model, b).len()).sum();
     let slots = pages * num_sequences * max_positions.next_multiple_of(PAGE_SIZE as usize);
     (2 * slots * row) as u64
@@ -55,7 +55,7 @@ impl KvPool {
             let slots = groups.len() * num_sequences * max_positions;
             let cache = |name: &str| {
                 let label = format!("{name}.{buffer}");
-                Tensor::zeros(gpu, &label, model.precision().kv_dtype(), &[slots, config.kv_dim()])
+                Tensor::zeros(gpu, &label, model.precision().kv_dtype(), &[slots, model.kv_dim()])
             };
             buffers.push((cache("k")?, cache("v")?));
         }
@@ -75,7 +75,7 @@ impl KvPool {
             lengths: Tensor::zeros(gpu, "kv_lengths", DType::U32, &[num_sequences, num_groups])?,
             pages: Tensor::from_slice(gpu, "kv_pages", DType::U32, &shape, &table)?,
             slots,
-            rope: rope_table(gpu, max_positions, config.head_dim, config.rope_theta)?,
+            rope: rope_table(model, max_positions)?,
             max_positions,
         };
         Ok(Self { tensors, num_sequences, num_groups })
@@ -98,14 +98,17 @@ impl KvPool {
     }
 }
 
-/// `(cos, sin)` of `position * theta^(-2i / head_dim)`. On the host because WGSL promises no accuracy for sin and
-/// cos of large arguments; inverse frequencies and angles are f32 as in the reference.
-fn rope_table(gpu: &Gpu, max_positions: usize, head_dim: usize, theta: f64) -> Result<Tensor> {
-    let half = head_dim / 2;
-    let inv_freq: Vec<f32> = (0..half).map(|i| 1.0 / (theta as f32).powf(2.0 * i as f32 / head_dim as f32)).collect();
+/// `(cos, sin)` of `position * theta^(-2i / head_dim)`, and of 0 for the padding of a head. On the host because WGSL
+/// promises no accuracy for sin and cos of large arguments; inverse frequencies and angles are f32 as in the reference.
+fn rope_table(model: &MorModel, max_positions: usize) -> Result<Tensor> {
+    let config = model.config();
+    let (theta, head_dim) = (config.rope_theta as f32, config.head_dim as f32);
+    let inv_freq = |i: usize| 1.0 / theta.powf(2.0 * i as f32 / head_dim);
+    let (half, padded_half) = (config.head_dim / 2, model.head_dim() / 2);
+    let inv_freq: Vec<f32> = (0..padded_half).map(|i| if i < half { inv_freq(i) } else { 0.0 }).collect();
     let table: Vec<[f32; 2]> = (0..max_positions)
         .flat_map(|position| inv_freq.iter().map(move |inv_freq| f64::from(position as f32 * inv_freq)))
         .map(|angle| [angle.cos() as f32, angle.sin() as f32])
         .collect();
-    Tensor::from_slice(gpu, "rope", DType::F32, &[max_positions, half, 2], &table)
+    Tensor::from_slice(model.gpu(), "rope", DType::F32, &[max_positions, padded_half, 2], &table)
 }

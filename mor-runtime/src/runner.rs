@@ -1,9 +1,12 @@
 //! [`Runner`]: feeds rows to a model and reads what comes back. The only place that submits work.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use mor_kernels::Result;
-use mor_kernels::ops::{CrossEntropy, CrossEntropyBindings, CrossEntropyParams, GpuSampling, TopkSequence};
+use mor_kernels::ops::{
+    AttentionDecode, CrossEntropy, CrossEntropyBindings, CrossEntropyParams, GpuSampling, TopkSequence,
+};
 use mor_kernels::plan::{Plan, PlanBuilder};
 use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
 use mor_kernels::submit::{Readback, Submission};
@@ -60,7 +63,7 @@ impl Outcomes {
 #[derive(Debug)]
 struct Step {
     tensors: StepTensors,
-    plan: Plan,
+    plan: Arc<Plan>,
 }
 
 /// Runs steps of a model over a fixed number of sequences.
@@ -72,6 +75,7 @@ pub struct Runner {
     decode: BTreeMap<u32, Step>,
     prefill: Option<Step>,
     prefill_capacity: usize,
+    key_splits: Option<u32>,
 }
 
 impl Runner {
@@ -98,7 +102,7 @@ impl Runner {
             )?,
             results: words("results", &[num_sequences, max_positions, 2])?,
         };
-        Ok(Self { kv, sample, decode: BTreeMap::new(), prefill: None, prefill_capacity })
+        Ok(Self { kv, sample, decode: BTreeMap::new(), prefill: None, prefill_capacity, key_splits: None })
     }
 
     /// Longest sequence.
@@ -109,6 +113,21 @@ impl Runner {
     /// Most rows of a [`Runner::feed`].
     pub fn prefill_capacity(&self) -> usize {
         self.prefill_capacity
+    }
+
+    /// Splits the keys of every decode step into this many parts (a power of two up to [`AttentionDecode::MAX_SPLITS`]) whatever the context's
+    /// length; `None` lets the length decide. The result does not depend on it: for tests and measurements.
+    pub fn set_key_splits(&mut self, key_splits: Option<u32>) {
+        self.key_splits = key_splits.map(|splits| splits.next_power_of_two().clamp(1, AttentionDecode::MAX_SPLITS));
+    }
+
+    /// Parts the keys of a decode step are split into.
+    fn num_splits(&self, model: &MorModel, max_context: usize) -> u32 {
+        let suggested = || {
+            let num_rows = self.kv.num_sequences as u32;
+            AttentionDecode::suggest_splits(&model.attention_shape(), num_rows, max_context as u32, model.gpu().caps())
+        };
+        self.key_splits.unwrap_or_else(suggested)
     }
 
     /// Forgets a sequence and sets how its tokens are drawn; `seen` are the tokens that count as occurred.
@@ -220,7 +239,7 @@ impl Runner {
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
     pub fn logits(&self, model: &MorModel, last_was_decode: bool, max_context: usize) -> Result<Vec<Vec<f32>>> {
         let step = if last_was_decode {
-            &self.decode[&num_splits(model, max_context)]
+            &self.decode[&self.num_splits(model, max_context)]
         } else {
             self.prefill.as_ref().expect("a step was fed")
         };
@@ -244,13 +263,13 @@ impl Runner {
         Ok(rows)
     }
 
-    /// Dispatches of a decode step at `max_context` positions.
+    /// The plan of a decode step at up to `max_context` positions.
     ///
     /// # Errors
     /// As [`Runner::decode`].
-    pub fn decode_plan(&mut self, model: &MorModel, max_context: usize) -> Result<&Plan> {
+    pub fn decode_plan(&mut self, model: &MorModel, max_context: usize) -> Result<Arc<Plan>> {
         let num_splits = self.prepare_decode(model, max_context)?;
-        Ok(&self.decode[&num_splits].plan)
+        Ok(Arc::clone(&self.decode[&num_splits].plan))
     }
 
     /// Records the plans of prefill and of decode up to `max_context` positions, so that no later call compiles.
@@ -279,7 +298,7 @@ impl Runner {
 
     /// Records the decode plan for `max_context` positions if it is not there; returns its number of key splits.
     fn prepare_decode(&mut self, model: &MorModel, max_context: usize) -> Result<u32> {
-        let num_splits = num_splits(model, max_context);
+        let num_splits = self.num_splits(model, max_context);
         if !self.decode.contains_key(&num_splits) {
             let phase = Phase::Decode { num_splits };
             let mut tensors = model.step_tensors(self.kv.num_sequences, self.kv.num_sequences, phase)?;
@@ -294,17 +313,8 @@ impl Runner {
     fn record(&self, model: &MorModel, tensors: StepTensors, how: (Phase, Routing, LogitRows)) -> Result<Step> {
         let mut plan = PlanBuilder::new(model.gpu())?;
         model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
-        Ok(Step { plan: plan.finish()?, tensors })
+        Ok(Step { plan: Arc::new(plan.finish()?), tensors })
     }
-}
-
-/// Parts the keys of a decode step are split into: one workgroup of a (row, head) reads up to 128 keys in about the
-/// time a dispatch takes to start, and more workgroups than that only cost in the merge.
-fn num_splits(model: &MorModel, max_context: usize) -> u32 {
-    if model.gpu().caps().is_cpu {
-        return 1;
-    }
-    (max_context.div_ceil(128) as u32).next_power_of_two().clamp(1, 16)
 }
 
 fn submit(model: &MorModel, plan: &Plan) {
@@ -412,7 +422,7 @@ impl Evaluator {
             };
             CrossEntropy::default().record(&mut plan, bindings, params)?;
         }
-        let step = Step { plan: plan.finish()?, tensors };
+        let step = Step { plan: Arc::new(plan.finish()?), tensors };
         Ok(Self { kv, step, key: (routing, capture), labels, nll, captured })
     }
 

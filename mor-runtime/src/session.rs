@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use mor_kernels::Gpu;
 use mor_kernels::gpu::{AdapterSummary, GpuOptions};
 use mor_kernels::ops::GpuSampling;
-use mor_kernels::rows::NONE;
+use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_SAMPLE, Row};
+use mor_kernels::submit::Submission;
+use mor_kernels::timing;
 use mor_model::{Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
 
 use crate::error::{Result, RuntimeError};
@@ -152,6 +154,17 @@ pub struct Score {
     pub depth: Vec<u32>,
 }
 
+/// Where the time of a decode step goes; see [`Session::profile_decode`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecodeProfile {
+    /// Device time of a step among others like it.
+    pub device_micros: f64,
+    /// Host time to record and submit a step.
+    pub host_micros: f64,
+    /// Kernel name and device time of every dispatch, each in a pass of its own; more than `device_micros` in all.
+    pub dispatches: Vec<(&'static str, f64)>,
+}
+
 /// A loaded model on a device.
 #[derive(Debug)]
 pub struct Session {
@@ -243,18 +256,36 @@ impl Session {
         Ok(runner.decode_plan(&self.model, context)?.num_dispatches())
     }
 
-    /// Device microseconds of each dispatch of a decode step, by kernel, for the sequence as the last generation left
-    /// it; see [`mor_kernels::timing::profile`].
+    /// Where the time of a decode step goes, at about half of `context` positions.
     ///
     /// # Errors
     /// [`RuntimeError::Kernel`] if the device writes no timestamps.
-    pub fn profile_decode(&mut self, context: usize) -> Result<Vec<(&'static str, f64)>> {
-        self.reserve(context)?;
+    pub fn profile_decode(&mut self, context: usize) -> Result<DecodeProfile> {
+        const REPETITIONS: u32 = 32;
+        self.reserve(context.max(2 * REPETITIONS as usize + 8))?;
         let runner = self.runner.as_mut().expect("reserved above");
-        let row = mor_kernels::rows::Row { token: 1, position: context as u32 / 2, sequence: 0, flags: 3 };
+        let gpu = self.model.gpu();
+        let row = Row { token: 1, position: context as u32 / 2, sequence: 0, flags: ROW_ACTIVE | ROW_SAMPLE };
+        let plan = &*runner.decode_plan(&self.model, context)?;
+        // Once to warm up: a clock that has fallen takes long to rise.
+        let mut device_micros = f64::INFINITY;
+        for _ in 0..4 {
+            runner.set_next_row(&self.model, row);
+            device_micros = device_micros.min(timing::device_micros(gpu, plan, REPETITIONS)?);
+        }
         runner.set_next_row(&self.model, row);
-        let plan = runner.decode_plan(&self.model, context)?;
-        Ok(mor_kernels::timing::profile(self.model.gpu(), plan, 10)?)
+        let start = Instant::now();
+        for _ in 0..REPETITIONS {
+            let mut submission = Submission::new(gpu);
+            submission.plan(plan);
+            submission.submit();
+        }
+        let host_micros = start.elapsed().as_secs_f64() * 1e6 / f64::from(REPETITIONS);
+        gpu.wait_idle()?;
+        runner.set_next_row(&self.model, row);
+        let dispatches = timing::profile(gpu, plan, 10)?;
+        runner.stop(&self.model, 0);
+        Ok(DecodeProfile { device_micros, host_micros, dispatches })
     }
 
     /// Continues a prompt. The prompt has been read when this returns; the iterator yields the events.

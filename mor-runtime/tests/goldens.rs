@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::{Gpu, parity};
 use mor_model::golden::{GoldenCase, GoldenTensors};
-use mor_model::{KvStrategy, Mode, MorModel, Precision, Routing};
+use mor_model::oracle::Oracle;
+use mor_model::{Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
 use mor_runtime::runner::{Feed, Runner};
 use mor_runtime::{SequenceOutput, Session};
 
@@ -92,9 +93,13 @@ fn check_forward(case: &GoldenCase, tag: &str, index: usize, out: &SequenceOutpu
 
 #[test]
 fn forward_matches_every_case() {
+    check_forwards(gpu(), cases()).print("forward");
+}
+
+fn check_forwards(gpu: &Gpu, cases: Vec<GoldenCase>) -> Largest {
     let mut largest = Largest::default();
-    for case in cases() {
-        let mut session = Session::on_gpu(gpu().clone(), &case.checkpoint, Precision::F32).expect("loads");
+    for case in cases {
+        let mut session = Session::on_gpu(gpu.clone(), &case.checkpoint, Precision::F32).expect("loads");
         let causal = session.forward(&case.sequences, Routing::Causal).expect("runs");
         for (index, out) in causal.sequences.iter().enumerate() {
             check_forward(&case, "causal", index, out, &mut largest);
@@ -106,15 +111,36 @@ fn forward_matches_every_case() {
             }
         }
     }
-    largest.print("forward");
+    largest
+}
+
+#[test]
+fn decoding_matches_every_case() {
+    check_decodes(gpu(), cases()).print("decode");
+}
+
+/// A case of each kind also with run-time checks in the shaders, and without subgroups within WebGPU's limits.
+#[test]
+fn some_cases_match_on_every_profile() {
+    let names = [
+        "vanilla_mha_untied",
+        "recursive_sequence_r3_share",
+        "expert_middle_cycle_r3_hybrid",
+        "expert_cycle_r3_share_mlp_tanh",
+        "token_middle_cycle_r3",
+    ];
+    parity::on_every_profile(|gpu, name| {
+        let chosen = || cases().into_iter().filter(|case| names.contains(&case.name.as_str())).collect::<Vec<_>>();
+        assert_eq!(chosen().len(), names.len());
+        check_forwards(gpu, chosen()).print(&format!("{name}: forward"));
+        check_decodes(gpu, chosen()).print(&format!("{name}: decode"));
+    });
 }
 
 /// Both prompts of a case decode together, as a ragged batch; each must equal its golden trace, which was made alone.
-#[test]
-fn decoding_matches_every_case() {
-    let gpu = gpu();
+fn check_decodes(gpu: &Gpu, cases: Vec<GoldenCase>) -> Largest {
     let mut largest = Largest::default();
-    for case in cases() {
+    for case in cases {
         let config = case.checkpoint.config().clone();
         let model = MorModel::load(gpu, &case.checkpoint, Precision::F32, &mut |_| {}).expect("loads");
         let num_sequences = case.prompts.len();
@@ -182,5 +208,27 @@ fn decoding_matches_every_case() {
             assert_eq!(runner.rows_processed(&model).expect("reads"), rows_by_recursion, "{} rows", case.name);
         }
     }
-    largest.print("decode");
+    largest
+}
+
+/// Heads and MLPs whose sizes are no multiple of 8 are padded on the device; an odd vocabulary pads the head.
+#[test]
+fn padded_shapes_match_the_oracle() {
+    for (head_dim, intermediate_size, vocab_size) in [(20, 83, 97), (6, 4, 31), (10, 172, 50)] {
+        let config = format!(
+            r#"{{ "model_type": "llama", "vocab_size": {vocab_size}, "hidden_size": 96,
+                "intermediate_size": {intermediate_size}, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "head_dim": {head_dim}, "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 64 }}"#
+        );
+        let config = MorConfig::from_json_str(&config, "padded").expect("the config is valid");
+        let checkpoint = Checkpoint::random(config, 7, Dtype::F32);
+        let tokens: Vec<u32> = (0..23).map(|i| i * 5 % vocab_size).collect();
+        let want = Oracle::new(&checkpoint).forward(&tokens, Routing::Causal).expect("runs");
+        let mut session = Session::on_gpu(gpu().clone(), &checkpoint, Precision::F32).expect("loads");
+        let found = session.forward(std::slice::from_ref(&tokens), Routing::Causal).expect("runs");
+        let what = format!("head_dim {head_dim}");
+        let (found, width) = (&found.sequences[0].logits, vocab_size as usize);
+        Largest::default().check("logits", &what, (found, &want.logits), width, (0..tokens.len()).map(|t| (t, t)));
+    }
 }

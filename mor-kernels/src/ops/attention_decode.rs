@@ -157,14 +157,14 @@ impl AttentionDecode {
     }
 
     /// A good number of splits for `num_rows` rows of up to `kv_len` keys: enough workgroups to fill a large
-    /// device, none without a page of keys, and a power of two so that few specialisations exist.
+    /// device, none without two pages of keys (fewer cost more in the merge), and a power of two so that few specialisations exist.
     pub fn suggest_splits(shape: &AttentionShape, num_rows: u32, kv_len: u32, caps: &DeviceCaps) -> u32 {
         const ENOUGH_WORKGROUPS: u32 = 256;
         if caps.is_cpu {
             return 1;
         }
         let wanted = ENOUGH_WORKGROUPS / (num_rows * shape.num_key_value_heads).max(1);
-        let splits = wanted.min(kv_len.div_ceil(PAGE_SIZE)).clamp(1, Self::MAX_SPLITS);
+        let splits = wanted.min(kv_len.div_ceil(2 * PAGE_SIZE)).clamp(1, Self::MAX_SPLITS);
         1 << splits.ilog2()
     }
 
@@ -422,7 +422,7 @@ mod tests {
         let caps = DeviceCaps { is_cpu: false, ..parity::gpu().caps().clone() };
         let shape = shape([15, 5, 64], DType::F16, KvTable::Pages);
         let splits = |rows, kv_len| AttentionDecode::suggest_splits(&shape, rows, kv_len, &caps);
-        assert_eq!([splits(1, 1), splits(1, 256), splits(1, 2048), splits(1, 32768)], [1, 8, 32, 32]);
+        assert_eq!([splits(1, 1), splits(1, 256), splits(1, 2048), splits(1, 32768)], [1, 4, 32, 32]);
         assert_eq!([splits(8, 2048), splits(64, 2048), splits(0, 0)], [4, 1, 1]);
     }
 }

@@ -113,9 +113,16 @@ impl LinearDecode {
         epilogue: EpilogueKind,
         max_rows: u32,
     ) -> Self {
-        let (pairs, groups) = if caps.is_cpu { (2, 8) } else { (1, 128 / caps.lanes().width()) };
+        // A software rasteriser pays for every load of every lane: more outputs share one of the activation.
+        let (pairs, groups) =
+            if caps.is_cpu { (4, 8) } else { (1, 256.min(caps.max_workgroup_size) / caps.lanes().width()) };
         let rows = max_rows.next_power_of_two().clamp(1, 8);
-        Self { in_features, weight_dtype, prologue, epilogue, rows, pairs, groups }
+        let mut kernel = Self { in_features, weight_dtype, prologue, epilogue, rows, pairs, groups };
+        // Many rows' norms take memory by the thread, more than WebGPU guarantees.
+        if kernel.workgroup_storage_bytes(caps) > caps.max_workgroup_storage_bytes {
+            kernel.groups /= 2;
+        }
+        kernel
     }
 
     /// Records the kernel over all active rows.
@@ -149,7 +156,8 @@ impl Kernel for LinearDecode {
         let lanes = caps.lanes();
         let steps = self.chunk().div_ceil(lanes.width());
         // More rows need the registers for sums.
-        let prefetch = steps.min(if self.rows == 1 { 4 } else { 2 });
+        let prefetch = steps.min(if self.rows == 1 { 8 } else { 2 });
+        let stream = steps.min((12 / self.rows).max(2));
         let exact = matches!((lanes, caps.subgroup_sizes), (Lanes::Subgroup { width }, Some((min, max))) if min == max && width == min);
         let splits = if let PrologueKind::Merge { num_splits } = self.prologue { num_splits } else { 1 };
         let definitions = Definitions::new()
@@ -159,7 +167,10 @@ impl Kernel for LinearDecode {
             .u32("PAIRS", self.pairs)
             .u32("GROUPS", self.groups)
             .u32("LANES", lanes.width())
+            .u32("LOG2_LANES", lanes.width().ilog2())
             .u32("PREFETCH", prefetch)
+            .u32("STREAM", stream)
+            .flag("STREAM", caps.is_cpu)
             .u32("SPLITS", splits)
             .flag("SUBGROUP", lanes.uses_subgroups())
             .flag("SUBGROUP_EXACT", exact)

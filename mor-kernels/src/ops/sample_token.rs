@@ -25,7 +25,7 @@ const MAX_LISTED: u32 = 3072;
 /// al. 2024, arXiv 2407.01082. Hash: Jarzynski and Olano 2020, JCGT 9.3 (pcg4d).
 #[derive(Clone, Copy, Debug)]
 pub struct SampleToken {
-    /// Threads of a workgroup: 16 to 256.
+    /// Threads of a workgroup: 16 to 1024.
     pub workgroup_size: u32,
 }
 
@@ -103,13 +103,13 @@ pub struct SampleTokenBindings<'a> {
     pub results: &'a Tensor,
 }
 
-impl Default for SampleToken {
-    fn default() -> Self {
-        Self { workgroup_size: 256 }
-    }
-}
-
 impl SampleToken {
+    /// The kernel in the workgroup size that suits the device: one workgroup reads a whole vocabulary, so on a GPU it
+    /// is as large as it may be.
+    pub fn new(caps: &DeviceCaps) -> Self {
+        Self { workgroup_size: if caps.is_cpu { 256 } else { caps.max_workgroup_size.min(1024) } }
+    }
+
     /// Records the kernel over all rows of the list.
     ///
     /// # Errors
@@ -238,7 +238,7 @@ mod tests {
         };
         // More workgroups than rows: the padding entries end them.
         let grid = Grid::Fixed([1, rows.len() as u32 + 2, 1]);
-        parity::run(gpu, |plan| plan.dispatch(&SampleToken::default(), &bindings, &params, grid));
+        parity::run(gpu, |plan| plan.dispatch(&SampleToken::new(gpu.caps()), &bindings, &params, grid));
 
         let got = results.read_u32(gpu);
         let mut tokens = Vec::new();
@@ -512,7 +512,7 @@ mod tests {
         let b = SampleTokenBindings { rows: &rows, logits: &t, sampling: &t, seen: &u, next_rows: &u, results: &u };
         let mut message = |vocab_size, logits_stride, seen_words| {
             let p = SampleTokenParams { vocab_size, logits_stride, max_positions: 1, seen_words };
-            SampleToken::default().record(&mut plan, b, p).expect_err("must be refused").to_string()
+            SampleToken::new(gpu.caps()).record(&mut plan, b, p).expect_err("must be refused").to_string()
         };
         assert!(message((1 << 18) + 1, 1 << 19, 1 << 14).contains("vocab_size = 262145 exceeds 262144"));
         assert!(message(0, 1, 0).contains("vocab_size has 0"));

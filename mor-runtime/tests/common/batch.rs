@@ -1,0 +1,291 @@
+//! Ragged batches of tiny models: cached decoding and full passes against the CPU oracle.
+//!
+//! A seed counts only if no decision (router threshold, depth, greedy token) is closer than [`MARGIN`], so that routing
+//! and tokens can be demanded exactly. `MOR_TEST_SEED` shifts the seeds.
+
+use mor_kernels::gpu::Gpu;
+use mor_kernels::ops::GpuSampling;
+use mor_kernels::parity::Rng;
+use mor_model::golden::GoldenTensors;
+use mor_model::oracle::{Oracle, OracleOutput};
+use mor_model::{Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
+use mor_runtime::runner::{Feed, Runner};
+use mor_runtime::{SequenceOutput, Session};
+use serde_json::Value;
+
+use super::TinyModel;
+
+/// Least distance of a decision: far above the rounding of f32, which is about 1e-6 here.
+const MARGIN: f32 = 1e-3;
+/// Prompts of the ragged batch.
+const PROMPTS: [usize; 3] = [13, 1, 6];
+/// New tokens of each sequence; the second one is taken out before the others end.
+const NEW_TOKENS: [usize; 3] = [9, 7, 10];
+
+/// What happened over all cases, to be sure that they were not all alike.
+#[derive(Default)]
+pub(crate) struct Tally {
+    pub(crate) cases: usize,
+    pub(crate) rejected_seeds: usize,
+    /// Tokens by depth.
+    pub(crate) depth_counts: [usize; 5],
+    pub(crate) largest: f32,
+}
+
+impl Tally {
+    pub(crate) fn print(&self) {
+        println!(
+            "{} cases, {} seeds with unclear decisions, tokens by depth {:?}, largest difference {:.2e}",
+            self.cases, self.rejected_seeds, self.depth_counts, self.largest
+        );
+    }
+}
+
+/// Sequences and what the oracle says of them: tokens are the prompt and its greedy continuation.
+struct Reference {
+    tokens: [Vec<u32>; 3],
+    outputs: [OracleOutput; 3],
+}
+
+fn argmax(logits: &[f32]) -> usize {
+    (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap_or(0)
+}
+
+/// Distance between the two largest values.
+fn lead(values: &[f32]) -> f32 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    sorted[0] - sorted[1]
+}
+
+/// Least distance of any routing decision in `out`.
+fn routing_margin(config: &MorConfig, bias: &[f32], out: &OracleOutput) -> f32 {
+    let mut least = f32::INFINITY;
+    match config.mode {
+        Mode::Expert => {
+            let decisive = if out.aux_logits.is_empty() { &out.router_logits } else { &out.aux_logits };
+            for (r, logits) in decisive.iter().enumerate().filter(|(r, _)| config.capacity[*r] < 1.0) {
+                let active = |t: usize| r == 0 || out.selected[r - 1][t];
+                let distances = (0..logits.len()).filter(|t| active(*t)).map(|t| logits[t].abs());
+                least = distances.fold(least, f32::min);
+            }
+        }
+        Mode::Token => {
+            for gates in out.router_weights[0].chunks(config.num_recursions) {
+                let scores: Vec<f32> =
+                    gates.iter().enumerate().map(|(i, g)| g + bias.get(i).copied().unwrap_or(0.0)).collect();
+                least = least.min(lead(&scores));
+            }
+        }
+        Mode::Vanilla | Mode::Recursive => {}
+    }
+    least
+}
+
+/// The oracle's greedy continuation of random prompts; `None` if a decision is too close.
+fn reference(config: &MorConfig, bias: &[f32], oracle: &Oracle, rng: &mut Rng) -> Option<Reference> {
+    let vocab_size = config.vocab_size;
+    let mut tokens = PROMPTS.map(|len| (0..len).map(|_| rng.below(vocab_size) as u32).collect::<Vec<_>>());
+    for (tokens, num_new) in tokens.iter_mut().zip(NEW_TOKENS) {
+        let mut cache = oracle.new_cache();
+        let mut logits = oracle.feed(&mut cache, tokens, Routing::Causal).expect("ids are in range").logits;
+        for _ in 0..num_new {
+            let last = &logits[logits.len() - vocab_size..];
+            if lead(last) < MARGIN {
+                return None;
+            }
+            tokens.push(argmax(last) as u32);
+            let token = [tokens[tokens.len() - 1]];
+            logits = oracle.feed(&mut cache, &token, Routing::Causal).expect("ids are in range").logits;
+        }
+    }
+    // The last token is never fed.
+    tokens.iter_mut().for_each(|tokens| tokens.truncate(tokens.len() - 1));
+    let outputs = tokens.each_ref().map(|tokens| oracle.forward(tokens, Routing::Causal).expect("ids are in range"));
+    let clear = outputs.iter().all(|out| routing_margin(config, bias, out) >= MARGIN);
+    clear.then_some(Reference { tokens, outputs })
+}
+
+fn assert_close(what: &str, found: &[f32], expected: &[f32], largest: &mut f32) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert!(GoldenTensors::close(*found, *expected), "{what}: element {i} is {found}, expected {expected}");
+        *largest = largest.max((found - expected).abs());
+    }
+}
+
+/// Everything of a forward pass that is defined, against the oracle.
+fn check_forward(what: &str, config: &MorConfig, found: &SequenceOutput, want: &OracleOutput, largest: &mut f32) {
+    assert_eq!(found.depth, want.depth, "{what}: depths");
+    assert_close(&format!("{what}: logits"), &found.logits, &want.logits, largest);
+    assert_close(&format!("{what}: hidden"), &found.hidden, &want.hidden, largest);
+    assert_eq!(found.selected, want.selected, "{what}: selected");
+    let num_tokens = want.depth.len();
+    for r in 0..want.selected.len() {
+        let width = config.hidden_size;
+        for t in 0..num_tokens {
+            // Rows of token choice that ended earlier are compared where they ended.
+            if config.mode == Mode::Expert || want.selected[r][t] {
+                let row = t * width..(t + 1) * width;
+                let what = format!("{what}: block_out.{r} of token {t}");
+                assert_close(&what, &found.block_out[r][row.clone()], &want.block_out[r][row], largest);
+            }
+        }
+    }
+    let routers = [
+        ("router_logits", &found.router_logits, &want.router_logits),
+        ("router_weights", &found.router_weights, &want.router_weights),
+        ("aux_logits", &found.aux_logits, &want.aux_logits),
+    ];
+    for (name, found, expected) in routers {
+        assert_eq!(found.len(), expected.len(), "{what}: {name}");
+        for (r, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let width = config.router_outputs();
+            // Tokens that have left have no router values.
+            for t in (0..num_tokens).filter(|t| r == 0 || want.selected[r - 1][*t]) {
+                let row = t * width..(t + 1) * width;
+                let what = format!("{what}: {name}.{r} of token {t}");
+                assert_close(&what, &found[row.clone()], &expected[row], largest);
+            }
+        }
+    }
+}
+
+/// Feeds the batch in uneven chunks and decodes it greedily; every number against the oracle's full pass.
+fn check_decode(what: &str, model: &MorModel, num_splits: u32, reference: &Reference, largest: &mut f32) {
+    let (config, layout) = (model.config(), model.kv_layout());
+    let mut runner = Runner::new(model, 3, 64, 10).expect("fits");
+    runner.set_key_splits(Some(num_splits));
+    for (sequence, len) in PROMPTS.into_iter().enumerate() {
+        let prompt = &reference.tokens[sequence][..len];
+        runner.start(model, sequence, &GpuSampling { ignore_eos: 1, ..GpuSampling::default() }, prompt);
+    }
+    // Tokens of each sequence whose successor has been drawn.
+    let mut lengths = [0; 3];
+    let mut check_logits = |runner: &Runner, was_decode: bool, drawn: &[usize], lengths: &[usize; 3]| {
+        let found = runner.logits(model, was_decode, 64).expect("reads");
+        assert_eq!(found.len(), drawn.len(), "{what}: rows of logits");
+        for (found, sequence) in found.iter().zip(drawn) {
+            let position = lengths[*sequence] - 1;
+            let expected = &reference.outputs[*sequence].logits[position * config.vocab_size..][..config.vocab_size];
+            assert_close(&format!("{what}: decode {sequence} position {position}"), found, expected, largest);
+        }
+    };
+    // Sequences 1 and 2 begin to decode while the prompt of sequence 0 is still being read.
+    let feeds: [&[(usize, usize, usize)]; 3] =
+        [&[(0, 0, 5), (2, 0, 2)], &[(0, 5, 10), (1, 0, 1), (2, 2, 6)], &[(0, 10, 13)]];
+    for (step, feeds) in feeds.into_iter().enumerate() {
+        let feeds: Vec<_> = feeds
+            .iter()
+            .map(|&(sequence, position, end)| Feed {
+                sequence,
+                position,
+                tokens: &reference.tokens[sequence][position..end],
+                sample: end == PROMPTS[sequence],
+            })
+            .collect();
+        runner.feed(model, &feeds).expect("runs");
+        let drawn: Vec<usize> = feeds.iter().filter(|feed| feed.sample).map(|feed| feed.sequence).collect();
+        drawn.iter().for_each(|&sequence| lengths[sequence] = PROMPTS[sequence]);
+        check_logits(&runner, false, &drawn, &lengths);
+        if step == 1 {
+            runner.decode(model, 64).expect("runs");
+            [1, 2].into_iter().for_each(|sequence| lengths[sequence] += 1);
+            check_logits(&runner, true, &[1, 2], &lengths);
+        }
+    }
+    loop {
+        let mut running = Vec::new();
+        for sequence in 0..3 {
+            if lengths[sequence] == reference.tokens[sequence].len() {
+                runner.stop(model, sequence);
+            } else {
+                running.push(sequence);
+                lengths[sequence] += 1;
+            }
+        }
+        if running.is_empty() {
+            break;
+        }
+        runner.decode(model, 64).expect("runs");
+        check_logits(&runner, true, &running, &lengths);
+    }
+
+    let mut rows_by_recursion = vec![0; config.num_recursions];
+    for (sequence, tokens) in reference.tokens.iter().enumerate() {
+        let what = format!("{what}: decode {sequence}");
+        let outcomes = runner.outcomes(model, sequence, 0..tokens.len()).expect("reads").wait().expect("reads");
+        let depths: Vec<u32> = outcomes.iter().map(|outcome| outcome.depth).collect();
+        assert_eq!(depths, reference.outputs[sequence].depth, "{what}: depths");
+        let prompt = PROMPTS[sequence];
+        let drawn: Vec<u32> = outcomes[prompt - 1..tokens.len() - 1].iter().map(|o| o.next_token).collect();
+        assert_eq!(drawn, tokens[prompt..], "{what}: tokens");
+
+        // K/V entries are the selected tokens, and bytes follow from them.
+        let entries = runner.kv_entries(model, sequence).expect("reads");
+        assert_eq!(entries, layout.entries_per_layer(&depths), "{what}: K/V entries");
+        let count = |r: usize| depths.iter().filter(|depth| **depth > r as u32).count();
+        for (layer, entries) in entries.iter().enumerate() {
+            let expected = match (model.layout().recursion(layer), config.kv) {
+                (None, _) => tokens.len(),
+                (Some(0), KvStrategy::Sharing | KvStrategy::Hybrid) => tokens.len(),
+                (Some(_), KvStrategy::Sharing) => 0,
+                (Some(r), _) => count(r as usize),
+            };
+            assert_eq!(*entries, expected, "{what}: K/V entries of layer {layer}");
+        }
+        let fractions: Vec<f64> = (0..config.num_recursions).map(|r| count(r) as f64 / tokens.len() as f64).collect();
+        let bytes = layout.bytes_per_token(&fractions, 4).model * tokens.len() as f64;
+        let expected = (entries.iter().sum::<usize>() * 2 * config.kv_dim() * 4) as f64;
+        assert!((bytes - expected).abs() <= 1e-6 * expected, "{what}: {bytes} bytes of K/V, expected {expected}");
+
+        for (r, rows) in rows_by_recursion.iter_mut().enumerate() {
+            let runs_all = r == 0 && config.mode == Mode::Expert && config.kv != KvStrategy::RecursionWise;
+            *rows += if runs_all { tokens.len() } else { count(r) } as u64;
+        }
+    }
+    if config.mode != Mode::Vanilla {
+        assert_eq!(runner.rows_processed(model).expect("reads"), rows_by_recursion, "{what}: rows processed");
+    }
+}
+
+/// Checks the model that `make` builds, with the first seed whose decisions are clear.
+pub(crate) fn check_model(
+    gpu: &Gpu,
+    name: &str,
+    num_splits: u32,
+    tally: &mut Tally,
+    make: impl Fn(&mut Rng) -> Checkpoint,
+) {
+    for attempt in 0..200 {
+        let what = format!("{name} splits {num_splits} attempt {attempt}");
+        let mut rng = Rng::new(&what);
+        let checkpoint = make(&mut rng);
+        let config = checkpoint.config().clone();
+        let oracle = Oracle::new(&checkpoint);
+        let bias = checkpoint.router(0).and_then(|router| router.bias).map(|id| checkpoint.to_f32(id));
+        let Some(reference) = reference(&config, &bias.unwrap_or_default(), &oracle, &mut rng) else {
+            tally.rejected_seeds += 1;
+            continue;
+        };
+        tally.cases += 1;
+        for depth in reference.outputs.iter().flat_map(|out| &out.depth) {
+            tally.depth_counts[*depth as usize] += 1;
+        }
+        let mut session = Session::on_gpu(gpu.clone(), &checkpoint, Precision::F32).expect("the tiny model fits");
+        let forward = session.forward(&reference.tokens, Routing::Causal).expect("runs");
+        for (i, (found, want)) in forward.sequences.iter().zip(&reference.outputs).enumerate() {
+            check_forward(&format!("{what}: forward {i}"), &config, found, want, &mut tally.largest);
+        }
+        check_decode(&what, session.model(), num_splits, &reference, &mut tally.largest);
+        return;
+    }
+    panic!("{name}: no seed of 200 has clear decisions");
+}
+
+/// Checks a tiny random model of this configuration.
+pub(crate) fn check_case(gpu: &Gpu, config: &Value, dtype: Dtype, num_splits: u32, tally: &mut Tally) {
+    check_model(gpu, &format!("{config} {dtype}"), num_splits, tally, |rng| {
+        TinyModel::random(config.clone(), rng).checkpoint(dtype).expect("the tiny model is complete")
+    });
+}
