@@ -12,8 +12,9 @@
 // Grid      (ceil(O / (2 * GROUPS * PAIRS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs
 // Spec      IN_FEATURES multiple of 8; CHUNK units of 8 staged at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH
-//           steps of weights in flight before the activation is ready; NORM, or MERGE of SPLITS partials, or neither;
-//           or STREAM steps of the activation held while weights stream by, on software rasterisers; X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the subgroup size;
+//           steps of weights in flight before the activation is ready, or, with the flag STREAM, STREAM steps of the
+//           activation held while weights stream by; LOG2_LANES; NORM, or MERGE of SPLITS partials, or neither;
+//           X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the subgroup size;
 //           WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END_EXPERT or
 //           BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
 // Limits    16 * ROWS * (2 * CHUNK + CHUNK / 4 + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES

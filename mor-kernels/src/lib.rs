@@ -16,7 +16,8 @@
 //! - [`timing`]: device time by timestamp queries.
 //!
 //! With the feature `oracle` there are also `oracle`, the CPU references, and `parity`, the harness that compares
-//! kernels with them; tests and benches of dependents use both.
+//! kernels with them; tests and benches of dependents use both. `variants` lists every specialisation, for the tests
+//! that translate and inspect them without a GPU.
 //!
 //! ```
 //! use mor_kernels::gpu::{Gpu, GpuOptions};

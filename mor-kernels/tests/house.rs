@@ -316,7 +316,9 @@ fn only_mor_kernels_names_wgpu() {
     assert!(members.contains(&"mor-kernels") && members.len() > 1, "{members:?}");
     for member in members.into_iter().filter(|member| *member != "mor-kernels") {
         let manifest = read(&format!("{member}/Cargo.toml"));
-        assert!(!words(&manifest).any(|word| word == "wgpu"), "{member}/Cargo.toml names wgpu");
+        let mut lines =
+            manifest.lines().filter(|line| !line.starts_with("keywords") && !line.starts_with("description"));
+        assert!(!lines.any(|line| words(line).any(|word| word == "wgpu")), "{member}/Cargo.toml names wgpu");
         let mut sources = Vec::new();
         files(&root().join(member), "rs", &mut sources);
         assert!(!sources.is_empty(), "{member} has sources");

@@ -10,8 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Declared, bindings, distinct, parse, uses_subgroups};
 use mor_kernels::variants::{
-    NATIVE_WORKGROUP_STORAGE_BYTES, Variant, WEBGPU_STORAGE_BUFFERS, WEBGPU_WORKGROUP_SIZE,
-    WEBGPU_WORKGROUP_STORAGE_BYTES,
+    NATIVE_WORKGROUP_STORAGE_BYTES, Variant, WEBGPU_STORAGE_BUFFERS, WEBGPU_WORKGROUP_STORAGE_BYTES,
 };
 use naga::back::{hlsl, msl, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
@@ -252,7 +251,7 @@ fn every_variant_keeps_the_limits() {
         assert!(rounded <= limit, "{what}: {rounded} bytes of workgroup memory, {limit} exist");
 
         let threads: u32 = entry.workgroup_size.iter().product();
-        assert!(threads <= WEBGPU_WORKGROUP_SIZE, "{what}: {threads} threads");
+        assert!(threads <= variant.caps.max_workgroup_size, "{what}: {threads} threads");
         if variant.has_webgpu_limits() {
             let storage = bindings(&module).iter().filter(|(.., declared)| *declared != Declared::Uniform).count();
             assert!(storage <= WEBGPU_STORAGE_BUFFERS as usize, "{what}: {storage} storage buffers");
