@@ -346,7 +346,7 @@ fn summarise(index: usize, adapter: &wgpu::Adapter, options: &GpuOptions) -> Ada
         shader_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
         timestamps: features
             .contains(wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS),
-        max_storage_binding_bytes: u64::from(limits.max_storage_buffer_binding_size),
+        max_storage_binding_bytes: limits.max_storage_buffer_binding_size,
         max_buffer_bytes: limits.max_buffer_size,
         max_workgroup_storage_bytes: limits.max_compute_workgroup_storage_size,
         max_workgroup_size: limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x),
