@@ -4,14 +4,17 @@
 //           with one split instead out[i, h] = partial_out / sum, and there are no statistics
 // Why       one row is too little work for a large device unless its keys are divided; all query heads of a
 //           key-value head go together, so that K and V are read once
-// Shapes    active [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32;
+// Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32;
 //           partial_out [n, H, NUM_SPLITS, D] f32; partial_stats [n, H, NUM_SPLITS, 2] f32; row-major, D a multiple of 8
-// Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 partial_out write; 7 partial_stats write [SPLIT]
+// Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 partial_out write;
+//           7 partial_stats write [SPLIT]
 // Grid      (G * HEAD_BLOCKS, n, NUM_SPLITS) workgroups; split s has the keys [s, s + 1) * chunk,
 //           chunk = ceil(kv_len / NUM_SPLITS) rounded up to whole pages
-// Spec      WORKGROUP_SIZE power of two; LANES threads share a key, 8 elements each, WIDTH threads leave one partial result;
-//           HEADS <= 4 query heads of the GROUP_SIZE that share a kv head, in HEAD_BLOCKS workgroups;
-//           workgroup memory (WORKGROUP_SIZE / WIDTH) * HEADS * (4 * D + 8) bytes
+// Spec      WORKGROUP_SIZE power of two; LANES threads share a key, 8 elements each, WIDTH threads leave one partial
+//           result; HEADS <= 4 query heads of the GROUP_SIZE that share a kv head, in HEAD_BLOCKS workgroups; KEYS
+//           fetched at a time; NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, HEAD_UNITS = D / 8; SPLIT:
+//           NUM_SPLITS > 1; KV_F16; KV_SLOTS: kv_table lists keys, not pages; SUBGROUP: WIDTH lanes exchange by
+//           subgroup operations; workgroup memory (WORKGROUP_SIZE / WIDTH) * HEADS * (4 * D + 8) bytes
 // Limits    D <= 256; a split without keys writes (-3.4028234e38, 0) and zeros
 // Numerics  f32 throughout; running maximum per thread group, merged once at the end
 // Source    Dao et al. 2023, Flash-Decoding; Milakov and Gimelshein 2018 (arXiv 1805.02867)

@@ -1,13 +1,15 @@
 // attention_prefill: attention of many rows, tile by tile of rows and keys.
 // Math      out[i, h] = sum_k softmax_k(scale * q[i, h] . key_k[g]) * value_k[g], k = 0..kv_len of row i, g = h / GROUP_SIZE
 // Why       BLOCK_Q rows share every key they read; scores never leave the workgroup
-// Shapes    active [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32; out [n, H, D] f32;
+// Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32; out [n, H, D] f32;
 //           row-major, D a multiple of 8
 // Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 out write
 // Grid      (H, ceil(n / BLOCK_Q), 1) workgroups; a thread has 4 rows, and of each tile 4 keys, then every
 //           COLUMNS-th unit of 8 elements
 // Spec      COLUMNS power of two; BLOCK_Q rows and 4 * COLUMNS keys a tile; WORKGROUP_SIZE = BLOCK_Q / 4 * COLUMNS;
 //           CHUNK_UNITS units of a head are staged at a time, NUM_CHUNKS times (ONE_CHUNK: once);
+//           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, GROUP_SIZE = H / G, HEAD_UNITS = D / 8; KV_F16; KV_SLOTS:
+//           kv_table lists keys, not pages; SUBGROUP: COLUMNS lanes exchange by subgroup operations;
 //           workgroup memory: see workgroup_storage_bytes of the wrapper
 // Limits    D <= 256; rows with one kv_table lie together and ascend in kv_len; BLOCK_Q <= ROW_PADDING
 // Numerics  f32 throughout; running maximum per row

@@ -1,4 +1,4 @@
-// linear: y = x W^T for many rows, with an epilogue after it
+// linear: y = x W^T for many rows, with an epilogue after it.
 // Math      y[i, o] = sum_k x[i, k] * w[o, k] (x[r, k], r = active_rows[i].row, with X_BY_ROW); then
 //           shared/epilogue.wgsl
 // Why       every value fetched is used THREAD_M or THREAD_N times. STAGED: a workgroup shares tiles of x and w in
@@ -7,15 +7,16 @@
 //           one row of x for all
 // Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32; w [O, K] units of 8; outputs as the
 //           epilogue says; row-major
-// Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 6 residual read [RESIDUAL];
-//           6 rope read [QKV]; 7 k_cache write [QKV]; 8 v_cache write [QKV]; 6 residual read [BLOCK_END_EXPERT];
-//           7 depth read [BLOCK_END_EXPERT]; 8 gates read [BLOCK_END_EXPERT]; 6 residual read [BLOCK_END_TOKEN];
-//           7 depth read [BLOCK_END_TOKEN]; 8 gates read [BLOCK_END_TOKEN]; 9 running write [BLOCK_END_TOKEN]
+// Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write;
+//           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
+//           7 depth read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
+//           8 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 running write [BLOCK_END_TOKEN]
 // Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output; each of its
 //           (TILE_M / THREAD_M) * (TILE_N / THREAD_N) threads owns THREAD_M rows of THREAD_N columns
 // Spec      TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K multiple of 8, tiles of x
 //           and w whole numbers of vec4s and units for every thread; otherwise THREAD_M = TILE_M; BROADCAST: TILE_M
-//           and all subgroups 8
+//           and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL, SWIGLU, QKV,
+//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
 // Limits    STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1) bytes of workgroup memory
 // Numerics  f32; sums in ascending k
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)

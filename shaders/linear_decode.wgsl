@@ -1,19 +1,23 @@
-// linear_decode: y = x W^T for few rows, with norm or attention merge before and an epilogue after
-// Math      y[i, o] = sum_k f(x)[i, k] * w[o, k]; f: identity, RMSNorm of row r = active[i].row, or the merge of
+// linear_decode: y = x W^T for few rows, with RMSNorm or the attention merge before it and an epilogue after it.
+// Math      y[i, o] = sum_k f(x)[i, k] * w[o, k]; f: identity, RMSNorm of row r = active_rows[i].row, or the merge of
 //           attention partials; then shared/epilogue.wgsl
 // Why       the weights are the traffic: they are fetched to registers before the activation is staged, each is
 //           read once for ROWS rows, and every fusion saves a dependent dispatch
-// Shapes    active [n]; w [O, K] units of 8; x compact [n, K], stream [T, K] (X_BY_ROW) or partials [n, H, S, hd]
+// Shapes    active_rows [n]; w [O, K] units of 8; x compact [n, K], stream [T, K] (X_BY_ROW) or partials [n, H, S, hd]
 //           (MERGE); norm_weight [K]; stats [n, H, S] (max, sum); outputs as the epilogue says
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
-//           5 stats read [MERGE]; 6 residual read [RESIDUAL]; 6 rope read [QKV]; 7 k_cache write [QKV];
-//           8 v_cache write [QKV]; 7 depth read [BLOCK_END]; 8 gates read [BLOCK_END]; 9 running write [BLOCK_END_TOKEN]
+//           5 stats read [MERGE]; 6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
+//           7 depth read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
+//           8 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 running write [BLOCK_END_TOKEN]
 // Grid      (ceil(O / (2 * GROUPS * PAIRS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs
 // Spec      IN_FEATURES multiple of 8; CHUNK units of 8 staged at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH
-//           steps of weights in flight before the activation is ready; or STREAM steps of the
-//           activation held while weights stream by
-// Limits    16 * ROWS * (2 * CHUNK * 9 / 8 + 1) + 4 * ROWS * threads bytes of workgroup memory
+//           steps of weights in flight before the activation is ready; NORM, or MERGE of SPLITS partials, or neither;
+//           or STREAM steps of the activation held while weights stream by, on software rasterisers; X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the subgroup size;
+//           WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END_EXPERT or
+//           BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
+// Limits    16 * ROWS * (2 * CHUNK + CHUNK / 4 + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES
+//           more, without SUBGROUP 4 * GROUPS * LANES more
 // Numerics  f32; lane-strided partial sums, then a tree over lanes
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
 #import shared/rows

@@ -1,10 +1,10 @@
 // rms_norm: normalise the active rows of a stream into a dense batch.
-// Math      y[i] = weight * x[r] / sqrt(mean(x[r]^2) + eps), r = active[i].row
+// Math      y[i] = weight * x[r] / sqrt(mean(x[r]^2) + eps), r = active_rows[i].row
 // Why       reads through the row list, so the batch that follows is dense and no gather is needed
-// Shapes    active [n]; x [T, C] f32; weight [C] f32; y [n, C] f32; row-major, C a multiple of 4
-// Bindings  0 params uniform; 1 active read; 2 x read; 3 weight read; 4 y write
+// Shapes    active_rows [n]; x [T, C] f32; weight [C] f32; y [n, C] f32; row-major, C a multiple of 4
+// Bindings  0 params uniform; 1 active_rows read; 2 x read; 3 weight read; 4 y write
 // Grid      (1, n, 1) workgroups; one per active row; WORKGROUP_SIZE threads stride over C
-// Spec      WORKGROUP_SIZE power of two
+// Spec      WORKGROUP_SIZE power of two: 4 * WORKGROUP_SIZE bytes of workgroup memory
 // Limits    none beyond the bindings
 // Numerics  f32 throughout; tree sum
 // Source    Zhang and Sennrich 2019 (arXiv 1910.07467), as Llama uses it

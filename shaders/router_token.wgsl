@@ -5,7 +5,8 @@
 // Why       R is 2 to 4, too narrow for a matrix product, and the choice needs the whole row of gates at once
 // Shapes    active_rows [n]; x [T, K] f32 with X_BY_ROW, else [n, K] f32; weight [R, K] f32, f16 or bf16;
 //           logits [T, R] f32; gates [T, R] f32; depth [T] u32; token_weight [T] f32; bias [R] f32; K a multiple of 8
-// Bindings  0 params uniform; 1 active_rows read; 2 x read; 3 weight read; 4 logits write; 5 gates write; 6 depth write; 7 token_weight write; 8 bias read [BIAS]
+// Bindings  0 params uniform; 1 active_rows read; 2 x read; 3 weight read; 4 logits write; 5 gates write;
+//           6 depth write; 7 token_weight write; 8 bias read [BIAS]
 // Grid      (1, n, 1) workgroups; one per active row; WORKGROUP_SIZE threads stride over K, one finishes
 // Spec      WORKGROUP_SIZE power of two; NUM_RECURSIONS 2..=16; X_BY_ROW; SOFTMAX; BIAS; WEIGHT_F16 or WEIGHT_BF16
 // Limits    4 * NUM_RECURSIONS * WORKGROUP_SIZE bytes of workgroup memory

@@ -1,4 +1,4 @@
-// tokens_compact: decide which rows are active now, list them in position order, give them K/V slots and size the grids
+// tokens_compact: decide which rows are active now, list them in position order, give them K/V slots and size the grids.
 // Math      active = [r : keep(r)] ascending; slot of the j-th kept row of a sequence = kv_lengths + j
 // Why       counts stay on the device: the list and the indirect grids are all that later kernels need
 // Shapes    rows [T]; decision [T] f32; depth [T]; kv_lengths [sequences, groups]; pages [sequences, groups, max_pages];
@@ -8,7 +8,8 @@
 //           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS];
 //           10 results write [SAMPLE]
 // Grid      (1, 1, 1): one workgroup; each thread owns a run of consecutive rows
-// Spec      WORKGROUP_SIZE power of two; flags of the mode: BEGIN, EXPERT, TOKEN, FIXED, SAMPLE
+// Spec      WORKGROUP_SIZE power of two: 4 * WORKGROUP_SIZE bytes of workgroup memory; BEGIN, EXPERT, TOKEN, FIXED or
+//           SAMPLE: which rows; KV: they store or read K/V; KV_SLOTS: the table lists keys, not pages (hybrid caches)
 // Limits    rows of a sequence are contiguous and ascend in position; params.num_rows <= T
 // Numerics  integers; the decision threshold is logit >= 0 (NaN does not pass)
 // Source    MoR, expert-choice and token-choice routing (arXiv 2507.10524)

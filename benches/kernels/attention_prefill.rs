@@ -11,7 +11,7 @@ use mor_kernels::plan::Grid;
 use mor_kernels::rows::KvTable;
 use mor_kernels::tensor::DType;
 
-pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     let mut rng = Rng::new("bench attention_prefill");
     for sizes in SHAPES {
         let shape = AttentionShape {

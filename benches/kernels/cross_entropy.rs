@@ -8,7 +8,7 @@ use mor_kernels::oracle::cross_entropy::cross_entropy;
 use mor_kernels::parity::{self, Rng, Tolerance};
 use mor_kernels::plan::Grid;
 
-pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     const NUM_ROWS: usize = 64;
     let mut rng = Rng::new("bench cross_entropy");
     let shape = SHAPES.iter().find(|shape| shape.name == "360m").expect("it is in the table");

@@ -10,7 +10,7 @@ use mor_kernels::plan::Grid;
 use mor_kernels::rows::Row;
 use mor_kernels::tensor::{DType, Tensor};
 
-pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     const NUM_ROWS: usize = 512;
     let mut rng = Rng::new("bench embed_tokens");
     let shape = SHAPES.iter().find(|shape| shape.name == "360m").expect("it is in the table");

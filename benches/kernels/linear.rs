@@ -11,7 +11,7 @@ use mor_kernels::parity::{self, Rng, Tolerance};
 use mor_kernels::plan::Grid;
 use mor_kernels::tensor::DType;
 
-pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     for shape in SHAPES {
         let (c, mlp) = (shape.hidden_size, shape.intermediate_size);
         let q_dim = shape.num_attention_heads * shape.head_dim;

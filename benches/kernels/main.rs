@@ -5,11 +5,13 @@ mod attention_prefill;
 mod cross_entropy;
 mod embed_tokens;
 mod linear;
+mod linear_decode;
 mod rms_norm;
 mod router_expert;
 mod router_token;
 mod router_topk;
 mod sample_token;
+mod tokens_compact;
 
 use criterion::Criterion;
 
@@ -25,10 +27,12 @@ fn main() {
     cross_entropy::bench(&mut criterion, gpu);
     embed_tokens::bench(&mut criterion, gpu);
     linear::bench(&mut criterion, gpu);
+    linear_decode::bench(&mut criterion, gpu);
     rms_norm::bench(&mut criterion, gpu);
     router_expert::bench(&mut criterion, gpu);
     router_token::bench(&mut criterion, gpu);
     router_topk::bench(&mut criterion, gpu);
     sample_token::bench(&mut criterion, gpu);
+    tokens_compact::bench(&mut criterion, gpu);
     criterion.final_summary();
 }

@@ -8,7 +8,7 @@ use mor_kernels::oracle::rms_norm::rms_norm;
 use mor_kernels::parity::{self, Rng, Tolerance};
 use mor_kernels::plan::Grid;
 
-pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     let mut rng = Rng::new("bench rms_norm");
     for shape in SHAPES {
         for num_rows in [1, 512] {

@@ -8,7 +8,7 @@ use mor_kernels::oracle::router_expert::router_expert;
 use mor_kernels::parity::{self, Output, Rng, Tolerance};
 use mor_kernels::plan::Grid;
 
-pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     let mut rng = Rng::new("bench router_expert");
     let kernel = RouterExpert::default();
     for shape in SHAPES {

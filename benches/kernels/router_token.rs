@@ -8,7 +8,7 @@ use mor_kernels::oracle::router_token::{TokenChoices, router_token};
 use mor_kernels::parity::{self, Output, Rng, Tolerance};
 use mor_kernels::plan::Grid;
 
-pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     let mut rng = Rng::new("bench router_token");
     let kernel = RouterToken::new(3);
     for shape in SHAPES {

@@ -8,7 +8,7 @@ use mor_kernels::oracle::router_topk::router_topk;
 use mor_kernels::parity::{self, Output, Rng};
 use mor_kernels::tensor::{DType, Tensor};
 
-pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     let mut rng = Rng::new("bench router_topk");
     for num_rows in [512, 2048] {
         let sequence = TopkSequence { num_rows, k: num_rows / 3, ..TopkSequence::default() };

@@ -8,7 +8,7 @@ use mor_kernels::oracle::sample_token::sample_token;
 use mor_kernels::parity::{self, Output, Rng};
 use mor_kernels::plan::Grid;
 
-pub fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     let mut rng = Rng::new("bench sample_token");
     let greedy = GpuSampling::default();
     let plain = GpuSampling { temperature: 0.8, ..greedy };

@@ -55,6 +55,9 @@ const fn shape(name: &'static str, hidden: u32, mlp: u32, heads: u32, kv_heads: 
     }
 }
 
+/// Most runs of a plan between two timestamps.
+pub const MAX_BATCH: usize = 100;
+
 /// Records a plan, or explains why it cannot run here and returns `None` (a shape too large for a small device).
 pub fn record(
     gpu: &Gpu,
@@ -70,15 +73,36 @@ pub fn record(
 
 /// Times `plan` under `group/id` by device timestamps; `bytes` is the least it must move.
 pub fn time(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, bytes: u64, plan: &Plan) {
-    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), plan);
+    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), plan, &|| {});
+}
+
+/// As [`time`], for kernels that count on: `reset` restores what they read before every [`MAX_BATCH`] runs, untimed.
+pub fn time_from(
+    criterion: &mut Criterion,
+    gpu: &Gpu,
+    group: &str,
+    id: &str,
+    bytes: u64,
+    plan: &Plan,
+    reset: &dyn Fn(),
+) {
+    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), plan, reset);
 }
 
 /// As [`time`], for kernels bound by arithmetic: the elements criterion counts are `flop` operations.
 pub fn time_flop(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, flop: u64, plan: &Plan) {
-    time_per(criterion, gpu, group, id, Throughput::Elements(flop), plan);
+    time_per(criterion, gpu, group, id, Throughput::Elements(flop), plan, &|| {});
 }
 
-fn time_per(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, throughput: Throughput, plan: &Plan) {
+fn time_per(
+    criterion: &mut Criterion,
+    gpu: &Gpu,
+    group: &str,
+    id: &str,
+    throughput: Throughput,
+    plan: &Plan,
+    reset: &dyn Fn(),
+) {
     let mut group = criterion.benchmark_group(group);
     group.throughput(throughput);
     group.bench_function(BenchmarkId::from_parameter(id), |bencher| {
@@ -86,7 +110,8 @@ fn time_per(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, through
             let mut total = Duration::ZERO;
             let mut left = iterations;
             while left > 0 {
-                let batch = left.min(100);
+                let batch = left.min(MAX_BATCH as u64);
+                reset();
                 let micros = timing::device_micros(gpu, plan, batch as u32).expect("the device writes timestamps");
                 total += Duration::from_nanos((micros * 1e3) as u64) * batch as u32;
                 left -= batch;

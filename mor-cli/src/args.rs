@@ -94,7 +94,7 @@ pub(crate) struct ForwardArgs {
     /// Model folder in Hugging Face layout
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
-    /// Safetensors file with `tokens` [N, S] and `lengths` [N], both integers
+    /// Safetensors file with `tokens` (N, S) and `lengths` (N), both integers
     #[arg(long, value_name = "IN")]
     pub(crate) tokens: PathBuf,
     /// Safetensors file to write

@@ -61,6 +61,8 @@ pub mod shader;
 pub mod submit;
 pub mod tensor;
 pub mod timing;
+#[cfg(feature = "oracle")]
+pub mod variants;
 
 pub use error::{KernelError, Result};
 pub use gpu::Gpu;

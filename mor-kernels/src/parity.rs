@@ -423,3 +423,45 @@ impl EpilogueCase {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn profiles_are_what_they_are_called() {
+        let mut seen = Vec::new();
+        on_every_profile(|gpu, profile| {
+            seen.push(profile.to_owned());
+            assert_eq!(gpu.is_checked(), profile != "unchecked", "{profile}");
+            if profile != "no-subgroups webgpu-limits" {
+                return;
+            }
+            assert_eq!(gpu.caps().subgroup_sizes, None);
+            assert!(!gpu.caps().lanes().uses_subgroups());
+            // What WebGPU guarantees (https://www.w3.org/TR/webgpu/#limits), asked of what kernels see and of the
+            // device itself, which enforces it.
+            let caps = gpu.caps();
+            assert!(caps.max_storage_binding_bytes <= 128 << 20);
+            assert!(caps.max_buffer_bytes <= 256 << 20);
+            assert!(caps.max_workgroup_storage_bytes <= 16 << 10);
+            assert!(caps.max_workgroup_size <= 256);
+            assert!(caps.max_workgroups <= 65535);
+            assert!(caps.max_storage_buffers <= 8);
+            assert!(caps.uniform_alignment >= 256);
+            let limits = gpu.inner.device.limits();
+            assert!(limits.max_storage_buffer_binding_size <= 128 << 20);
+            assert!(limits.max_uniform_buffer_binding_size <= 64 << 10);
+            assert!(limits.max_buffer_size <= 256 << 20);
+            assert!(limits.max_compute_workgroup_storage_size <= 16 << 10);
+            assert!(limits.max_compute_invocations_per_workgroup <= 256);
+            assert!(limits.max_compute_workgroups_per_dimension <= 65535);
+            assert!(limits.max_storage_buffers_per_shader_stage <= 8);
+            assert!(!gpu.inner.device.features().contains(wgpu::Features::SUBGROUP));
+        });
+        assert_eq!(seen, ["unchecked", "checked", "no-subgroups webgpu-limits"]);
+        // Stripping is an option of the third profile alone: the others offer what the adapter has.
+        let [full, checked, _] = devices() else { panic!("three profiles") };
+        assert_eq!(full.0.caps(), checked.0.caps());
+    }
+}

@@ -49,6 +49,16 @@ impl Definitions {
         self.constants.insert(name, Constant::F32 { bits: value.to_bits() });
         self
     }
+
+    /// Names of the flags that are set.
+    pub fn flags(&self) -> impl Iterator<Item = &'static str> {
+        self.flags.iter().copied()
+    }
+
+    /// Names of the constants.
+    pub fn constants(&self) -> impl Iterator<Item = &'static str> {
+        self.constants.keys().copied()
+    }
 }
 
 /// Specialises the shader `name`.

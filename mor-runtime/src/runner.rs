@@ -331,7 +331,7 @@ fn write_rows(model: &MorModel, tensors: &StepTensors, feeds: &[Feed<'_>]) {
             token: *token,
             position: (feed.position + i) as u32,
             sequence: feed.sequence as u32,
-            flags: ROW_ACTIVE | ROW_INDEX_UNIT * i as u32 | if feed.sample && i == last { ROW_SAMPLE } else { 0 },
+            flags: ROW_ACTIVE | (ROW_INDEX_UNIT * i as u32) | if feed.sample && i == last { ROW_SAMPLE } else { 0 },
         }));
     }
     assert!(rows.len() <= tensors.capacity, "{} rows fed to a step of {}", rows.len(), tensors.capacity);

@@ -56,4 +56,24 @@ mod tests {
         }
         assert_eq!(source("no_such_kernel"), None);
     }
+
+    #[test]
+    fn every_file_is_listed() {
+        fn add(folder: &std::path::Path, prefix: &str, found: &mut Vec<String>) {
+            for entry in std::fs::read_dir(folder).expect("the folder is readable") {
+                let path = entry.expect("the folder is readable").path();
+                let stem = path.file_stem().expect("a file has a name").to_string_lossy().into_owned();
+                if path.is_dir() {
+                    add(&path, &format!("{prefix}{stem}/"), found);
+                } else if path.extension().is_some_and(|extension| extension == "wgsl") {
+                    found.push(format!("{prefix}{stem}"));
+                }
+            }
+        }
+        let mut found = Vec::new();
+        add(std::path::Path::new(env!("CARGO_MANIFEST_DIR")), "", &mut found);
+        found.sort();
+        let listed: Vec<_> = SHADERS.iter().map(|(name, _)| *name).collect();
+        assert_eq!(found, listed, "files of shaders/, then the list in lib.rs");
+    }
 }

@@ -113,10 +113,11 @@ impl LinearDecode {
         epilogue: EpilogueKind,
         max_rows: u32,
     ) -> Self {
-        // A software rasteriser pays for every load of every lane: more outputs share one of the activation.
-        let (pairs, groups) =
-            if caps.is_cpu { (4, 8) } else { (1, 256.min(caps.max_workgroup_size) / caps.lanes().width()) };
         let rows = max_rows.next_power_of_two().clamp(1, 8);
+        // Wide workgroups stage the activation fewer times; several rows need the memory for their sums.
+        let threads = if rows == 1 { 256.min(caps.max_workgroup_size) } else { 128 };
+        // A software rasteriser pays for every load of every lane: more outputs share one of the activation.
+        let (pairs, groups) = if caps.is_cpu { (4, 8) } else { (1, threads / caps.lanes().width()) };
         Self { in_features, weight_dtype, prologue, epilogue, rows, pairs, groups }
     }
 
@@ -132,13 +133,24 @@ impl LinearDecode {
         num_outputs.div_ceil(2 * self.groups * self.pairs)
     }
 
-    /// Units of 8 inputs staged at a time: all of them if 12 KiB hold them, so that the rest of the default
-    /// 16 KiB of workgroup memory is left to the reductions.
-    fn chunk(&self) -> u32 {
+    fn threads(&self, caps: &DeviceCaps) -> u32 {
+        self.groups * caps.lanes().width()
+    }
+
+    /// Workgroup memory of the reductions, in bytes.
+    fn reduction_bytes(&self, caps: &DeviceCaps) -> u32 {
+        let squares = if self.prologue == PrologueKind::Norm { 4 * self.rows * self.threads(caps) } else { 0 };
+        let scratch = if caps.lanes().uses_subgroups() { 0 } else { 4 * self.threads(caps) };
+        squares + scratch
+    }
+
+    /// Units of 8 inputs staged at a time: all of them if WebGPU's default 16 KiB of workgroup memory hold them
+    /// beside the reductions, else whole steps of the widest lanes.
+    fn chunk(&self, caps: &DeviceCaps) -> u32 {
         let units = self.in_features / 8;
-        // 36 bytes for each unit's 32: the padding against bank conflicts.
-        let fit = 12 * 1024 / (36 * self.rows);
-        if units <= fit { units.next_multiple_of(4) } else { fit / 32 * 32 }
+        // 36 bytes for each unit's 32, and one vec4 a row: the padding against bank conflicts.
+        let fit = (16 * 1024 - self.reduction_bytes(caps) - 16 * self.rows) / (36 * self.rows);
+        if units.next_multiple_of(4) <= fit { units.next_multiple_of(4) } else { fit / 32 * 32 }
     }
 }
 
@@ -149,7 +161,7 @@ impl Kernel for LinearDecode {
 
     fn definitions(&self, caps: &DeviceCaps) -> Definitions {
         let lanes = caps.lanes();
-        let steps = self.chunk().div_ceil(lanes.width());
+        let steps = self.chunk(caps).div_ceil(lanes.width());
         // More rows need the registers for sums.
         let prefetch = steps.min(if self.rows == 1 { 8 } else { 2 });
         let stream = steps.min((12 / self.rows).max(2));
@@ -157,7 +169,7 @@ impl Kernel for LinearDecode {
         let splits = if let PrologueKind::Merge { num_splits } = self.prologue { num_splits } else { 1 };
         let definitions = Definitions::new()
             .u32("IN_FEATURES", self.in_features)
-            .u32("CHUNK", self.chunk())
+            .u32("CHUNK", self.chunk(caps))
             .u32("ROWS", self.rows)
             .u32("PAIRS", self.pairs)
             .u32("GROUPS", self.groups)
@@ -189,11 +201,8 @@ impl Kernel for LinearDecode {
     }
 
     fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32 {
-        let threads = self.groups * caps.lanes().width();
-        let staged = 16 * self.rows * (self.chunk() * 2 + self.chunk() / 4 + 1);
-        let squares = if self.prologue == PrologueKind::Norm { 4 * self.rows * threads } else { 0 };
-        let scratch = if caps.lanes().uses_subgroups() { 0 } else { 4 * threads };
-        staged + squares + scratch
+        let chunk = self.chunk(caps);
+        16 * self.rows * (chunk * 2 + chunk / 4 + 1) + self.reduction_bytes(caps)
     }
 }
 

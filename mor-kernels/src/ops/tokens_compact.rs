@@ -67,10 +67,10 @@ pub struct Hybrid<'a> {
 /// MoR, arXiv 2507.10524; the inference rule is `logit >= 0` where capacity is below 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TokensCompact {
-    mode: &'static str,
-    kv: bool,
-    kv_slots: bool,
-    workgroup_size: u32,
+    pub(crate) mode: &'static str,
+    pub(crate) kv: bool,
+    pub(crate) kv_slots: bool,
+    pub(crate) workgroup_size: u32,
 }
 
 /// Sizes of a call. Mirrors `struct Params` of the shader.
@@ -226,7 +226,7 @@ mod tests {
                 token: 0,
                 position: (start + i) as u32,
                 sequence: sequence as u32,
-                flags: active | if i + 1 == len { ROW_SAMPLE } else { 0 } | ROW_INDEX_UNIT * i as u32,
+                flags: active | if i + 1 == len { ROW_SAMPLE } else { 0 } | (ROW_INDEX_UNIT * i as u32),
             }));
         }
         let absent = rng.below(3).min(rows.len());

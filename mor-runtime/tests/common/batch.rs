@@ -196,12 +196,12 @@ fn check_decode(what: &str, model: &MorModel, num_splits: u32, reference: &Refer
     }
     loop {
         let mut running = Vec::new();
-        for sequence in 0..3 {
-            if lengths[sequence] == reference.tokens[sequence].len() {
+        for (sequence, length) in lengths.iter_mut().enumerate() {
+            if *length == reference.tokens[sequence].len() {
                 runner.stop(model, sequence);
             } else {
                 running.push(sequence);
-                lengths[sequence] += 1;
+                *length += 1;
             }
         }
         if running.is_empty() {

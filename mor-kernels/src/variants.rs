@@ -1,0 +1,231 @@
+//! The specialisations that can exist: every kernel, for every kind of device, in every value of its flags and in
+//! the sizes that change its text. Tests translate and inspect them without a GPU.
+
+use std::fmt::Debug;
+
+use crate::caps::DeviceCaps;
+use crate::epilogue::EpilogueKind;
+use crate::kernel::{self, Kernel};
+use crate::ops::{
+    AttentionDecode, AttentionPrefill, AttentionShape, CrossEntropy, EmbedTokens, ExpertGate, Linear, LinearDecode,
+    LinearTile, PrologueKind, RmsNorm, RouterExpert, RouterToken, RouterTopk, SampleToken, TokenGate, TokensCompact,
+};
+use crate::rows::KvTable;
+use crate::tensor::DType;
+
+/// Storage buffers a stage can bind under WebGPU's default limits.
+pub const WEBGPU_STORAGE_BUFFERS: u32 = 8;
+/// Workgroup memory under WebGPU's default limits, bytes.
+pub const WEBGPU_WORKGROUP_STORAGE_BYTES: u32 = 16 << 10;
+/// Invocations of a workgroup under WebGPU's default limits.
+pub const WEBGPU_WORKGROUP_SIZE: u32 = 256;
+/// Workgroup memory of every device that is not clamped, bytes: the least that Metal and the desktop drivers offer.
+pub const NATIVE_WORKGROUP_STORAGE_BYTES: u32 = 32 << 10;
+
+const WEIGHT_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// One specialisation on one kind of device.
+#[derive(Clone, Debug)]
+pub struct Variant {
+    /// [`Kernel::NAME`].
+    pub kernel: &'static str,
+    /// The kernel's fields and the device, for messages.
+    pub description: String,
+    /// What the driver receives.
+    pub wgsl: String,
+    /// Flags of the specialisation.
+    pub flags: Vec<&'static str>,
+    /// Constants of the specialisation, without those that every kernel gets.
+    pub constants: Vec<&'static str>,
+    /// [`Kernel::workgroup_storage_bytes`].
+    pub workgroup_storage_bytes: u32,
+    /// Size of [`Kernel::Params`].
+    pub params_bytes: usize,
+    /// What the device offers.
+    pub caps: DeviceCaps,
+}
+
+impl Variant {
+    /// Whether the device is clamped to WebGPU's default limits.
+    pub fn has_webgpu_limits(&self) -> bool {
+        self.caps.max_workgroup_storage_bytes == WEBGPU_WORKGROUP_STORAGE_BYTES
+    }
+}
+
+/// The kinds of devices that specialisations tell apart, each with its own limits and with WebGPU's.
+fn devices() -> Vec<(String, DeviceCaps)> {
+    // Smallest and largest subgroup. 8 is llvmpipe with 256-bit vectors, 32 NVIDIA and Apple, 64 AMD GCN, 32 to 64
+    // AMD RDNA, 8 to 32 Intel, 4 and 16 Arm; 4 to 128 is what WebGPU leaves open.
+    let subgroups = [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64), (32, 64), (8, 32), (4, 128)];
+    let kinds = [(true, None), (true, Some((4, 4))), (true, Some((8, 8))), (false, None)]
+        .into_iter()
+        .chain(subgroups.map(|sizes| (false, Some(sizes))));
+    let mut devices = Vec::new();
+    for (is_cpu, subgroup_sizes) in kinds {
+        for webgpu_limits in [false, true] {
+            let caps = DeviceCaps {
+                subgroup_sizes,
+                shader_f16: false,
+                timestamps: false,
+                max_storage_binding_bytes: 128 << 20,
+                max_buffer_bytes: 256 << 20,
+                max_workgroup_storage_bytes: if webgpu_limits {
+                    WEBGPU_WORKGROUP_STORAGE_BYTES
+                } else {
+                    NATIVE_WORKGROUP_STORAGE_BYTES
+                },
+                max_workgroup_size: if webgpu_limits { WEBGPU_WORKGROUP_SIZE } else { 1024 },
+                max_workgroups: 65535,
+                max_storage_buffers: if webgpu_limits { WEBGPU_STORAGE_BUFFERS } else { 16 },
+                uniform_alignment: 256,
+                is_cpu,
+            };
+            let name = format!(
+                "{} with {}{}",
+                if is_cpu { "CPU" } else { "GPU" },
+                subgroup_sizes.map_or("no subgroups".to_owned(), |(min, max)| format!("subgroups of {min} to {max}")),
+                if webgpu_limits { " and WebGPU's limits" } else { "" },
+            );
+            devices.push((name, caps));
+        }
+    }
+    devices
+}
+
+struct List {
+    device: String,
+    caps: DeviceCaps,
+    variants: Vec<Variant>,
+}
+
+impl List {
+    fn add<K: Kernel + Debug>(&mut self, kernel: &K) {
+        let definitions = kernel.definitions(&self.caps);
+        self.variants.push(Variant {
+            kernel: K::NAME,
+            description: format!("{kernel:?} on a {}", self.device),
+            wgsl: kernel::wgsl(kernel, &self.caps),
+            flags: definitions.flags().collect(),
+            constants: definitions.constants().collect(),
+            workgroup_storage_bytes: kernel.workgroup_storage_bytes(&self.caps),
+            params_bytes: size_of::<K::Params>(),
+            caps: self.caps.clone(),
+        });
+    }
+}
+
+/// Every specialisation on every kind of device; many share their text.
+pub fn all() -> Vec<Variant> {
+    let mut variants = Vec::new();
+    for (device, caps) in devices() {
+        let mut list = List { device, caps, variants };
+        add_attention(&mut list);
+        add_linear(&mut list);
+        add_linear_decode(&mut list);
+        add_routers(&mut list);
+        add_tokens_compact(&mut list);
+        list.add(&CrossEntropy::default());
+        list.add(&RmsNorm::default());
+        list.add(&SampleToken::new(&list.caps));
+        for dtype in WEIGHT_DTYPES {
+            list.add(&EmbedTokens::new(dtype));
+        }
+        variants = list.variants;
+    }
+    variants
+}
+
+fn add_attention(list: &mut List) {
+    // Groups of 1, 3 and 5 query heads: the last needs several workgroups. Head sizes up to the largest, one that is
+    // no power of two.
+    let heads = [[9, 3, 8], [9, 3, 16], [9, 3, 64], [4, 4, 64], [10, 2, 64], [9, 3, 72], [9, 3, 128], [9, 3, 256]];
+    for [num_attention_heads, num_key_value_heads, head_dim] in heads {
+        for kv_dtype in [DType::F32, DType::F16] {
+            for kv_table in [KvTable::Pages, KvTable::Slots] {
+                let shape = AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table };
+                list.add(&AttentionPrefill::new(shape));
+                for num_splits in [1, 2, 8] {
+                    list.add(&AttentionDecode::new(shape, num_splits, &list.caps));
+                }
+            }
+        }
+    }
+}
+
+fn add_linear(list: &mut List) {
+    let mut tiles = Vec::new();
+    for max_rows in [1, 16, 32, 64, 512, 4096] {
+        for num_outputs in [64, 960, 4096] {
+            let tile = LinearTile::for_shape(&list.caps, max_rows, num_outputs);
+            if !tiles.contains(&tile) {
+                tiles.push(tile);
+            }
+        }
+    }
+    for tile in tiles {
+        for epilogue in EpilogueKind::ALL {
+            for weight_dtype in WEIGHT_DTYPES {
+                for x_by_row in [false, true] {
+                    list.add(&Linear { weight_dtype, x_by_row, epilogue, tile });
+                }
+            }
+        }
+    }
+}
+
+fn add_linear_decode(list: &mut List) {
+    use PrologueKind as P;
+    for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 2 }] {
+        for epilogue in EpilogueKind::ALL {
+            // Nine storage buffers; no model records it, and WebGPU's limits would refuse it.
+            let too_many = epilogue == EpilogueKind::BlockEndToken && matches!(prologue, P::Norm | P::Merge { .. });
+            if too_many && list.caps.max_storage_buffers <= WEBGPU_STORAGE_BUFFERS {
+                continue;
+            }
+            for dtype in WEIGHT_DTYPES {
+                list.add(&LinearDecode::new(&list.caps, 960, dtype, prologue, epilogue, 1));
+            }
+        }
+    }
+    // Activations staged at once and in chunks, with each number of rows.
+    for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 8 }] {
+        for in_features in [960, 8192] {
+            for max_rows in [1, 2, 4, 8] {
+                let epilogue = EpilogueKind::Store;
+                list.add(&LinearDecode::new(&list.caps, in_features, DType::F16, prologue, epilogue, max_rows));
+            }
+        }
+    }
+}
+
+fn add_routers(list: &mut List) {
+    list.add(&RouterTopk::default());
+    for weight_dtype in WEIGHT_DTYPES {
+        for x_by_row in [false, true] {
+            for gate in [ExpertGate::Sigmoid, ExpertGate::Tanh, ExpertGate::None] {
+                for logit_only in [false, true] {
+                    let kernel = RouterExpert { gate, weight_dtype, x_by_row, logit_only, ..RouterExpert::default() };
+                    list.add(&kernel);
+                }
+            }
+            for num_recursions in [2, 3, 4, 16] {
+                for gate in [TokenGate::Softmax, TokenGate::Sigmoid] {
+                    for bias in [false, true] {
+                        let kernel = RouterToken::new(num_recursions);
+                        list.add(&RouterToken { gate, weight_dtype, x_by_row, bias, ..kernel });
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn add_tokens_compact(list: &mut List) {
+    for mode in ["BEGIN", "EXPERT", "TOKEN", "FIXED", "SAMPLE"] {
+        for (kv, kv_slots) in [(false, false), (true, false), (true, true)] {
+            for workgroup_size in [32, 64, 128, 256] {
+                list.add(&TokensCompact { mode, kv, kv_slots, workgroup_size });
+            }
+        }
+    }
+}

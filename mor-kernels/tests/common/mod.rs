@@ -1,0 +1,61 @@
+//! What the tests without a GPU share: specialisations seen through naga.
+
+use std::collections::HashSet;
+
+use mor_kernels::variants::{self, Variant};
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use naga::{AddressSpace, Module, StorageAccess};
+
+/// One variant of every text: the first that has it, those with WebGPU's limits before the others.
+pub(crate) fn distinct() -> Vec<Variant> {
+    let mut variants = variants::all();
+    variants.sort_by_key(|variant| !variant.has_webgpu_limits());
+    let mut seen = HashSet::new();
+    variants.retain(|variant| seen.insert(variant.wgsl.clone()));
+    variants
+}
+
+/// Parses and validates; subgroup operations pass only where the specialisation asks for them.
+pub(crate) fn parse(variant: &Variant) -> (Module, ModuleInfo) {
+    let fail = |error: String| -> ! { panic!("{}: {error}\n{}", variant.description, variant.wgsl) };
+    let module = naga::front::wgsl::parse_str(&variant.wgsl)
+        .unwrap_or_else(|error| fail(error.emit_to_string_with_path(&variant.wgsl, variant.kernel)));
+    // Packed half floats (unpack2x16float) are part of WebGPU; f16 types are not, and stay refused.
+    let subgroups = if uses_subgroups(variant) { Capabilities::SUBGROUP } else { Capabilities::empty() };
+    let capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32 | subgroups;
+    let info = Validator::new(ValidationFlags::all(), capabilities)
+        .validate(&module)
+        .unwrap_or_else(|error| fail(error.emit_to_string_with_path(&variant.wgsl, variant.kernel)));
+    (module, info)
+}
+
+/// Whether the specialisation uses subgroup operations or builtins.
+pub(crate) fn uses_subgroups(variant: &Variant) -> bool {
+    variant.flags.iter().any(|flag| matches!(*flag, "SUBGROUP" | "BROADCAST"))
+}
+
+/// How the shader declares a binding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Declared {
+    Uniform,
+    Read,
+    Write,
+}
+
+/// Every binding as (index, name, access), ascending.
+pub(crate) fn bindings(module: &Module) -> Vec<(u32, String, Declared)> {
+    let mut bindings = Vec::new();
+    for (_, variable) in module.global_variables.iter() {
+        let Some(binding) = variable.binding else { continue };
+        assert_eq!(binding.group, 0, "all bindings are in group 0");
+        let declared = match variable.space {
+            AddressSpace::Uniform => Declared::Uniform,
+            AddressSpace::Storage { access } if access == StorageAccess::LOAD => Declared::Read,
+            AddressSpace::Storage { .. } => Declared::Write,
+            other => panic!("binding {} in {other:?}", binding.binding),
+        };
+        bindings.push((binding.binding, variable.name.clone().expect("bindings have names"), declared));
+    }
+    bindings.sort_by_key(|(index, ..)| *index);
+    bindings
+}

@@ -1,0 +1,348 @@
+//! The structure of the kernels, without a GPU: four files a kernel, headers that say what reflection finds, mirrors
+//! that match, and who may name what.
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::{Declared, bindings, distinct, parse};
+use mor_kernels::variants;
+use naga::{Module, ScalarKind, TypeInner};
+
+/// Fields of a kernel file's header, in order, after the line with the kernel's name.
+const HEADER_FIELDS: [&str; 9] = ["Math", "Why", "Shapes", "Bindings", "Grid", "Spec", "Limits", "Numerics", "Source"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn read(path: &str) -> String {
+    let path = root().join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Stems of the files with `extension` in `folder`, without those named in `except`.
+fn stems(folder: &str, extension: &str, except: &[&str]) -> BTreeSet<String> {
+    let entries = fs::read_dir(root().join(folder)).unwrap_or_else(|error| panic!("{folder}: {error}"));
+    entries
+        .map(|entry| entry.expect("the folder is readable").path())
+        .filter(|path| path.extension().is_some_and(|found| found == extension))
+        .map(|path| path.file_stem().expect("a file has a stem").to_string_lossy().into_owned())
+        .filter(|stem| !except.contains(&stem.as_str()))
+        .collect()
+}
+
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+}
+
+/// `text` without its line comments.
+fn code(text: &str) -> String {
+    text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn every_kernel_has_its_four_files() {
+    let kernels: BTreeSet<String> = mor_shaders::kernel_names().map(str::to_owned).collect();
+    assert_eq!(stems("shaders", "wgsl", &[]), kernels, "shaders/");
+    assert_eq!(stems("mor-kernels/src/ops", "rs", &["mod"]), kernels, "mor-kernels/src/ops/");
+    assert_eq!(stems("mor-kernels/src/oracle", "rs", &["mod"]), kernels, "mor-kernels/src/oracle/");
+    assert_eq!(stems("benches/kernels", "rs", &["main"]), kernels, "benches/kernels/");
+    let (ops, oracle) = (read("mor-kernels/src/ops/mod.rs"), read("mor-kernels/src/oracle/mod.rs"));
+    let benches = read("benches/kernels/main.rs");
+    for kernel in &kernels {
+        assert!(ops.contains(&format!("pub mod {kernel};")), "ops/mod.rs lacks {kernel}");
+        assert!(oracle.contains(&format!("pub mod {kernel};")), "oracle/mod.rs lacks {kernel}");
+        assert!(benches.contains(&format!("mod {kernel};")), "benches/kernels/main.rs lacks mod {kernel}");
+        assert!(benches.contains(&format!(" {kernel}::bench(")), "benches/kernels/main.rs does not run {kernel}");
+        let wrapper = read(&format!("mor-kernels/src/ops/{kernel}.rs"));
+        assert!(wrapper.contains(&format!("const NAME: &'static str = \"{kernel}\";")), "ops/{kernel}.rs: NAME");
+    }
+}
+
+#[test]
+fn the_registry_reaches_every_kernel_and_branch() {
+    let mut seen: BTreeMap<&str, Vec<BTreeSet<&str>>> = BTreeMap::new();
+    for variant in variants::all() {
+        seen.entry(variant.kernel).or_default().push(variant.flags.into_iter().collect());
+    }
+    assert!(seen.keys().copied().eq(mor_shaders::kernel_names()), "{:?}", seen.keys());
+    for (kernel, specialisations) in seen {
+        for flag in branch_flags(kernel) {
+            let set = specialisations.iter().filter(|flags| flags.contains(flag)).count();
+            assert!(set > 0, "{kernel}: no variant sets {flag}");
+            assert!(set < specialisations.len(), "{kernel}: every variant sets {flag}");
+        }
+    }
+}
+
+/// Flags that the directives of `name` and of its imports ask for.
+fn branch_flags(name: &str) -> BTreeSet<&'static str> {
+    let mut flags = BTreeSet::new();
+    for line in mor_shaders::source(name).expect("a kernel or an import").lines().map(str::trim) {
+        if let Some(condition) = line.strip_prefix("#if ").or_else(|| line.strip_prefix("#elif ")) {
+            flags.insert(condition.trim().trim_start_matches('!'));
+        } else if let Some(import) = line.strip_prefix("#import ") {
+            flags.extend(branch_flags(import.trim()));
+        }
+    }
+    flags
+}
+
+/// The header of a kernel file: its first line without the name, and its fields.
+fn header(kernel: &str) -> (String, Vec<(String, String)>) {
+    let source = mor_shaders::source(kernel).expect("a kernel has a source");
+    let mut lines = source.lines().map_while(|line| line.strip_prefix("//"));
+    let first = lines.next().unwrap_or_default();
+    let title = first.strip_prefix(&format!(" {kernel}: "));
+    let title = title.unwrap_or_else(|| panic!("{kernel}.wgsl begins with \"// {kernel}: \", not \"//{first}\""));
+    let mut fields: Vec<(String, String)> = Vec::new();
+    for line in lines {
+        // A field's name is padded to ten columns; its text continues below its beginning.
+        if let Some(text) = line.strip_prefix("           ") {
+            let (_, field) = fields.last_mut().unwrap_or_else(|| panic!("{kernel}: \"//{line}\" continues no field"));
+            field.push(' ');
+            field.push_str(text.trim());
+        } else {
+            let (name, text) = line.split_at_checked(11).unwrap_or((line, ""));
+            fields.push((name.trim().to_owned(), text.trim().to_owned()));
+        }
+    }
+    (title.to_owned(), fields)
+}
+
+fn field(kernel: &str, name: &str) -> String {
+    let (_, fields) = header(kernel);
+    fields.into_iter().find(|(field, _)| field == name).unwrap_or_else(|| panic!("{kernel}: no field {name}")).1
+}
+
+#[test]
+fn headers_have_all_fields_in_order() {
+    for kernel in mor_shaders::kernel_names() {
+        let (title, fields) = header(kernel);
+        assert!(title.chars().next().is_some_and(char::is_lowercase) && title.ends_with('.'), "{kernel}: {title}");
+        let names: Vec<_> = fields.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, HEADER_FIELDS, "{kernel}");
+        for (name, text) in fields {
+            assert!(!text.is_empty(), "{kernel}: {name} is empty");
+        }
+    }
+}
+
+/// One entry of a Bindings field: `INDEX NAME ACCESS` and, where the binding exists only in some specialisations,
+/// `[FLAG]`, `[!FLAG]` or `[FLAG, FLAG]` for any of several.
+#[derive(Debug)]
+struct HeaderBinding {
+    index: u32,
+    name: String,
+    declared: Declared,
+    conditions: Vec<String>,
+}
+
+fn header_bindings(kernel: &str) -> Vec<HeaderBinding> {
+    let text = field(kernel, "Bindings");
+    let parse = |entry: &str| {
+        let (entry, conditions) = match entry.split_once('[') {
+            None => (entry, Vec::new()),
+            Some((entry, rest)) => {
+                let inside = rest.trim().strip_suffix(']')?;
+                (entry, inside.split(',').map(|flag| flag.trim().to_owned()).collect())
+            }
+        };
+        let &[index, name, access] = entry.split_whitespace().collect::<Vec<_>>().as_slice() else { return None };
+        let declared = match access {
+            "uniform" => Declared::Uniform,
+            "read" => Declared::Read,
+            "write" => Declared::Write,
+            _ => return None,
+        };
+        Some(HeaderBinding { index: index.parse().ok()?, name: name.to_owned(), declared, conditions })
+    };
+    let bindings: Vec<_> = text
+        .split(';')
+        .map(|entry| parse(entry.trim()).unwrap_or_else(|| panic!("{kernel}: cannot read binding \"{entry}\"")))
+        .collect();
+    assert!(bindings.is_sorted_by_key(|binding| binding.index), "{kernel}: bindings ascend");
+    bindings
+}
+
+#[test]
+fn headers_tell_bindings_and_specialisations() {
+    let mut listed: BTreeMap<&str, Vec<HeaderBinding>> = BTreeMap::new();
+    let mut spec: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for kernel in mor_shaders::kernel_names() {
+        listed.insert(kernel, header_bindings(kernel));
+        spec.insert(kernel, words(&field(kernel, "Spec")).map(str::to_owned).collect());
+    }
+    // Per kernel, which entries of the header exist in every specialisation.
+    let mut always: BTreeMap<&str, Vec<bool>> =
+        listed.iter().map(|(kernel, bindings)| (*kernel, vec![true; bindings.len()])).collect();
+    for variant in distinct() {
+        let (module, _) = parse(&variant);
+        let holds = |condition: &String| match condition.strip_prefix('!') {
+            Some(flag) => !variant.flags.contains(&flag),
+            None => variant.flags.contains(&condition.as_str()),
+        };
+        let mut want = Vec::new();
+        for (binding, always) in
+            listed[variant.kernel].iter().zip(always.get_mut(variant.kernel).expect("every kernel is listed"))
+        {
+            if binding.conditions.is_empty() || binding.conditions.iter().any(holds) {
+                want.push((binding.index, binding.name.clone(), binding.declared));
+            } else {
+                *always = false;
+            }
+        }
+        assert_eq!(bindings(&module), want, "{}: shader, then header", variant.description);
+        for name in variant.flags.iter().chain(&variant.constants) {
+            assert!(spec[variant.kernel].contains(*name), "{}: the header's Spec lacks {name}", variant.kernel);
+        }
+    }
+    for (kernel, bindings) in &listed {
+        for (binding, always) in bindings.iter().zip(&always[kernel]) {
+            assert!(!always || binding.conditions.is_empty(), "{kernel}: {binding:?} exists in every variant");
+        }
+    }
+}
+
+/// Fields of a struct as 4-byte words: (offset, name, whether it is a float). Elements of vectors and arrays are
+/// words of their own, numbered.
+type Words = Vec<(u32, String, bool)>;
+
+fn push_words(words: &mut Words, offset: u32, name: &str, count: u32, is_float: bool) {
+    for i in 0..count {
+        let name = if count == 1 { name.to_owned() } else { format!("{name}{i}") };
+        words.push((offset + 4 * i, name, is_float));
+    }
+}
+
+/// Words and size of a struct of the shader.
+fn shader_struct(module: &Module, name: &str) -> Option<(Words, u32)> {
+    let (_, ty) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some(name))?;
+    let TypeInner::Struct { members, span } = &ty.inner else { panic!("{name} is a struct") };
+    let mut words = Words::new();
+    for member in members {
+        let (count, scalar) = match module.types[member.ty].inner {
+            TypeInner::Scalar(scalar) => (1, scalar),
+            TypeInner::Vector { size, scalar } => (size as u32, scalar),
+            ref other => panic!("{name}: a member is {other:?}"),
+        };
+        assert_eq!(scalar.width, 4, "{name}");
+        let member_name = member.name.as_deref().expect("members have names");
+        push_words(&mut words, member.offset, member_name, count, scalar.kind == ScalarKind::Float);
+    }
+    Some((words, *span))
+}
+
+/// Words of a `repr(C)` struct of `u32`, `f32` and arrays of them, read from the text of `path`.
+fn rust_struct(path: &str, name: &str) -> Words {
+    let text = read(path);
+    let start = text.find(&format!("pub struct {name} {{")).unwrap_or_else(|| panic!("{path}: no struct {name}"));
+    let attributes = text[..start].trim_end().rsplit("\n\n").next().unwrap_or_default();
+    assert!(attributes.contains("#[repr(C)]"), "{path}: {name} is repr(C)");
+    let body = &text[start..start + text[start..].find("\n}").expect("the struct ends")];
+    let mut words = Words::new();
+    for line in code(body).lines().skip(1).map(str::trim).filter(|line| !line.is_empty()) {
+        let field = line.strip_prefix("pub ").unwrap_or(line).trim_end_matches(',');
+        let (field, ty) = field.split_once(": ").unwrap_or_else(|| panic!("{name}: {line}"));
+        let (ty, count) = match ty.strip_prefix('[').and_then(|ty| ty.strip_suffix(']')) {
+            None => (ty, 1),
+            Some(array) => {
+                let (ty, count) = array.split_once("; ").expect("an array has a length");
+                (ty, count.parse().expect("a literal length"))
+            }
+        };
+        assert!(["u32", "f32"].contains(&ty), "{name}: {line}");
+        let offset = 4 * words.len() as u32;
+        push_words(&mut words, offset, field, count, ty == "f32");
+    }
+    words
+}
+
+#[test]
+fn parameters_mirror_their_shaders() {
+    let mut mirrored = BTreeSet::new();
+    for variant in distinct() {
+        if !mirrored.insert(variant.kernel) {
+            continue;
+        }
+        let wrapper = format!("mor-kernels/src/ops/{}.rs", variant.kernel);
+        let text = read(&wrapper);
+        let name = text.split("type Params = ").nth(1).and_then(|rest| rest.split(';').next()).expect("Params");
+        let path = if name == "LinearParams" { "mor-kernels/src/epilogue.rs" } else { &wrapper };
+        let (module, _) = parse(&variant);
+        let (words, span) = shader_struct(&module, "Params").expect("every kernel has parameters");
+        assert_eq!(words, rust_struct(path, name), "{}: shader, then {name}", variant.kernel);
+        // Bound in whole units of 16 bytes.
+        assert_eq!(span.next_multiple_of(16) as usize, variant.params_bytes.next_multiple_of(16), "{}", variant.kernel);
+        assert_eq!(4 * words.len(), variant.params_bytes, "{}", variant.kernel);
+    }
+}
+
+#[test]
+fn structs_of_tensors_mirror_their_shaders() {
+    for (kernel, name, path, mirror, bytes) in [
+        ("tokens_compact", "Row", "rows.rs", "Row", size_of::<mor_kernels::rows::Row>()),
+        ("tokens_compact", "ActiveRow", "rows.rs", "ActiveRow", size_of::<mor_kernels::rows::ActiveRow>()),
+        ("sample_token", "Sampling", "ops/sample_token.rs", "GpuSampling", size_of::<mor_kernels::ops::GpuSampling>()),
+    ] {
+        let variant = distinct().into_iter().find(|variant| variant.kernel == kernel).expect("the kernel exists");
+        let (module, _) = parse(&variant);
+        let (words, span) = shader_struct(&module, name).expect("the kernel has the struct");
+        assert_eq!(words, rust_struct(&format!("mor-kernels/src/{path}"), mirror), "shader, then {mirror}");
+        assert_eq!(span as usize, bytes, "{mirror}");
+    }
+}
+
+/// Files below `folder` with `extension`, build outputs left out.
+fn files(folder: &Path, extension: &str, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
+        let path = entry.expect("the folder is readable").path();
+        if path.is_dir() && !path.ends_with("target") {
+            files(&path, extension, found);
+        } else if path.extension().is_some_and(|found| found == extension) {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn only_mor_kernels_names_wgpu() {
+    let manifest = read("Cargo.toml");
+    let members = manifest.split("members = [").nth(1).and_then(|rest| rest.split(']').next()).expect("members");
+    let members: Vec<_> = members.split(',').map(|member| member.trim().trim_matches('"')).collect();
+    assert!(members.contains(&"mor-kernels") && members.len() > 1, "{members:?}");
+    for member in members.into_iter().filter(|member| *member != "mor-kernels") {
+        let manifest = read(&format!("{member}/Cargo.toml"));
+        assert!(!words(&manifest).any(|word| word == "wgpu"), "{member}/Cargo.toml names wgpu");
+        let mut sources = Vec::new();
+        files(&root().join(member), "rs", &mut sources);
+        assert!(!sources.is_empty(), "{member} has sources");
+        for path in sources {
+            let text = fs::read_to_string(&path).expect("a source is readable");
+            assert!(!words(&code(&text)).any(|word| word == "wgpu"), "{} names wgpu", path.display());
+        }
+    }
+}
+
+#[test]
+fn no_shader_needs_an_extension() {
+    let half_types = ["f16", "vec2h", "vec3h", "vec4h"];
+    for (name, text) in mor_shaders::SHADERS {
+        let code = code(text);
+        for word in words(&code) {
+            assert!(!["enable", "requires"].contains(&word), "{name}.wgsl: {word}");
+            let is_half_matrix = word.starts_with("mat") && word.ends_with('h') && word.len() == 7;
+            assert!(!half_types.contains(&word) && !is_half_matrix, "{name}.wgsl: {word}");
+        }
+    }
+    for variant in distinct() {
+        let (module, _) = parse(&variant);
+        for (_, ty) in module.types.iter() {
+            let scalar = ty.inner.scalar();
+            assert!(scalar.is_none_or(|scalar| scalar.width <= 4 && scalar.width != 2), "{}", variant.description);
+        }
+    }
+}
