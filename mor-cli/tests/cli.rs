@@ -413,6 +413,13 @@ fn models_larger_than_the_adapter() {
     let words = ["the model needs 81", " bytes on \"", "for weights", "use "];
     refused(&["generate", "--random-weights", text(&path), "--dtype", "f16"], &words);
     assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
+    // Shapes that the kernels do not run are refused as early.
+    let config = json!({
+        "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "head_dim": 512, "rms_norm_eps": 1e-5, "eos_token_id": 0,
+    });
+    fs::write(&path, config.to_string()).unwrap();
+    refused(&["generate", "--random-weights", text(&path)], &["attention: head_dim = 512 exceeds 256"]);
 }
 
 #[test]

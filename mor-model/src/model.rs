@@ -149,7 +149,9 @@ impl MorModel {
     /// Uploads a checkpoint.
     ///
     /// # Errors
-    /// [`KernelError::OutOfMemory`](mor_kernels::KernelError::OutOfMemory) if the device refuses a buffer.
+    /// [`KernelError::Limit`](mor_kernels::KernelError::Limit), before anything is uploaded, for a shape that the
+    /// kernels cannot run; [`KernelError::OutOfMemory`](mor_kernels::KernelError::OutOfMemory) if the device refuses a
+    /// buffer.
     pub fn load(
         gpu: &Gpu,
         checkpoint: &Checkpoint,
@@ -159,6 +161,10 @@ impl MorModel {
         let config = checkpoint.config().clone();
         let layout = checkpoint.layout().clone();
         let kv_layout = KvLayout::new(&config, &layout);
+        AttentionShape::check_head_dim("attention", config.head_dim as u32)?;
+        if config.mode == Mode::Token {
+            RouterToken::check_recursions(config.num_recursions as u32)?;
+        }
         let weights = DeviceWeights::upload(gpu, checkpoint, precision, progress)?;
         Ok(Self { gpu: gpu.clone(), config, layout, kv_layout, precision, weights })
     }

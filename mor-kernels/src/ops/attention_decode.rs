@@ -8,6 +8,9 @@ use crate::rows::{KvTable, PAGE_SIZE, RowSet};
 use crate::shader::Definitions;
 use crate::tensor::{DType, Tensor};
 
+/// Largest head the attention kernels have room for.
+const MAX_HEAD_DIM: u32 = 256;
+
 /// Heads and cache of an attention layer, as both attention kernels specialise on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionShape {
@@ -49,6 +52,24 @@ impl AttentionShape {
             .flag("KV_SLOTS", self.kv_table == KvTable::Slots)
     }
 
+    /// Refuses heads that the attention kernels have no room for; `kernel` is who asks.
+    ///
+    /// # Errors
+    /// [`KernelError::Limit`].
+    pub fn check_head_dim(kernel: &'static str, head_dim: u32) -> Result<()> {
+        if head_dim <= MAX_HEAD_DIM {
+            return Ok(());
+        }
+        Err(KernelError::Limit {
+            kernel,
+            what: "head_dim",
+            found: u64::from(head_dim),
+            limit: u64::from(MAX_HEAD_DIM),
+            why: "the attention kernels hold of a head".to_owned(),
+            advice: "this head size is not supported",
+        })
+    }
+
     /// Checks the shape itself and the tensors of `num_rows` rows against it.
     pub(crate) fn check(
         &self,
@@ -57,8 +78,9 @@ impl AttentionShape {
         (q, keys, values): (&Tensor, &Tensor, &Tensor),
     ) -> Result<()> {
         let shape = |what, found: String, expected: String| Err(KernelError::Shape { kernel, what, found, expected });
-        if !self.head_dim.is_multiple_of(8) || !(8..=256).contains(&self.head_dim) {
-            return shape("head_dim", self.head_dim.to_string(), "a multiple of 8 from 8 to 256".to_owned());
+        Self::check_head_dim(kernel, self.head_dim)?;
+        if !self.head_dim.is_multiple_of(8) || self.head_dim == 0 {
+            return shape("head_dim", self.head_dim.to_string(), "a positive multiple of 8".to_owned());
         }
         if self.num_key_value_heads == 0
             || self.num_attention_heads == 0

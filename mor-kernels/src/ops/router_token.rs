@@ -87,6 +87,24 @@ impl RouterToken {
         }
     }
 
+    /// Refuses more depths than the kernel scores.
+    ///
+    /// # Errors
+    /// [`KernelError::Limit`].
+    pub fn check_recursions(num_recursions: u32) -> Result<()> {
+        if num_recursions <= MAX_RECURSIONS {
+            return Ok(());
+        }
+        Err(KernelError::Limit {
+            kernel: Self::NAME,
+            what: "recursions",
+            found: u64::from(num_recursions),
+            limit: u64::from(MAX_RECURSIONS),
+            why: "one workgroup scores at once".to_owned(),
+            advice: "use fewer recursions",
+        })
+    }
+
     /// Records the kernel over all active rows.
     ///
     /// # Errors
@@ -94,16 +112,7 @@ impl RouterToken {
     /// if the weight or the bias has another size or type than the specialisation says; else as
     /// [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: RouterTokenBindings<'_>, p: RouterTokenParams) -> Result<()> {
-        if self.num_recursions > MAX_RECURSIONS {
-            return Err(KernelError::Limit {
-                kernel: Self::NAME,
-                what: "recursions",
-                found: u64::from(self.num_recursions),
-                limit: u64::from(MAX_RECURSIONS),
-                why: "one workgroup scores at once".to_owned(),
-                advice: "use fewer recursions",
-            });
-        }
+        Self::check_recursions(self.num_recursions)?;
         check_router(Self::NAME, b.weight, self.weight_dtype, self.num_recursions, p.in_features)?;
         let expected = if self.bias { self.num_recursions as usize } else { 0 };
         let found = b.bias.map_or(0, Tensor::num_elems);
