@@ -573,6 +573,16 @@ proptest! {
 }
 
 #[test]
+fn numbers_are_read_to_the_last_bit() {
+    // The second one once came back one unit lower.
+    for eps in [0.1 + 0.2, 1.059_110_973_723_599_7e19, 1.0 / 3.0, 1e-5, 2.0 / 3.0] {
+        let config = config_with(&[("rms_norm_eps", json!(eps))]).unwrap();
+        assert_eq!(config.rms_norm_eps.to_bits(), f64::to_bits(eps));
+        assert_eq!(MorConfig::from_json_str(&config.to_json(), "round trip").unwrap(), config);
+    }
+}
+
+#[test]
 fn every_golden_configuration_round_trips() {
     for dir in golden::case_dirs().unwrap() {
         let config = MorConfig::from_json_file(dir.join("config.json")).unwrap();
