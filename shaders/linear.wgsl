@@ -9,14 +9,14 @@
 //           epilogue says; row-major
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write;
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
-//           7 depth read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
-//           8 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 running write [BLOCK_END_TOKEN]
+//           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
+//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]
 // Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output; each of its
 //           (TILE_M / THREAD_M) * (TILE_N / THREAD_N) threads owns THREAD_M rows of THREAD_N columns
 // Spec      TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K multiple of 8, tiles of x
 //           and w whole numbers of vec4s and units for every thread; otherwise THREAD_M = TILE_M; BROADCAST: TILE_M
-//           and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL, SWIGLU, QKV,
-//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
+//           and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
+//           SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
 // Limits    STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1) bytes of workgroup memory
 // Numerics  f32; sums in ascending k
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
@@ -27,7 +27,6 @@ struct Params {
     num_outputs: u32,
     first_output: u32,
     out_stride: u32,
-    recursion: u32,
     q_dim: u32,
     kv_dim: u32,
     head_dim: u32,

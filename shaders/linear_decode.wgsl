@@ -7,16 +7,16 @@
 //           (MERGE); norm_weight [K]; stats [n, H, S] (max, sum); outputs as the epilogue says
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
 //           5 stats read [MERGE]; 6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
-//           7 depth read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
-//           8 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 running write [BLOCK_END_TOKEN]
+//           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
+//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]
 // Grid      (ceil(O / (2 * GROUPS * PAIRS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs
 // Spec      IN_FEATURES multiple of 8; CHUNK units of 8 staged at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH
 //           steps of weights in flight before the activation is ready, or, with the flag STREAM, STREAM steps of the
 //           activation held while weights stream by; LOG2_LANES; NORM, or MERGE of SPLITS partials, or neither;
 //           X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the subgroup size;
-//           WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END_EXPERT or
-//           BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
+//           WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV,
+//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
 // Limits    16 * ROWS * (2 * CHUNK + CHUNK / 4 + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES
 //           more, without SUBGROUP 4 * GROUPS * LANES more
 // Numerics  f32; lane-strided partial sums, then a tree over lanes
@@ -28,7 +28,6 @@ struct Params {
     num_outputs: u32,
     first_output: u32,
     out_stride: u32,
-    recursion: u32,
     q_dim: u32,
     kv_dim: u32,
     head_dim: u32,

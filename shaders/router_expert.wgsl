@@ -1,8 +1,10 @@
-// router_expert: score every active row for one recursion, and gate it.
-// Math      logits[r] = input_scale * dot(x[s], weight), r = active_rows[i].row, s = r with X_BY_ROW, else i;
+// router_expert: score every active row for its next recursion, and gate it.
+// Math      logits[r] = input_scale * dot(x[s], weight[q]), r = active_rows[i].row, s = r with X_BY_ROW, else i;
+//           q = active_rows[i].recursion + 1, which is 0 in lists outside the shared block; rows with q = R are left alone;
 //           gates[r] = alpha * sigmoid(logits[r]) with SIGMOID, alpha * tanh(logits[r]) with TANH, else logits[r]
-// Why       selection needs the logit and the block's epilogue the gate, both per row of the stream
-// Shapes    active_rows [n]; x [T, K] f32 with X_BY_ROW, else [n, K] f32; weight [K] f32, f16 or bf16; logits [T] f32;
+// Why       selection needs the logit and the block's epilogue the gate, both per row of the stream; rows of one list
+//           may stand at different recursions
+// Shapes    active_rows [n]; x [T, K] f32 with X_BY_ROW, else [n, K] f32; weight [R, K] f32, f16 or bf16; logits [T] f32;
 //           gates [T] f32; K a multiple of 8
 // Bindings  0 params uniform; 1 active_rows read; 2 x read; 3 weight read; 4 logits write; 5 gates write [!LOGIT_ONLY]
 // Grid      (1, n, 1) workgroups; one per active row; WORKGROUP_SIZE threads stride over K
@@ -19,6 +21,7 @@ struct Params {
     in_features: u32,
     input_scale: f32,
     alpha: f32,
+    num_recursions: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -46,7 +49,9 @@ fn gate_of(logit: f32) -> f32 {
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let row = active_rows[workgroup.y].row;
-    if row == NONE {
+    // NONE + 1 is 0.
+    let recursion = active_rows[workgroup.y].recursion + 1u;
+    if row == NONE || recursion >= params.num_recursions {
         return;
     }
     let units = params.in_features / 8u;
@@ -58,7 +63,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var sum = 0.0;
     for (var c = thread; c < units; c += WORKGROUP_SIZE) {
         let v = x[first + c];
-        let w = unpack_weights(weight[c]);
+        let w = unpack_weights(weight[recursion * units + c]);
         sum += dot(v[0], w[0]) + dot(v[1], w[1]);
     }
     let logit = params.input_scale * workgroup_sum(sum, thread);

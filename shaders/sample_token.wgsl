@@ -3,12 +3,12 @@
 //           keep the top-k, of those the top-p, of those the min-p tokens, and draw argmax(z + gumbel) among them
 // Why       the token goes to the next step without leaving the device
 // Shapes    active_rows [n]; logits [n, logits_stride] f32; sampling [S]; seen [S, seen_words] u32, a bit a token;
-//           next_rows [S]; results [S, max_positions, 2] u32, of which only [.., 0] is written; S sequences
+//           next_rows [S]; results [S, RESULTS, 2] u32 of (token, depth), a ring by position; S sequences
 // Bindings  0 params uniform; 1 active_rows read; 2 logits read; 3 sampling read; 4 seen write; 5 next_rows write; 6 results write
 // Grid      (1, n, 1) workgroups; one per sampled row; WORKGROUP_SIZE threads stride over the vocabulary
-// Spec      WORKGROUP_SIZE 16..=1024; MAX_LISTED: 4 * MAX_LISTED bytes of workgroup memory; MIN_TEMPERATURE: greedy below;
+// Spec      WORKGROUP_SIZE 16..=1024; MAX_LISTED: 4 * MAX_LISTED bytes of workgroup memory; MIN_TEMPERATURE: greedy below; RESULTS;
 //           SUBGROUP
-// Limits    vocab_size <= 2^18; position < max_positions; one row a sequence; penalty and temperature not NaN
+// Limits    vocab_size <= 2^18; one row a sequence; penalty and temperature not NaN
 // Numerics  penalty: l > 0 ? l / p : l * p. Order: penalty, temperature, top-k, top-p, min-p, draw. top-k keeps
 //           l >= the k-th largest; top-p the fewest tokens whose mass, renormalised after top-k, is >= top_p; both keep
 //           all ties at the border; min-p keeps p >= min_p * p_max; the most likely token always stays. Thresholds come
@@ -24,7 +24,6 @@
 struct Params {
     vocab_size: u32,
     logits_stride: u32,
-    max_positions: u32,
     seen_words: u32,
 }
 
@@ -37,7 +36,7 @@ struct Sampling {
     repetition_penalty: f32,
     seed_low: u32,
     seed_high: u32,
-    ignore_eos: u32,
+    limit: u32,
     eos: vec4<u32>,
 }
 
@@ -47,7 +46,7 @@ struct Sampling {
 @group(0) @binding(3) var<storage, read> sampling: array<Sampling>;
 @group(0) @binding(4) var<storage, read_write> seen: array<u32>;
 @group(0) @binding(5) var<storage, read_write> next_rows: array<Row>;
-@group(0) @binding(6) var<storage, read_write> results: array<u32>;
+@group(0) @binding(6) var<storage, read_write> results: array<vec2<u32>>;
 
 // Where a row's logits come from and how they are scaled; the same for all threads.
 struct Source {
@@ -281,11 +280,12 @@ fn draw(source: Source, candidates: Candidates, s: Sampling, position: u32, thre
 }
 
 fn finish(entry: ActiveRow, s: Sampling, token: u32) {
-    results[2u * (entry.sequence * params.max_positions + entry.position)] = token;
+    results[entry.sequence * RESULTS + entry.position % RESULTS] = vec2<u32>(token, entry.recursion);
     let word = entry.sequence * params.seen_words + token / 32u;
     seen[word] = seen[word] | (1u << (token % 32u));
-    let is_end = s.ignore_eos == 0u && any(s.eos == vec4<u32>(token));
-    let is_full = entry.position + 1u >= params.max_positions;
+    let is_end = any(s.eos == vec4<u32>(token));
+    // The last token of a sequence is not fed.
+    let is_full = entry.position + 2u >= s.limit;
     let flags = select(ROW_ACTIVE | ROW_SAMPLE, 0u, is_end || is_full);
     next_rows[entry.sequence] = Row(token, entry.position + 1u, entry.sequence, flags);
 }

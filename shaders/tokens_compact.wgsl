@@ -2,11 +2,9 @@
 // Math      active = [r : keep(r)] ascending; slot of the j-th kept row of a sequence = kv_lengths + j
 // Why       counts stay on the device: the list and the indirect grids are all that later kernels need
 // Shapes    rows [T]; decision [T] f32; depth [T]; kv_lengths [sequences, groups]; pages [sequences, groups, max_pages];
-//           active_out [T + ROW_PADDING]; dispatch [4 + 3 * MAX_GRIDS]; slots [sequences, groups, max_positions];
-//           results [sequences, max_positions] of (token, depth)
+//           active_out [T + ROW_PADDING]; dispatch [4 + 3 * MAX_GRIDS]; slots [sequences, groups, max_positions]
 // Bindings  0 params uniform; 1 grids uniform; 2 rows read; 3 depth write; 4 active_out write; 5 dispatch write;
-//           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS];
-//           10 results write [SAMPLE]
+//           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS]
 // Grid      (1, 1, 1): one workgroup; each thread owns a run of consecutive rows
 // Spec      WORKGROUP_SIZE power of two: 4 * WORKGROUP_SIZE bytes of workgroup memory; BEGIN, EXPERT, TOKEN, FIXED or
 //           SAMPLE: which rows; KV: they store or read K/V; KV_SLOTS: the table lists keys, not pages (hybrid caches)
@@ -52,9 +50,6 @@ struct Grids {
 #endif
 #if KV_SLOTS
 @group(0) @binding(9) var<storage, read_write> slots: array<u32>;
-#endif
-#if SAMPLE
-@group(0) @binding(10) var<storage, read_write> results: array<vec2<u32>>;
 #endif
 
 var<workgroup> counts: array<u32, WORKGROUP_SIZE>;
@@ -126,11 +121,6 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     for (var r = first; r < last; r++) {
         let row = rows[r];
         let kept = keep(r);
-#if SAMPLE
-        if (row.flags & ROW_ACTIVE) != 0u {
-            results[row.sequence * params.max_positions + row.position].y = depth[r];
-        }
-#endif
 #if KV_SLOTS
         // Unless a later recursion overrides it, it sees the first one's entry at this position.
         if params.first_hybrid_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
@@ -141,7 +131,18 @@ fn main(@builtin(local_invocation_index) thread: u32) {
         }
 #endif
         if (kept & 1u) != 0u {
-            var entry = ActiveRow(r, row.sequence, row.position, NONE, 0u, 0u, 0u, 0u);
+            var entry = ActiveRow(r, row.sequence, row.position, NONE, 0u, 0u, NONE, END_NOTHING);
+#if EXPERT
+            entry.recursion = params.recursion;
+            entry.end = select(END_NOTHING, END_GATED, (kept & 2u) != 0u);
+#elif TOKEN
+            entry.recursion = params.recursion;
+            entry.end = select(END_PASS, END_GATED, depth[r] == params.recursion + 1u);
+#elif FIXED
+            entry.recursion = params.recursion;
+#elif SAMPLE
+            entry.recursion = depth[r];
+#endif
 #if KV
             entry.kv_table = (row.sequence * params.num_groups + params.read_group) * params.max_pages;
             entry.kv_len = row.position + 1u;
@@ -197,7 +198,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
 #endif
     }
     for (var i = thread; i < ROW_PADDING; i += WORKGROUP_SIZE) {
-        active_out[total + i] = ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, 0u, 0u);
+        active_out[total + i] = ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, NONE, END_NOTHING);
     }
     if thread == 0u {
         dispatch[0] = total;

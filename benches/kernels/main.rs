@@ -11,6 +11,7 @@ mod router_expert;
 mod router_token;
 mod router_topk;
 mod sample_token;
+mod slots_compact;
 mod tokens_compact;
 
 use criterion::Criterion;
@@ -33,6 +34,7 @@ fn main() {
     router_token::bench(&mut criterion, gpu);
     router_topk::bench(&mut criterion, gpu);
     sample_token::bench(&mut criterion, gpu);
+    slots_compact::bench(&mut criterion, gpu);
     tokens_compact::bench(&mut criterion, gpu);
     criterion.final_summary();
 }

@@ -35,7 +35,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 next_rows: &Output::new(gpu, 4).tensor,
                 results: &results.tensor,
             };
-            let params = SampleTokenParams { vocab_size, logits_stride: vocab_size, max_positions: 1, seen_words };
+            let params = SampleTokenParams { vocab_size, logits_stride: vocab_size, seen_words };
             let id = format!("{name}/{vocab_size}");
             let grid = Grid::Fixed([1, 1, 1]);
             let kernel = SampleToken::new(gpu.caps());

@@ -14,8 +14,6 @@ pub struct LinearParams {
     pub first_output: u32,
     /// Columns of a row of the output tensor; even (SwiGLU: half as many as weight rows).
     pub out_stride: u32,
-    /// Recursion that ends here, 0-based (block end).
-    pub recursion: u32,
     /// Columns of q (QKV).
     pub q_dim: u32,
     /// Columns of k, and of v (QKV).
@@ -51,13 +49,15 @@ pub enum Epilogue<'a> {
         residual: &'a Tensor,
         /// `[T, out_stride]` f32; another tensor than `residual`.
         out: &'a Tensor,
+        /// A second stream that gets the same values, if any.
+        copy: Option<&'a Tensor>,
     },
     /// `out = silu(gate) * up` of interleaved gate and up columns, compact.
     SwiGlu {
         /// `[n, out_stride]` f32.
         out: &'a Tensor,
     },
-    /// Rotates q and k, stores q compact and k, v in the caches.
+    /// Rotates q and k, stores q compact and k, v in the caches; rows without a slot store no k and v.
     Qkv {
         /// `[max_positions, head_dim / 2]` of (cos, sin).
         rope: &'a Tensor,
@@ -68,25 +68,21 @@ pub enum Epilogue<'a> {
         /// As `k_cache`.
         v_cache: &'a Tensor,
     },
-    /// Expert choice: adds the gated result to the rows selected at the recursion.
+    /// Expert choice: adds the gated result to the rows with [`END_GATED`](crate::rows::END_GATED).
     BlockEndExpert {
         /// `[T, C]`: the block's running stream.
         residual: &'a Tensor,
         /// `[T, C]`: the residual stream of the whole model, updated.
         hidden: &'a Tensor,
-        /// `[T]` u32.
-        depth: &'a Tensor,
         /// `[T]` f32.
         gates: &'a Tensor,
     },
-    /// Token choice: finishes the rows whose depth is reached and passes the others on.
+    /// Token choice: finishes the rows with [`END_GATED`](crate::rows::END_GATED) and passes the others on.
     BlockEndToken {
         /// `[T, C]`: the block's running stream.
         residual: &'a Tensor,
         /// `[T, C]`: the residual stream of the whole model, updated for finished rows.
         hidden: &'a Tensor,
-        /// `[T]` u32.
-        depth: &'a Tensor,
         /// `[T]` f32.
         gates: &'a Tensor,
         /// `[T, C]`: input of the next recursion, written for the other rows.
@@ -101,8 +97,10 @@ pub enum EpilogueKind {
     Store,
     /// [`Epilogue::Gelu`].
     Gelu,
-    /// [`Epilogue::Residual`].
+    /// [`Epilogue::Residual`] into one stream.
     Residual,
+    /// [`Epilogue::Residual`] into two streams.
+    ResidualCopy,
     /// [`Epilogue::SwiGlu`].
     SwiGlu,
     /// [`Epilogue::Qkv`] with f32 caches.
@@ -117,10 +115,11 @@ pub enum EpilogueKind {
 
 impl EpilogueKind {
     /// Every kind, for tests that translate all specialisations.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Store,
         Self::Gelu,
         Self::Residual,
+        Self::ResidualCopy,
         Self::SwiGlu,
         Self::QkvF32,
         Self::QkvF16,
@@ -133,13 +132,16 @@ impl EpilogueKind {
         let name = match self {
             Self::Store => "STORE",
             Self::Gelu => "GELU",
-            Self::Residual => "RESIDUAL",
+            Self::Residual | Self::ResidualCopy => "RESIDUAL",
             Self::SwiGlu => "SWIGLU",
             Self::QkvF32 | Self::QkvF16 => "QKV",
             Self::BlockEndExpert => "BLOCK_END_EXPERT",
             Self::BlockEndToken => "BLOCK_END_TOKEN",
         };
-        definitions.flag(name, true).flag("KV_F16", self == Self::QkvF16)
+        definitions
+            .flag(name, true)
+            .flag("RESIDUAL_COPY", self == Self::ResidualCopy)
+            .flag("KV_F16", self == Self::QkvF16)
     }
 }
 
@@ -149,7 +151,8 @@ impl<'a> Epilogue<'a> {
         match self {
             Epilogue::Store { .. } => EpilogueKind::Store,
             Epilogue::Gelu { .. } => EpilogueKind::Gelu,
-            Epilogue::Residual { .. } => EpilogueKind::Residual,
+            Epilogue::Residual { copy: None, .. } => EpilogueKind::Residual,
+            Epilogue::Residual { .. } => EpilogueKind::ResidualCopy,
             Epilogue::SwiGlu { .. } => EpilogueKind::SwiGlu,
             Epilogue::Qkv { k_cache, .. } if k_cache.dtype() == DType::F16 => EpilogueKind::QkvF16,
             Epilogue::Qkv { .. } => EpilogueKind::QkvF32,
@@ -164,25 +167,25 @@ impl<'a> Epilogue<'a> {
             Epilogue::Store { out } | Epilogue::Gelu { out } | Epilogue::SwiGlu { out } => {
                 vec![Binding::write(4, out)]
             }
-            Epilogue::Residual { residual, out } => vec![Binding::write(4, out), Binding::read(6, residual)],
+            Epilogue::Residual { residual, out, copy } => {
+                let mut bindings = vec![Binding::write(4, out), Binding::read(6, residual)];
+                bindings.extend(copy.map(|copy| Binding::write(7, copy)));
+                bindings
+            }
             Epilogue::Qkv { rope, q, k_cache, v_cache } => vec![
                 Binding::write(4, q),
                 Binding::read(6, rope),
                 Binding::write(7, k_cache),
                 Binding::write(8, v_cache),
             ],
-            Epilogue::BlockEndExpert { residual, hidden, depth, gates } => vec![
+            Epilogue::BlockEndExpert { residual, hidden, gates } => {
+                vec![Binding::write(4, hidden), Binding::read(6, residual), Binding::read(7, gates)]
+            }
+            Epilogue::BlockEndToken { residual, hidden, gates, running } => vec![
                 Binding::write(4, hidden),
                 Binding::read(6, residual),
-                Binding::read(7, depth),
-                Binding::read(8, gates),
-            ],
-            Epilogue::BlockEndToken { residual, hidden, depth, gates, running } => vec![
-                Binding::write(4, hidden),
-                Binding::read(6, residual),
-                Binding::read(7, depth),
-                Binding::read(8, gates),
-                Binding::write(9, running),
+                Binding::read(7, gates),
+                Binding::write(8, running),
             ],
         }
     }

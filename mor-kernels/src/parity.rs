@@ -8,7 +8,7 @@ use crate::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use crate::gpu::{DeviceSelector, Gpu, GpuOptions};
 use crate::oracle::linear_decode::EpilogueState;
 use crate::plan::PlanBuilder;
-use crate::rows::{ActiveRow, RowSet};
+use crate::rows::{ActiveRow, NONE, RowSet};
 use crate::tensor::{DType, Tensor};
 
 /// Elements after an output that must stay untouched.
@@ -303,7 +303,6 @@ pub struct EpilogueCase {
     rope: Tensor,
     k_cache: Output,
     v_cache: Output,
-    depth: Tensor,
     gates: Tensor,
     running: Output,
     num_columns: usize,
@@ -314,7 +313,7 @@ impl EpilogueCase {
     const KV_DIM: usize = 32;
     const HEAD_DIM: usize = 16;
 
-    /// A case over `num_rows` rows of which `num_active` are active, with distinct K/V slots and mixed depths.
+    /// A case over `num_rows` rows of which `num_active` are active, with distinct K/V slots and mixed ends.
     ///
     /// # Panics
     /// If the device refuses the memory.
@@ -324,12 +323,17 @@ impl EpilogueCase {
         let mut active = some_rows(rng, num_rows, num_active);
         for (i, entry) in active.iter_mut().enumerate() {
             entry.kv_slot = (num_active - 1 - i) as u32 + 2;
+            entry.end = rng.below(3) as u32;
+            // As rows that attend to another recursion's keys.
+            if i == 1 {
+                entry.kv_slot = NONE;
+            }
         }
         let (out_rows, out_stride) = match kind {
             E::Store | E::Gelu => (num_active, num_columns),
             E::SwiGlu => (num_active, num_columns / 2),
             E::QkvF32 | E::QkvF16 => (num_active, Self::Q_DIM),
-            E::Residual | E::BlockEndExpert | E::BlockEndToken => (num_rows, num_columns),
+            E::Residual | E::ResidualCopy | E::BlockEndExpert | E::BlockEndToken => (num_rows, num_columns),
         };
         let kv_elems = (num_active + 2) * Self::KV_DIM;
         // f16 caches are compared as the words that hold two halves each.
@@ -347,13 +351,11 @@ impl EpilogueCase {
             rope: (0..num_rows * Self::HEAD_DIM / 2).map(|_| [rng.normal(), rng.normal()]).collect(),
             k_cache: vec![0.0; kv_elems],
             v_cache: vec![0.0; kv_elems],
-            depth: (0..num_rows).map(|_| rng.below(4) as u32).collect(),
             gates: rng.normals(num_rows),
             running: rng.normals(num_rows * num_columns),
         };
         let params = LinearParams {
             out_stride: out_stride as u32,
-            recursion: 1,
             q_dim: Self::Q_DIM as u32,
             kv_dim: Self::KV_DIM as u32,
             head_dim: Self::HEAD_DIM as u32,
@@ -370,7 +372,6 @@ impl EpilogueCase {
             rope: upload(gpu, initial.rope.as_flattened()),
             k_cache: cache(),
             v_cache: cache(),
-            depth: upload_u32(gpu, &initial.depth),
             gates: upload(gpu, &initial.gates),
             running: Output::from_values(gpu, &initial.running),
             active,
@@ -388,19 +389,18 @@ impl EpilogueCase {
     /// The epilogue over this case's tensors.
     pub fn epilogue(&self) -> Epilogue<'_> {
         let out = &self.out.tensor;
-        let (residual, depth, gates) = (&self.residual, &self.depth, &self.gates);
+        let (residual, gates, running) = (&self.residual, &self.gates, &self.running.tensor);
         match self.kind {
             EpilogueKind::Store => Epilogue::Store { out },
             EpilogueKind::Gelu => Epilogue::Gelu { out },
-            EpilogueKind::Residual => Epilogue::Residual { residual, out },
+            EpilogueKind::Residual => Epilogue::Residual { residual, out, copy: None },
+            EpilogueKind::ResidualCopy => Epilogue::Residual { residual, out, copy: Some(running) },
             EpilogueKind::SwiGlu => Epilogue::SwiGlu { out },
             EpilogueKind::QkvF32 | EpilogueKind::QkvF16 => {
                 Epilogue::Qkv { rope: &self.rope, q: out, k_cache: &self.k_cache.tensor, v_cache: &self.v_cache.tensor }
             }
-            EpilogueKind::BlockEndExpert => Epilogue::BlockEndExpert { residual, hidden: out, depth, gates },
-            EpilogueKind::BlockEndToken => {
-                Epilogue::BlockEndToken { residual, hidden: out, depth, gates, running: &self.running.tensor }
-            }
+            EpilogueKind::BlockEndExpert => Epilogue::BlockEndExpert { residual, hidden: out, gates },
+            EpilogueKind::BlockEndToken => Epilogue::BlockEndToken { residual, hidden: out, gates, running },
         }
     }
 

@@ -323,7 +323,10 @@ impl<'g> PlanBuilder<'g> {
 
 impl Tensor {
     /// A uniform buffer of `bytes` zero bytes.
-    pub(crate) fn zeros_uniform(gpu: &Gpu, label: &str, bytes: u64) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`].
+    pub fn zeros_uniform(gpu: &Gpu, label: &str, bytes: u64) -> Result<Self> {
         use wgpu::BufferUsages as U;
         let buffer = gpu.create_buffer(label, bytes, U::UNIFORM | U::COPY_DST)?;
         Ok(Self::from_parts(buffer, label, DType::U32, &[bytes as usize / 4]))

@@ -26,6 +26,13 @@ pub const ROW_SAMPLE: u32 = 2;
 /// [`Row::flags`]: from this bit on, the row's index among its sequence's rows of the step.
 pub const ROW_INDEX_UNIT: u32 = 256;
 
+/// [`ActiveRow::end`]: the row runs the block for its keys and values alone, its stream stays as it is.
+pub const END_NOTHING: u32 = 0;
+/// [`ActiveRow::end`]: the gated result of the block is added to the row's stream.
+pub const END_GATED: u32 = 1;
+/// [`ActiveRow::end`]: the result is the input of the row's next recursion (token choice).
+pub const END_PASS: u32 = 2;
+
 /// One token of a step, as the host or the sampler writes it. Mirrors `struct Row` in `shared/rows.wgsl`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -61,14 +68,17 @@ pub struct ActiveRow {
     pub kv_len: u32,
     /// Where its keys are listed: first entry in the page table (or slot table, see [`KvTable`]).
     pub kv_table: u32,
-    /// Unused; keeps the size a multiple of 16 bytes.
-    pub reserved: [u32; 2],
+    /// Recursion the row takes in this list, 0-based; [`NONE`] in lists outside the shared block. In a list of rows
+    /// to sample: the recursions it took.
+    pub recursion: u32,
+    /// What the end of a block does with the row: [`END_NOTHING`], [`END_GATED`] or [`END_PASS`].
+    pub end: u32,
 }
 
 impl ActiveRow {
     /// The padding entry.
     pub const ABSENT: Self =
-        Self { row: NONE, sequence: 0, position: 0, kv_slot: NONE, kv_len: 0, kv_table: 0, reserved: [0; 2] };
+        Self { row: NONE, sequence: 0, position: 0, kv_slot: NONE, kv_len: 0, kv_table: 0, recursion: NONE, end: END_NOTHING };
 }
 
 /// How an attention kernel maps key index `i` of a row to a physical K/V slot.

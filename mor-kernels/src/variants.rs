@@ -8,7 +8,7 @@ use crate::epilogue::EpilogueKind;
 use crate::kernel::{self, Kernel};
 use crate::ops::{
     AttentionDecode, AttentionPrefill, AttentionShape, CrossEntropy, EmbedTokens, ExpertGate, Linear, LinearDecode,
-    LinearTile, PrologueKind, RmsNorm, RouterExpert, RouterToken, RouterTopk, SampleToken, TokenGate, TokensCompact,
+    LinearTile, PrologueKind, RmsNorm, RouterExpert, RouterToken, RouterTopk, SampleToken, SlotsCompact, TokenGate, TokensCompact,
 };
 use crate::rows::KvTable;
 use crate::tensor::DType;
@@ -124,6 +124,7 @@ pub fn all() -> Vec<Variant> {
         add_linear_decode(&mut list);
         add_routers(&mut list);
         add_tokens_compact(&mut list);
+        add_slots_compact(&mut list);
         list.add(&CrossEntropy::default());
         list.add(&RmsNorm::default());
         list.add(&SampleToken::new(&list.caps));
@@ -177,11 +178,6 @@ fn add_linear_decode(list: &mut List) {
     use PrologueKind as P;
     for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 2 }] {
         for epilogue in EpilogueKind::ALL {
-            // Nine storage buffers; no model records it, and WebGPU's limits would refuse it.
-            let too_many = epilogue == EpilogueKind::BlockEndToken && matches!(prologue, P::Norm | P::Merge { .. });
-            if too_many && list.caps.max_storage_buffers <= WEBGPU_STORAGE_BUFFERS {
-                continue;
-            }
             for dtype in WEIGHT_DTYPES {
                 list.add(&LinearDecode::new(&list.caps, 960, dtype, prologue, epilogue, 1));
             }
@@ -225,6 +221,19 @@ fn add_tokens_compact(list: &mut List) {
         for (kv, kv_slots) in [(false, false), (true, false), (true, true)] {
             for workgroup_size in [32, 64, 128, 256] {
                 list.add(&TokensCompact { mode, kv, kv_slots, workgroup_size });
+            }
+        }
+    }
+}
+
+fn add_slots_compact(list: &mut List) {
+    let rules = [None, Some("EXPERT"), Some("TOKEN")];
+    for (phase, rules) in [("EXIT", &rules[..]), ("ENTER", &rules[..1]), ("BLOCK", &rules[..]), ("AT", &rules[..1])] {
+        for rule in rules.iter().copied() {
+            for (kv, kv_slots) in [(false, false), (true, false), (true, phase == "BLOCK")] {
+                for workgroup_size in [32, 256] {
+                    list.add(&SlotsCompact { phase, rule, kv, kv_slots, num_recursions: 3, workgroup_size });
+                }
             }
         }
     }

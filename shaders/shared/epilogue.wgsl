@@ -1,15 +1,16 @@
 // Where a linear kernel's results go. One of the flags STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END_EXPERT,
-// BLOCK_END_TOKEN is set; results arrive as adjacent pairs of columns because the loader interleaves weight rows
+// BLOCK_END_TOKEN is set, and RESIDUAL_COPY only beside RESIDUAL; results arrive as adjacent pairs of columns because the loader interleaves weight rows
 // so that the two halves of a RoPE pair, and gate and up, stand side by side.
 //
 // STORE             out[i, o] = scale * v                                        compact [n, out_stride]
 // GELU              out[i, o] = gelu(scale * v), the exact (erf) form            compact
 // RESIDUAL          out[r, o] = residual[r, o] + v                               streams [T, out_stride]
+// RESIDUAL_COPY     as RESIDUAL, and into copy[r, o] too                         streams
 // SWIGLU            out[i, o/2] = silu(v.x) * v.y                                compact [n, out_stride]
 // QKV               o < q_dim: q rotated into out, compact; then kv_dim columns of k, rotated, and kv_dim of v, into
-//                   the caches at the row's slot
-// BLOCK_END_EXPERT  rows selected at this recursion: out[r] += gate[r] * (residual[r] + v)
-// BLOCK_END_TOKEN   rows that end here: out[r] += gate[r] * (residual[r] + v); others: running[r] = residual[r] + v
+//                   the caches at the row's slot, if it has one
+// BLOCK_END_EXPERT  rows with END_GATED: out[r] += gate[r] * (residual[r] + v)
+// BLOCK_END_TOKEN   rows with END_GATED: the same; others: running[r] = residual[r] + v
 //
 // The including kernel declares `params` with the fields of LinearParams (mor-kernels/src/epilogue.rs).
 
@@ -21,16 +22,17 @@
 #if RESIDUAL
 @group(0) @binding(6) var<storage, read> residual: array<vec2<f32>>;
 #endif
+#if RESIDUAL_COPY
+@group(0) @binding(7) var<storage, read_write> copy: array<vec2<f32>>;
+#endif
 #if BLOCK_END_EXPERT
 @group(0) @binding(6) var<storage, read> residual: array<vec2<f32>>;
-@group(0) @binding(7) var<storage, read> depth: array<u32>;
-@group(0) @binding(8) var<storage, read> gates: array<f32>;
+@group(0) @binding(7) var<storage, read> gates: array<f32>;
 #endif
 #if BLOCK_END_TOKEN
 @group(0) @binding(6) var<storage, read> residual: array<vec2<f32>>;
-@group(0) @binding(7) var<storage, read> depth: array<u32>;
-@group(0) @binding(8) var<storage, read> gates: array<f32>;
-@group(0) @binding(9) var<storage, read_write> running: array<vec2<f32>>;
+@group(0) @binding(7) var<storage, read> gates: array<f32>;
+@group(0) @binding(8) var<storage, read_write> running: array<vec2<f32>>;
 #endif
 #if QKV
 @group(0) @binding(6) var<storage, read> rope: array<vec2<f32>>;
@@ -72,13 +74,16 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>) {
 #if RESIDUAL
     let at = (entry.row * params.out_stride + o) / 2u;
     out[at] = residual[at] + v;
+#if RESIDUAL_COPY
+    copy[at] = residual[at] + v;
+#endif
 #endif
 #if SWIGLU
     // exp overflows to infinity for very negative gates, and the quotient is then the correct 0.
     out[i * params.out_stride + o / 2u] = v.x / (1.0 + exp(-v.x)) * v.y;
 #endif
 #if BLOCK_END_EXPERT
-    if depth[entry.row] > params.recursion {
+    if entry.end == END_GATED {
         let at = (entry.row * params.out_stride + o) / 2u;
         out[at] += select(gates[entry.row], 1.0, params.additive != 0u) * (residual[at] + v);
     }
@@ -86,7 +91,7 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>) {
 #if BLOCK_END_TOKEN
     let at = (entry.row * params.out_stride + o) / 2u;
     let y = residual[at] + v;
-    if depth[entry.row] == params.recursion + 1u {
+    if entry.end == END_GATED {
         out[at] += select(gates[entry.row], 1.0, params.additive != 0u) * y;
     } else {
         running[at] = y;
@@ -99,10 +104,10 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>) {
         let rotated = vec2<f32>(v.x * angle.x - v.y * angle.y, v.y * angle.x + v.x * angle.y);
         if o < params.q_dim {
             out[(i * params.q_dim + o) / 2u] = rotated;
-        } else {
+        } else if entry.kv_slot != NONE {
             k_cache[(entry.kv_slot * params.kv_dim + o - params.q_dim) / 2u] = pack_kv(rotated);
         }
-    } else {
+    } else if entry.kv_slot != NONE {
         v_cache[(entry.kv_slot * params.kv_dim + o - params.q_dim - params.kv_dim) / 2u] = pack_kv(v);
     }
 #endif

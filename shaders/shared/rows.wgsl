@@ -1,5 +1,5 @@
 // Row vocabulary: mirrors mor-kernels/src/rows.rs, field by field. The constants NONE, PAGE_SIZE,
-// ROW_PADDING, ROW_ACTIVE and ROW_SAMPLE are added to every specialisation by the host.
+// ROW_PADDING, ROW_ACTIVE, ROW_SAMPLE and END_* are added to every specialisation by the host.
 struct Row {
     token: u32,
     position: u32,
@@ -14,6 +14,6 @@ struct ActiveRow {
     kv_slot: u32,
     kv_len: u32,
     kv_table: u32,
-    reserved0: u32,
-    reserved1: u32,
+    recursion: u32,
+    end: u32,
 }

@@ -31,6 +31,7 @@ shaders![
     "shared/reduce",
     "shared/rows",
     "shared/weights",
+    "slots_compact",
     "tokens_compact",
 ];
 

@@ -11,6 +11,7 @@ pub mod router_expert;
 pub mod router_token;
 pub mod router_topk;
 pub mod sample_token;
+pub mod slots_compact;
 pub mod tokens_compact;
 
 pub use attention_decode::*;
@@ -24,4 +25,5 @@ pub use router_expert::*;
 pub use router_token::*;
 pub use router_topk::*;
 pub use sample_token::*;
+pub use slots_compact::*;
 pub use tokens_compact::*;

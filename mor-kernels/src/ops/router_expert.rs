@@ -1,4 +1,4 @@
-//! Scores every active row for one recursion, and gates it.
+//! Scores every active row for its next recursion, and gates it.
 
 use crate::caps::DeviceCaps;
 use crate::error::{KernelError, Result};
@@ -19,7 +19,8 @@ pub enum ExpertGate {
     None,
 }
 
-/// `logits[r] = input_scale * dot(x[r], weight)` and its gate, for the active rows `r`.
+/// `logits[r] = input_scale * dot(x[r], weight[q])` and its gate, for the active rows `r`; `q` is the recursion after the
+/// one that the row's list entry names, the first in lists outside the shared block.
 ///
 /// # Source
 /// Bae et al. 2025, arXiv 2507.10524: expert-choice routing.
@@ -47,6 +48,8 @@ pub struct RouterExpertParams {
     pub input_scale: f32,
     /// Multiplies sigmoid or tanh.
     pub alpha: f32,
+    /// Recursions R; rows that have taken all are left alone.
+    pub num_recursions: u32,
 }
 
 /// Tensors of a call.
@@ -56,7 +59,7 @@ pub struct RouterExpertBindings<'a> {
     pub rows: &'a RowSet,
     /// `[T, K]` f32, or `[n, K]` without `x_by_row`.
     pub x: &'a Tensor,
-    /// `[K]` of the specialisation's type.
+    /// `[R, K]` of the specialisation's type.
     pub weight: &'a Tensor,
     /// `[T]` f32, written at the active rows.
     pub logits: &'a Tensor,
@@ -83,7 +86,7 @@ impl RouterExpert {
     /// [`KernelError::Shape`] if `in_features` is no multiple of 8, if the weight has another size or type, or if
     /// `gates` and `logit_only` contradict each other; else as [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: RouterExpertBindings<'_>, p: RouterExpertParams) -> Result<()> {
-        check_router(Self::NAME, b.weight, self.weight_dtype, 1, p.in_features)?;
+        check_router(Self::NAME, b.weight, self.weight_dtype, p.num_recursions, p.in_features)?;
         if b.gates.is_some() == self.logit_only {
             return Err(KernelError::Shape {
                 kernel: Self::NAME,
@@ -158,6 +161,7 @@ pub(super) mod tests {
     use crate::gpu::Gpu;
     use crate::oracle::router_expert::router_expert;
     use crate::parity::{self, Output, Rng, Tolerance};
+    use crate::rows::NONE;
 
     /// `values` as a tensor of `dtype`, and as the device reads them back.
     pub(crate) fn weights(gpu: &Gpu, dtype: DType, values: &[f32]) -> (Tensor, Vec<f32>) {
@@ -191,18 +195,24 @@ pub(super) mod tests {
                     ] {
                         let kernel = RouterExpert { gate, weight_dtype, x_by_row, ..RouterExpert::default() };
                         let num_rows = num_active + 3;
-                        let active = parity::some_rows(&mut rng, num_rows, num_active);
+                        let mut active = parity::some_rows(&mut rng, num_rows, num_active);
+                        // Before the first recursion, between recursions, and after the last.
+                        active.iter_mut().for_each(|entry| entry.recursion = [NONE, 0, 1, 2][rng.below(4)]);
                         let x = rng.normals(num_rows * in_features);
                         // Logits of about one: gates of all sizes, and sums without cancellation in all digits.
                         let values: Vec<f32> =
-                            rng.normals(in_features).iter().map(|v| v / (in_features as f32).sqrt()).collect();
+                            rng.normals(3 * in_features).iter().map(|v| v / (in_features as f32).sqrt()).collect();
                         let (weight, values) = weights(gpu, weight_dtype, &values);
                         let logits = Output::new(gpu, num_rows);
                         let gates = Output::new(gpu, num_rows);
                         // Rows that are not active keep what they held.
                         let (mut want_logits, mut want_gates) = (logits.read(gpu), gates.read(gpu));
-                        let params =
-                            RouterExpertParams { in_features: in_features as u32, input_scale: 0.7, alpha: 0.1 };
+                        let params = RouterExpertParams {
+                            in_features: in_features as u32,
+                            input_scale: 0.7,
+                            alpha: 0.1,
+                            num_recursions: 3,
+                        };
                         router_expert(&kernel, &params, &active, &x, &values, &mut want_logits, Some(&mut want_gates));
                         let bindings = RouterExpertBindings {
                             rows: &parity::row_set(gpu, &active),
@@ -246,7 +256,7 @@ pub(super) mod tests {
                     logits: &logits.tensor,
                     gates: Some(&gates.tensor),
                 };
-                let params = RouterExpertParams { in_features: 8, input_scale: 1.0, alpha: 1.0 };
+                let params = RouterExpertParams { in_features: 8, input_scale: 1.0, alpha: 1.0, num_recursions: 1 };
                 // More workgroups than rows: the padding entries end them.
                 let grid = Grid::Fixed([1, scales.len() as u32 + 5, 1]);
                 parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
@@ -267,7 +277,7 @@ pub(super) mod tests {
             let active = parity::some_rows(&mut rng, 9, 7);
             let (x, weight) = (rng.normals(9 * 64), rng.normals(64));
             let kernel = RouterExpert { logit_only: true, ..RouterExpert::default() };
-            let params = RouterExpertParams { in_features: 64, input_scale: 1.0, alpha: 1.0 };
+            let params = RouterExpertParams { in_features: 64, input_scale: 1.0, alpha: 1.0, num_recursions: 1 };
             let logits = Output::new(gpu, 9);
             let mut want = logits.read(gpu);
             router_expert(&kernel, &params, &active, &x, &weight, &mut want, None);
@@ -295,7 +305,7 @@ pub(super) mod tests {
             logits: &tensor,
             gates: None,
         };
-        let params = RouterExpertParams { in_features: 64, input_scale: 1.0, alpha: 1.0 };
+        let params = RouterExpertParams { in_features: 64, input_scale: 1.0, alpha: 1.0, num_recursions: 1 };
         let mut message = |kernel: RouterExpert, params| {
             kernel.record(&mut plan, bindings, params).expect_err("must be refused").to_string()
         };

@@ -49,9 +49,9 @@ pub struct GpuSampling {
     pub seed_low: u32,
     /// High half of the seed.
     pub seed_high: u32,
-    /// Not 0: end-of-text tokens do not end the sequence.
-    pub ignore_eos: u32,
-    /// End-of-text tokens; [`NONE`] where unused.
+    /// Tokens at which the sequence ends, those of the prompt counted.
+    pub limit: u32,
+    /// End-of-text tokens that end the sequence; [`NONE`] where unused.
     pub eos: [u32; 4],
 }
 
@@ -66,7 +66,7 @@ impl Default for GpuSampling {
             repetition_penalty: 1.0,
             seed_low: 0,
             seed_high: 0,
-            ignore_eos: 0,
+            limit: u32::MAX,
             eos: [NONE; 4],
         }
     }
@@ -80,8 +80,6 @@ pub struct SampleTokenParams {
     pub vocab_size: u32,
     /// Elements between rows of the logits, `vocab_size` at least.
     pub logits_stride: u32,
-    /// Positions a sequence can have; one that would pass them ends.
-    pub max_positions: u32,
     /// Words of a sequence's seen bits: `ceil(vocab_size / 32)`.
     pub seen_words: u32,
 }
@@ -89,7 +87,7 @@ pub struct SampleTokenParams {
 /// Tensors of a call, S sequences.
 #[derive(Clone, Copy, Debug)]
 pub struct SampleTokenBindings<'a> {
-    /// The rows to sample, n of them, at most one of a sequence, all at positions below `max_positions`.
+    /// The rows to sample, n of them, at most one of a sequence; the entry's recursion is its depth.
     pub rows: &'a RowSet,
     /// `[n, logits_stride]` f32, in the order of the list.
     pub logits: &'a Tensor,
@@ -99,11 +97,15 @@ pub struct SampleTokenBindings<'a> {
     pub seen: &'a Tensor,
     /// `[S]` of [`Row`](crate::rows::Row), written: the token at its position, with flags 0 if the sequence ends.
     pub next_rows: &'a Tensor,
-    /// `[S, max_positions, 2]` u32: `[.., position, 0]` is written, the token that follows `position`.
+    /// `[S, RESULTS, 2]` u32, see [`SampleToken::RESULTS`]: at `position % RESULTS`, the token drawn after `position` and
+    /// the depth of the token there.
     pub results: &'a Tensor,
 }
 
 impl SampleToken {
+    /// Draws of a sequence that stay readable: a ring by position.
+    pub const RESULTS: u32 = 16;
+
     /// The kernel in the workgroup size that suits the device: one workgroup reads a whole vocabulary, so on a GPU it
     /// is as large as it may be.
     pub fn new(caps: &DeviceCaps) -> Self {
@@ -151,6 +153,7 @@ impl Kernel for SampleToken {
         Definitions::new()
             .u32("WORKGROUP_SIZE", self.workgroup_size)
             .u32("MAX_LISTED", MAX_LISTED)
+            .u32("RESULTS", Self::RESULTS)
             .f32("MIN_TEMPERATURE", MIN_TEMPERATURE)
             .flag("SUBGROUP", caps.lanes().uses_subgroups())
     }
@@ -194,7 +197,7 @@ mod tests {
         }
     }
 
-    const MAX_POSITIONS: usize = 9;
+    const RESULTS: usize = SampleToken::RESULTS as usize;
 
     /// Draws one token for every row in one dispatch, after checking everything else the kernel writes.
     fn draw(gpu: &Gpu, rows: &[Sampled]) -> Vec<u32> {
@@ -215,12 +218,12 @@ mod tests {
                 seen[sequence(i) * seen_words + *token as usize / 32] |= 1 << (token % 32);
             }
             let (row, sequence, position) = (2 * i as u32, sequence(i) as u32, row.position);
-            active.push(ActiveRow { row, sequence, position, ..ActiveRow::ABSENT });
+            active.push(ActiveRow { row, sequence, position, recursion: 1 + i as u32 % 3, ..ActiveRow::ABSENT });
         }
         let seen_output = Output::new(gpu, seen.len());
         gpu.write(&seen_output.tensor, 0, bytemuck::cast_slice(&seen));
         let next_rows = Output::new(gpu, 4 * num_sequences);
-        let results = Output::new(gpu, 2 * MAX_POSITIONS * num_sequences);
+        let results = Output::new(gpu, 2 * RESULTS * num_sequences);
         let (mut want_next, mut want_results) = (next_rows.read_u32(gpu), results.read_u32(gpu));
         let bindings = SampleTokenBindings {
             rows: &parity::row_set(gpu, &active),
@@ -233,7 +236,6 @@ mod tests {
         let params = SampleTokenParams {
             vocab_size: vocab_size as u32,
             logits_stride: stride as u32,
-            max_positions: MAX_POSITIONS as u32,
             seen_words: seen_words as u32,
         };
         // More workgroups than rows: the padding entries end them.
@@ -243,13 +245,12 @@ mod tests {
         let got = results.read_u32(gpu);
         let mut tokens = Vec::new();
         for (i, row) in rows.iter().enumerate() {
-            let at = 2 * (sequence(i) * MAX_POSITIONS + row.position as usize);
+            let at = 2 * (sequence(i) * RESULTS + row.position as usize % RESULTS);
             let token = got[at];
             assert!((token as usize) < vocab_size, "row {i}: token {token} of {vocab_size}");
-            want_results[at] = token;
+            want_results[at..][..2].copy_from_slice(&[token, 1 + i as u32 % 3]);
             seen[sequence(i) * seen_words + token as usize / 32] |= 1 << (token % 32);
-            let ends = (row.sampling.ignore_eos == 0 && row.sampling.eos.contains(&token))
-                || row.position as usize + 1 >= MAX_POSITIONS;
+            let ends = row.sampling.eos.contains(&token) || row.position + 2 >= row.sampling.limit;
             let flags = if ends { 0 } else { ROW_ACTIVE | ROW_SAMPLE };
             let next = Row { token, position: row.position + 1, sequence: sequence(i) as u32, flags };
             want_next[4 * sequence(i)..][..4].copy_from_slice(bytemuck::cast_slice(&[next]));
@@ -484,20 +485,19 @@ mod tests {
         parity::on_every_profile(|gpu, profile| {
             let mut logits = vec![0.0; 97];
             logits[42] = 1.0;
-            let with = |eos: [u32; 4], ignore_eos: u32, position: u32| Sampled {
+            let with = |eos: [u32; 4], limit: u32, position: u32| Sampled {
                 position,
-                ..Sampled::new(&logits, GpuSampling { eos, ignore_eos, ..GpuSampling::default() })
+                ..Sampled::new(&logits, GpuSampling { eos, limit, ..GpuSampling::default() })
             };
-            let last = MAX_POSITIONS as u32 - 1;
             // What the flags must be, `draw` knows; token 42 is drawn by all.
             let rows = [
-                with([NONE; 4], 0, 0),
-                with([42, NONE, NONE, NONE], 0, 0),
-                with([7, NONE, 8, 42], 0, 1),
-                with([42; 4], 1, 2),
-                with([41, 43, NONE, NONE], 0, last - 1),
-                with([NONE; 4], 0, last),
-                with([42; 4], 1, last),
+                with([NONE; 4], u32::MAX, 0),
+                with([42, NONE, NONE, NONE], u32::MAX, 0),
+                with([7, NONE, 8, 42], 30, 1),
+                with([41, 43, NONE, NONE], 31, 28),
+                with([NONE; 4], 31, 29),
+                with([42; 4], 31, 29),
+                with([NONE; 4], 1, 40),
             ];
             assert_eq!(draw(gpu, &rows), [42; 7], "{profile}");
         });
@@ -511,7 +511,7 @@ mod tests {
         let rows = parity::row_set(gpu, &[]);
         let b = SampleTokenBindings { rows: &rows, logits: &t, sampling: &t, seen: &u, next_rows: &u, results: &u };
         let mut message = |vocab_size, logits_stride, seen_words| {
-            let p = SampleTokenParams { vocab_size, logits_stride, max_positions: 1, seen_words };
+            let p = SampleTokenParams { vocab_size, logits_stride, seen_words };
             SampleToken::new(gpu.caps()).record(&mut plan, b, p).expect_err("must be refused").to_string()
         };
         assert!(message((1 << 18) + 1, 1 << 19, 1 << 14).contains("vocab_size = 262145 exceeds 262144"));

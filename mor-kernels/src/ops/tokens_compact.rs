@@ -26,11 +26,8 @@ pub enum Selection<'a> {
     Token,
     /// Fixed depth: all rows.
     Fixed,
-    /// Rows to be sampled. Also records every row's depth.
-    Sample {
-        /// `[sequences, max_positions]` of (token, depth).
-        results: &'a Tensor,
-    },
+    /// Rows to be sampled; their entries carry the depth as recursion.
+    Sample,
 }
 
 /// The K/V groups that the listed rows write and read, with the tensors that describe them.
@@ -135,7 +132,7 @@ impl TokensCompact {
             Selection::Expert { .. } => "EXPERT",
             Selection::Token => "TOKEN",
             Selection::Fixed => "FIXED",
-            Selection::Sample { .. } => "SAMPLE",
+            Selection::Sample => "SAMPLE",
         };
         let num_rows = b.rows.shape()[0] as u32;
         let hybrid = b.kv.and_then(|kv| kv.hybrid);
@@ -190,10 +187,8 @@ impl Kernel for TokensCompact {
             bindings.extend([Binding::write(6, kv.lengths), Binding::read(7, kv.pages)]);
             bindings.extend(kv.hybrid.map(|hybrid| Binding::write(9, hybrid.slots)));
         }
-        match b.selection {
-            Selection::Expert { decision, .. } => bindings.push(Binding::read(8, decision)),
-            Selection::Sample { results } => bindings.push(Binding::write(10, results)),
-            Selection::Begin | Selection::Token | Selection::Fixed => {}
+        if let Selection::Expert { decision, .. } = b.selection {
+            bindings.push(Binding::read(8, decision));
         }
         bindings
     }
@@ -252,15 +247,13 @@ mod tests {
             lengths: (0..num_sequences * NUM_GROUPS).map(|_| rng.below(100) as u32).collect(),
             pages,
             slots: vec![7; num_sequences * NUM_GROUPS * max_positions],
-            results: vec![[11, 13]; num_sequences * max_positions],
         };
         let decision_gpu = parity::upload(gpu, &decision);
-        let results = parity::Output::from_words(gpu, state.results.as_flattened());
         let (mode, selection) = match case {
             0 => (Mode::Begin, Selection::Begin),
             1 => (Mode::Token, Selection::Token),
             2 => (Mode::Fixed, Selection::Fixed),
-            3 => (Mode::Sample, Selection::Sample { results: &results.tensor }),
+            3 => (Mode::Sample, Selection::Sample),
             _ => {
                 let (always, keep_all) = (case == 5, case == 6 || case == 8);
                 let selection = Selection::Expert { decision: &decision_gpu, always, keep_all };
@@ -325,7 +318,6 @@ mod tests {
         assert_eq!(depth.read_u32(gpu), want_state.depth, "{what} depth");
         assert_eq!(lengths.read_u32(gpu), want_state.lengths, "{what} lengths");
         assert_eq!(slots.read_u32(gpu), want_state.slots, "{what} slots");
-        assert_eq!(results.read_u32(gpu), want_state.results.as_flattened(), "{what} results");
         let dispatch: Vec<u32> = gpu.read(&active.dispatch).expect("the device answers");
         let workgroups = if num_listed == 0 { [0, 0, 0] } else { [17, num_listed.div_ceil(8), 3] };
         assert_eq!((dispatch[0], dispatch[1], &dispatch[4..7]), (num_listed, num_listed, &workgroups[..]), "{what}");

@@ -1,7 +1,7 @@
 //! CPU reference of the linear kernels: the product in f64, then each epilogue.
 
 use crate::epilogue::LinearParams;
-use crate::rows::ActiveRow;
+use crate::rows::{ActiveRow, END_GATED, NONE};
 
 /// The compact inputs of the active rows of a stream `[T, K]`.
 pub fn gather(active: &[ActiveRow], x: &[f32], in_features: usize) -> Vec<f32> {
@@ -27,8 +27,6 @@ pub struct EpilogueState {
     pub k_cache: Vec<f32>,
     /// `[num_slots, kv_dim]`.
     pub v_cache: Vec<f32>,
-    /// `[T]`.
-    pub depth: Vec<u32>,
     /// `[T]`.
     pub gates: Vec<f32>,
     /// Stream `[T, out_stride]`.
@@ -56,6 +54,9 @@ pub fn epilogue(
                 continue;
             }
             if matches!(kind, E::QkvF32 | E::QkvF16) {
+                if o >= q_dim && entry.kv_slot == NONE {
+                    continue;
+                }
                 let slot = entry.kv_slot as usize * kv_dim;
                 let (a, b) = if o < q_dim + kv_dim {
                     let [cos, sin] =
@@ -83,8 +84,12 @@ pub fn epilogue(
                     E::Store => state.out[compact] = scaled as f32,
                     E::Gelu => state.out[compact] = gelu(scaled) as f32,
                     E::Residual => state.out[at] = (f64::from(state.residual[at]) + v) as f32,
-                    E::BlockEndExpert if state.depth[row] <= p.recursion => {}
-                    E::BlockEndToken if state.depth[row] != p.recursion + 1 => {
+                    E::ResidualCopy => {
+                        state.out[at] = (f64::from(state.residual[at]) + v) as f32;
+                        state.running[at] = state.out[at];
+                    }
+                    E::BlockEndExpert if entry.end != END_GATED => {}
+                    E::BlockEndToken if entry.end != END_GATED => {
                         state.running[at] = (f64::from(state.residual[at]) + v) as f32;
                     }
                     E::BlockEndExpert | E::BlockEndToken => {

@@ -11,4 +11,5 @@ pub mod router_expert;
 pub mod router_token;
 pub mod router_topk;
 pub mod sample_token;
+pub mod slots_compact;
 pub mod tokens_compact;

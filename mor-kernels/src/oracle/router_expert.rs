@@ -3,7 +3,8 @@
 use crate::ops::{ExpertGate, RouterExpert, RouterExpertParams};
 use crate::rows::ActiveRow;
 
-/// Writes logits and gates of the rows `active` of `x` `[T, K]`, or `[n, K]` unless the kernel reads by row.
+/// Writes logits and gates of the rows `active` of `x` `[T, K]`, or `[n, K]` unless the kernel reads by row;
+/// `weight` is `[R, K]`.
 ///
 /// # Source
 /// Bae et al. 2025, arXiv 2507.10524.
@@ -20,7 +21,9 @@ pub fn router_expert(
     for (i, entry) in active.iter().enumerate() {
         let row = entry.row as usize;
         let from = if kernel.x_by_row { row } else { i };
-        let logit = router_logit(&x[from * weight.len()..][..weight.len()], weight, params.input_scale);
+        let k = params.in_features as usize;
+        let Some(weight) = weight.chunks(k).nth(entry.recursion.wrapping_add(1) as usize) else { continue };
+        let logit = router_logit(&x[from * k..][..k], weight, params.input_scale);
         logits[row] = logit as f32;
         if let Some(gates) = &mut gates {
             gates[row] = match kernel.gate {

@@ -1,6 +1,6 @@
 //! CPU reference of `tokens_compact`.
 
-use crate::rows::{ActiveRow, NONE, PAGE_SIZE, ROW_ACTIVE, ROW_SAMPLE, Row};
+use crate::rows::{ActiveRow, END_GATED, END_NOTHING, END_PASS, NONE, PAGE_SIZE, ROW_ACTIVE, ROW_SAMPLE, Row};
 
 /// Which rows are kept.
 #[derive(Clone, Copy, Debug)]
@@ -28,8 +28,6 @@ pub struct State {
     pub pages: Vec<u32>,
     /// `[sequences, groups, max_positions]`.
     pub slots: Vec<u32>,
-    /// `[sequences, max_positions]` of (token, depth).
-    pub results: Vec<[u32; 2]>,
 }
 
 /// Sizes and groups of a call.
@@ -63,19 +61,24 @@ pub fn tokens_compact(rows: &[Row], mode: Mode<'_>, sizes: Sizes, state: &mut St
     }
     let mut active = Vec::new();
     for (r, row) in rows.iter().enumerate().filter(|(_, row)| row.flags & ROW_ACTIVE != 0) {
-        let (mut listed, mut depth) = (true, state.depth[r]);
+        let (mut listed, mut depth, mut end) = (true, state.depth[r], END_NOTHING);
+        let mut recursion = sizes.recursion;
         match mode {
-            Mode::Begin => {}
+            Mode::Begin => recursion = NONE,
             Mode::Expert(decision, always, keep_all) => {
                 let selected = depth == sizes.recursion && (always || decision[r] >= 0.0);
                 depth = if selected { sizes.recursion + 1 } else { depth };
                 listed = selected || keep_all;
+                end = if selected { END_GATED } else { END_NOTHING };
             }
-            Mode::Token => listed = depth > sizes.recursion,
+            Mode::Token => {
+                listed = depth > sizes.recursion;
+                end = if depth == sizes.recursion + 1 { END_GATED } else { END_PASS };
+            }
             Mode::Fixed => depth = sizes.recursion + 1,
             Mode::Sample => {
                 listed = row.flags & ROW_SAMPLE != 0;
-                state.results[row.sequence as usize * max_positions + row.position as usize][1] = depth;
+                recursion = depth;
             }
         }
         state.depth[r] = depth;
@@ -89,8 +92,14 @@ pub fn tokens_compact(rows: &[Row], mode: Mode<'_>, sizes: Sizes, state: &mut St
         if !listed {
             continue;
         }
-        let mut entry =
-            ActiveRow { row: r as u32, sequence: row.sequence, position: row.position, ..ActiveRow::ABSENT };
+        let mut entry = ActiveRow {
+            row: r as u32,
+            sequence: row.sequence,
+            position: row.position,
+            recursion,
+            end,
+            ..ActiveRow::ABSENT
+        };
         if num_groups > 0 {
             entry.kv_len = row.position + 1;
             entry.kv_table = ((sequence * num_groups + sizes.read) * max_pages) as u32;
