@@ -327,6 +327,7 @@ impl<'a> Loader<'a> {
                 }
                 self.write(&tensor, (piece * rows_per_piece * row_bytes) as u64, &bytes)?;
             }
+            let tensor = tensor.into_weight(self.gpu)?;
             shards.push(Shard { tensor, first_row: index * rows_per_shard, num_rows: part.len() });
         }
         let matrix = Matrix { shards, num_rows: rows.len(), in_features: padded, dtype };
