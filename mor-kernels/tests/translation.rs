@@ -184,14 +184,18 @@ fn check_hlsl(variant: &Variant, module: &Module, info: &ModuleInfo, profile: Pr
 }
 
 fn check_msl(module: &Module, info: &ModuleInfo, profile: Profile) -> Result<(), String> {
-    // As wgpu assigns them: the bindings in order, then the sizes of the unsized arrays.
+    // As wgpu assigns them: the buffers in order, then the sizes of the unsized arrays; textures count by themselves.
     let mut resources = msl::BindingMap::default();
     let mut slot: msl::Slot = 0;
     for (binding, _, declared) in bindings(module) {
-        let target =
-            msl::BindTarget { buffer: Some(slot), mutable: declared == Declared::Write, ..msl::BindTarget::default() };
+        let target = if declared == Declared::Texture {
+            msl::BindTarget { texture: Some(0), ..msl::BindTarget::default() }
+        } else {
+            slot += 1;
+            let mutable = declared == Declared::Write;
+            msl::BindTarget { buffer: Some(slot - 1), mutable, ..msl::BindTarget::default() }
+        };
         resources.insert(naga::ResourceBinding { group: 0, binding }, target);
-        slot += 1;
     }
     let resources = msl::EntryPointResources { resources, immediates_buffer: None, sizes_buffer: Some(slot) };
     let options = msl::Options {
