@@ -352,6 +352,7 @@ impl<'a> Loader<'a> {
                 }
                 self.write(&tensor, (piece * rows_per_piece * row_bytes) as u64, &bytes)?;
             }
+            let tensor = tensor.into_weight(self.gpu)?;
             shards.push(Shard { tensor, first_row, num_rows: part.len() });
             first_row += part.len();
         }
