@@ -1,25 +1,38 @@
-// linear: y = x W^T for many rows, with an epilogue after it.
-// Math      y[i, o] = sum_k x[i, k] * w[o, k] (x[r, k], r = active_rows[i].row, with X_BY_ROW); then
+// linear: y = x W^T for many rows, with RMSNorm before it and an epilogue after it.
+// Math      y[i, o] = sum_k f(x)[i, k] * w[o, k]; f: identity, or RMSNorm of row r = active_rows[i].row; then
 //           shared/epilogue.wgsl
-// Why       every value fetched is used THREAD_M or THREAD_N times. STAGED: a workgroup shares tiles of x and w in
-//           workgroup memory, the next tiles in flight while these are multiplied. Otherwise, for software
-//           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads
-//           one row of x for all
-// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32; w [O, K] units of 8; outputs as the
-//           epilogue says; row-major
-// Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write;
+// Why       every value fetched is used many times. STAGED: a workgroup shares tiles of x and w in workgroup memory,
+//           the next tiles in flight while these are multiplied, and SPLIT_K parts of it multiply a slice of K each,
+//           which fills a GPU whose output has few tiles; COOPERATIVE: matrix units multiply. Otherwise, for software
+//           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads one
+//           row of x for all
+// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32; w [O, K] units of 8; norm_weight [K]
+//           f32; outputs as the epilogue says; row-major
+// Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
 //           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]
-// Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output; each of its
-//           (TILE_M / THREAD_M) * (TILE_N / THREAD_N) threads owns THREAD_M rows of THREAD_N columns
+// Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output. A slice's threads own
+//           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its SUBGROUPS_M * SUBGROUPS_N subgroups own equal parts
+//           of the tile in fragments of 16x16
 // Spec      TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K multiple of 8, tiles of x
-//           and w whole numbers of vec4s and units for every thread; otherwise THREAD_M = TILE_M; BROADCAST: TILE_M
-//           and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
+//           and w whole numbers of vec4s and units for every thread, SPLIT_K slices of TILE_K in whole vec4s, if there
+//           are several THREAD_M * THREAD_N a multiple of 4 and TILE_M <= TILE_K; COOPERATIVE, of STAGED: SUBGROUPS_M,
+//           SUBGROUPS_N and SPLIT_K leave whole fragments, SUBGROUP_WIDTH is the size of all subgroups; NORM, of
+//           STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST:
+//           TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
 //           SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
-// Limits    STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1) bytes of workgroup memory
-// Numerics  f32; sums in ascending k
+// Limits    STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1) bytes of workgroup memory; COOPERATIVE:
+//           8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) + 64 * SPLIT_K * SUBGROUPS_M * (TILE_N + 4); NORM:
+//           4 * TILE_M * (TILE_K / 4 + 1) more
+// Numerics  f32; sums in ascending k, slices added in ascending order. NORM: the product of x * norm_weight is divided
+//           by the root mean square. COOPERATIVE: x, or x * norm_weight, and w are rounded to f16, infinite above
+//           65504; exact products, sums in f32 in the matrix unit's order
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
+#if COOPERATIVE
+enable f16;
+enable wgpu_cooperative_matrix;
+#endif
 #import shared/rows
 #import shared/weights
 
@@ -36,20 +49,51 @@ struct Params {
     in_features: u32,
 }
 
+#if COOPERATIVE
+#if WEIGHT_F16
+// Bound as what it is, to go to workgroup memory unchanged.
+alias LoadUnit = mat2x4<f16>;
+fn half_weights(u: LoadUnit) -> mat2x4<f16> {
+    return u;
+}
+#else
+alias LoadUnit = WeightUnit;
+fn half_weights(u: LoadUnit) -> mat2x4<f16> {
+    let weights = unpack_weights(u);
+    return mat2x4<f16>(vec4<f16>(weights[0]), vec4<f16>(weights[1]));
+}
+#endif
+#else
+alias LoadUnit = WeightUnit;
+#endif
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
-@group(0) @binding(2) var<storage, read> w: array<WeightUnit>;
+@group(0) @binding(2) var<storage, read> w: array<LoadUnit>;
 @group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
+#if NORM
+@group(0) @binding(5) var<storage, read> norm_weight: array<vec4<f32>>;
+#endif
 #import shared/epilogue
 
+#if COOPERATIVE
+const FRAGMENTS_M: u32 = TILE_M / SUBGROUPS_M / 16u;
+const FRAGMENTS_N: u32 = TILE_N / SUBGROUPS_N / 16u;
+// Subgroups of a slice.
+const SLICE: u32 = SUBGROUPS_M * SUBGROUPS_N;
+const THREADS: u32 = SLICE * SPLIT_K * SUBGROUP_WIDTH;
+#else
 const THREADS_M: u32 = TILE_M / THREAD_M;
 const THREADS_N: u32 = TILE_N / THREAD_N;
-const THREADS: u32 = THREADS_M * THREADS_N;
+// Threads of a slice.
+const SLICE: u32 = THREADS_M * THREADS_N;
+const THREADS: u32 = SLICE * SPLIT_K;
 const SUMS: u32 = THREAD_M * THREAD_N;
 
 fn multiply_add(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
     return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
 }
+#endif
 
 // Row of x that list entry i reads; entries past the end read what the tile's first entry does, and are not stored.
 fn source_row(first: u32, i: u32) -> u32 {
@@ -62,17 +106,53 @@ fn source_row(first: u32, i: u32) -> u32 {
 }
 
 #if STAGED
-// One vec4 of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
-const STRIDE: u32 = TILE_K / 4u + 1u;
 const X_LOADS: u32 = TILE_M * TILE_K / 4u / THREADS;
 const W_LOADS: u32 = TILE_N * TILE_K / 8u / THREADS;
 
+// 16 bytes of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
+#if COOPERATIVE
+const STRIDE: u32 = TILE_K / 4u + 2u;
+var<workgroup> x_tile: array<vec4<f16>, TILE_M * STRIDE>;
+var<workgroup> w_tile: array<vec4<f16>, TILE_N * STRIDE>;
+
+fn stage_x(m: u32, c: u32, value: vec4<f32>) {
+    x_tile[m * STRIDE + c] = vec4<f16>(value);
+}
+
+fn stage_w(n: u32, unit: u32, value: LoadUnit) {
+    let weights = half_weights(value);
+    w_tile[n * STRIDE + 2u * unit] = weights[0];
+    w_tile[n * STRIDE + 2u * unit + 1u] = weights[1];
+}
+
+// Who holds which element of a matrix is the driver's secret: sums reach the epilogue through workgroup memory, one
+// row of fragments of each subgroup at a time.
+const RESULT_ROWS: u32 = SUBGROUPS_M * 16u;
+const RESULT_STRIDE: u32 = TILE_N + 4u;
+var<workgroup> results: array<f32, SPLIT_K * RESULT_ROWS * RESULT_STRIDE>;
+#else
+const STRIDE: u32 = TILE_K / 4u + 1u;
 var<workgroup> x_tile: array<vec4<f32>, TILE_M * STRIDE>;
 // Even columns first, then odd ones, so that neighbouring lanes read neighbouring rows of the tile.
 var<workgroup> w_tile: array<vec4<f32>, TILE_N * STRIDE>;
-#endif
 
-#if !STAGED
+fn stage_x(m: u32, c: u32, value: vec4<f32>) {
+    x_tile[m * STRIDE + c] = value;
+}
+
+fn stage_w(n: u32, unit: u32, value: LoadUnit) {
+    let to = (n / 2u + n % 2u * (TILE_N / 2u)) * STRIDE + 2u * unit;
+    let weights = unpack_weights(value);
+    w_tile[to] = weights[0];
+    w_tile[to + 1u] = weights[1];
+}
+#endif
+#if NORM
+// Sums of squares of each column of the tiles of x; then, first of each row, its inverse root mean square.
+const SQUARES_STRIDE: u32 = TILE_K / 4u + 1u;
+var<workgroup> squares: array<f32, TILE_M * SQUARES_STRIDE>;
+#endif
+#else
 // Adds 8 inputs of row m, `low` then `high`, times the weights `b`.
 fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x4<f32>, THREAD_N>>, sums: ptr<function, array<f32, SUMS>>) {
     for (var j = 0u; j < THREAD_N; j++) {
@@ -86,22 +166,36 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
+#if COOPERATIVE
+    @builtin(subgroup_id) subgroup: u32,
+#endif
 #if BROADCAST
     @builtin(subgroup_invocation_id) lane: u32,
 #endif
 ) {
     let first_entry = workgroup.y * TILE_M;
     let first_column = workgroup.x * TILE_N;
-    let thread_m = thread / THREADS_N;
-    let thread_n = thread % THREADS_N;
     let units = params.in_features / 8u;
     // Columns past the end are computed as the last one and not stored.
     let last_column = params.num_outputs - 1u;
-
+#if COOPERATIVE
+    let slice = subgroup / SLICE;
+    let first_m = subgroup % SLICE / SUBGROUPS_N * FRAGMENTS_M * 16u;
+    let first_n = subgroup % SUBGROUPS_N * FRAGMENTS_N * 16u;
+    var sums: array<coop_mat16x16<f32, C>, FRAGMENTS_M * FRAGMENTS_N>;
+    for (var s = 0u; s < FRAGMENTS_M * FRAGMENTS_N; s++) {
+        sums[s] = coop_mat16x16<f32, C>();
+    }
+#else
+    let slice = thread / SLICE;
+    let place = thread % SLICE;
+    let thread_m = place / THREADS_N;
+    let thread_n = place % THREADS_N;
     var sums: array<f32, SUMS>;
     for (var s = 0u; s < SUMS; s++) {
         sums[s] = 0.0;
     }
+#endif
 
 #if STAGED
     var x_from: array<u32, X_LOADS>;
@@ -115,7 +209,7 @@ fn main(
         w_from[l] = min(first_column + n, last_column) * units;
     }
     var x_ahead: array<vec4<f32>, X_LOADS>;
-    var w_ahead: array<WeightUnit, W_LOADS>;
+    var w_ahead: array<LoadUnit, W_LOADS>;
     // Past the end of a row x is zero and w any weight.
     for (var l = 0u; l < X_LOADS; l++) {
         let c = (thread + l * THREADS) % (TILE_K / 4u);
@@ -128,18 +222,28 @@ fn main(
         let c = (thread + l * THREADS) % (TILE_K / 8u);
         w_ahead[l] = w[w_from[l] + min(c, units - 1u)];
     }
+#if NORM
+    // A thread loads one column of each tile of x.
+    let column = thread % (TILE_K / 4u);
+    var norm_ahead = norm_weight[min(column, units * 2u - 1u)];
+    var square: array<f32, X_LOADS>;
+    for (var l = 0u; l < X_LOADS; l++) {
+        square[l] = 0.0;
+    }
+#endif
     for (var base = 0u; base < units; base += TILE_K / 8u) {
         for (var l = 0u; l < X_LOADS; l++) {
             let at = thread + l * THREADS;
-            x_tile[at / (TILE_K / 4u) * STRIDE + at % (TILE_K / 4u)] = x_ahead[l];
+#if NORM
+            square[l] += dot(x_ahead[l], x_ahead[l]);
+            stage_x(at / (TILE_K / 4u), column, x_ahead[l] * norm_ahead);
+#else
+            stage_x(at / (TILE_K / 4u), at % (TILE_K / 4u), x_ahead[l]);
+#endif
         }
         for (var l = 0u; l < W_LOADS; l++) {
             let at = thread + l * THREADS;
-            let n = at / (TILE_K / 8u);
-            let to = (n / 2u + n % 2u * (TILE_N / 2u)) * STRIDE + at % (TILE_K / 8u) * 2u;
-            let weights = unpack_weights(w_ahead[l]);
-            w_tile[to] = weights[0];
-            w_tile[to + 1u] = weights[1];
+            stage_w(at / (TILE_K / 8u), at % (TILE_K / 8u), w_ahead[l]);
         }
         workgroupBarrier();
         let next = base + TILE_K / 8u;
@@ -155,8 +259,29 @@ fn main(
                 let c = next + (thread + l * THREADS) % (TILE_K / 8u);
                 w_ahead[l] = w[w_from[l] + min(c, units - 1u)];
             }
+#if NORM
+            norm_ahead = norm_weight[min(next * 2u + column, units * 2u - 1u)];
+#endif
         }
-        for (var c = 0u; c < TILE_K / 4u; c++) {
+#if COOPERATIVE
+        for (var step = 0u; step < TILE_K / 16u / SPLIT_K; step++) {
+            let c = (slice * (TILE_K / 16u / SPLIT_K) + step) * 4u;
+            var b: array<coop_mat16x16<f16, B>, FRAGMENTS_N>;
+            for (var j = 0u; j < FRAGMENTS_N; j++) {
+                let start = (first_n + j * 16u) * STRIDE + c;
+                b[j] = coopLoad<coop_mat16x16<f16, B>>(&w_tile[start], STRIDE);
+            }
+            for (var m = 0u; m < FRAGMENTS_M; m++) {
+                let start = (first_m + m * 16u) * STRIDE + c;
+                let a = coopLoadT<coop_mat16x16<f16, A>>(&x_tile[start], STRIDE);
+                for (var j = 0u; j < FRAGMENTS_N; j++) {
+                    sums[m * FRAGMENTS_N + j] = coopMultiplyAdd(a, b[j], sums[m * FRAGMENTS_N + j]);
+                }
+            }
+        }
+#else
+        for (var step = 0u; step < TILE_K / 4u / SPLIT_K; step++) {
+            let c = slice * (TILE_K / 4u / SPLIT_K) + step;
             var b: array<vec4<f32>, THREAD_N>;
             for (var j = 0u; j < THREAD_N; j++) {
                 let n = thread_n + j / 2u * THREADS_N + j % 2u * (TILE_N / 2u);
@@ -169,9 +294,24 @@ fn main(
                 }
             }
         }
+#endif
         // The next step overwrites the tiles.
         workgroupBarrier();
     }
+#if NORM
+    for (var l = 0u; l < X_LOADS; l++) {
+        squares[(thread + l * THREADS) / (TILE_K / 4u) * SQUARES_STRIDE + column] = square[l];
+    }
+    workgroupBarrier();
+    for (var m = thread; m < TILE_M; m += THREADS) {
+        var sum = 0.0;
+        for (var c = 0u; c < TILE_K / 4u; c++) {
+            sum += squares[m * SQUARES_STRIDE + c];
+        }
+        squares[m * SQUARES_STRIDE] = inverseSqrt(sum / f32(params.in_features) + params.eps);
+    }
+    workgroupBarrier();
+#endif
 #else
     var w_from: array<u32, THREAD_N>;
     for (var j = 0u; j < THREAD_N; j++) {
@@ -212,15 +352,73 @@ fn main(
     }
 #endif
 
+#if COOPERATIVE
+    for (var m = 0u; m < FRAGMENTS_M; m++) {
+        for (var j = 0u; j < FRAGMENTS_N; j++) {
+            let to = (slice * RESULT_ROWS + first_m / FRAGMENTS_M) * RESULT_STRIDE + first_n + j * 16u;
+            coopStoreT(sums[m * FRAGMENTS_N + j], &results[to], RESULT_STRIDE);
+        }
+        workgroupBarrier();
+        for (var at = thread; at < RESULT_ROWS * TILE_N / 2u; at += THREADS) {
+            let row = at / (TILE_N / 2u);
+            let n = at % (TILE_N / 2u) * 2u;
+            let tile_row = (row / 16u * FRAGMENTS_M + m) * 16u + row % 16u;
+            let entry = active_rows[first_entry + tile_row];
+            if entry.row != NONE && first_column + n < params.num_outputs {
+                var v = vec2<f32>();
+                for (var s = 0u; s < SPLIT_K; s++) {
+                    let start = (s * RESULT_ROWS + row) * RESULT_STRIDE + n;
+                    v += vec2<f32>(results[start], results[start + 1u]);
+                }
+#if NORM
+                v *= squares[tile_row * SQUARES_STRIDE];
+#endif
+                epilogue(first_entry + tile_row, entry, params.first_output + first_column + n, v);
+            }
+        }
+        // The next row of fragments overwrites the results.
+        workgroupBarrier();
+    }
+#else
+#if STAGED
+    // The first slice adds up the others' sums, which arrive through the memory of w.
+    for (var s = 1u; s < SPLIT_K; s++) {
+        if slice == s {
+            for (var v = 0u; v < SUMS / 4u; v++) {
+                let first = v * 4u;
+                w_tile[v * SLICE + place] =
+                    vec4<f32>(sums[first], sums[first + 1u], sums[first + 2u], sums[first + 3u]);
+            }
+        }
+        workgroupBarrier();
+        if slice == 0u {
+            for (var v = 0u; v < SUMS / 4u; v++) {
+                let other = w_tile[v * SLICE + place];
+                for (var i = 0u; i < 4u; i++) {
+                    sums[v * 4u + i] += other[i];
+                }
+            }
+        }
+        workgroupBarrier();
+    }
+    if slice != 0u {
+        return;
+    }
+#endif
     for (var m = 0u; m < THREAD_M; m++) {
-        let i = first_entry + thread_m + m * THREADS_M;
+        let tile_row = thread_m + m * THREADS_M;
+        let i = first_entry + tile_row;
         let entry = active_rows[i];
         for (var j = 0u; j < THREAD_N; j += 2u) {
             let o = first_column + 2u * (thread_n + j / 2u * THREADS_N);
             if entry.row != NONE && o < params.num_outputs {
-                let v = vec2<f32>(sums[m * THREAD_N + j], sums[m * THREAD_N + j + 1u]);
+                var v = vec2<f32>(sums[m * THREAD_N + j], sums[m * THREAD_N + j + 1u]);
+#if NORM
+                v *= squares[tile_row * SQUARES_STRIDE];
+#endif
                 epilogue(i, entry, params.first_output + o, v);
             }
         }
     }
+#endif
 }

@@ -645,21 +645,16 @@ impl<'a> Recorder<'a> {
                 )
                 .record(plan, &bindings, &params)?;
             } else {
-                let (x, x_by_row) = match x {
-                    Input::Compact { x } => (x, false),
-                    Input::Stream { x } => (x, true),
+                let prologue = match x {
+                    Input::Compact { x } => Prologue::Compact { x },
+                    Input::Stream { x } => Prologue::Stream { x },
                     Input::Norm { .. } | Input::Merge { .. } => unreachable!("normed above; merges are of decode only"),
                 };
-                let capacity = self.step.capacity as u32;
-                let kernel = Linear::for_shape(
-                    plan.gpu().caps(),
-                    capacity,
-                    num_outputs,
-                    weight.dtype,
-                    x_by_row,
-                    epilogue.kind(),
-                );
-                let bindings = LinearBindings { rows, weight: &shard.tensor, x, epilogue };
+                let shape = [self.step.capacity as u32, num_outputs];
+                let (prologue_kind, epilogue_kind) = (prologue.kind(), epilogue.kind());
+                let kernel =
+                    Linear::for_shape(plan.gpu().caps(), shape, false, weight.dtype, prologue_kind, epilogue_kind);
+                let bindings = LinearBindings { rows, weight: &shard.tensor, prologue, epilogue };
                 kernel.record(plan, &bindings, &params)?;
             }
         }
