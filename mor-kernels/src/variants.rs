@@ -179,7 +179,7 @@ fn add_linear(list: &mut List) {
         for prologue in prologues.into_iter().filter(|prologue| *prologue != P::Norm || tile.fuses_norm()) {
             for epilogue in EpilogueKind::ALL {
                 for weight_dtype in WEIGHT_DTYPES {
-                    list.add(&Linear { weight_dtype, prologue, epilogue, tile });
+                    list.add(&Linear { in_features: 960, weight_dtype, prologue, epilogue, tile });
                 }
             }
         }

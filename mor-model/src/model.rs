@@ -650,7 +650,7 @@ impl<'a> Recorder<'a> {
                     Input::Stream { x } => Prologue::Stream { x },
                     Input::Norm { .. } | Input::Merge { .. } => unreachable!("normed above; merges are of decode only"),
                 };
-                let shape = [self.step.capacity as u32, num_outputs];
+                let shape = [self.step.capacity as u32, num_outputs, in_features];
                 let (prologue_kind, epilogue_kind) = (prologue.kind(), epilogue.kind());
                 let kernel =
                     Linear::for_shape(plan.gpu().caps(), shape, false, weight.dtype, prologue_kind, epilogue_kind);

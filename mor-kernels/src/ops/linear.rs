@@ -15,12 +15,39 @@ const BROADCAST_LANES: u32 = 8;
 /// Rows, columns and depth of the matrices that a subgroup multiplies.
 const FRAGMENT: u32 = 16;
 
+/// Fields of [`LinearTile::Cooperative`] in their order, and the workgroups an output must have to be worth the tile, which
+/// is to say the GPU filled: measured on an H200, see `benches/runs`.
+const COOPERATIVE_TILES: [([u32; 7], u32); 7] = [
+    ([128, 64, 64, 4, 2, 1, 1], 96),
+    ([64, 128, 64, 2, 4, 1, 1], 96),
+    ([32, 64, 128, 1, 2, 4, 1], 96),
+    ([32, 32, 256, 1, 2, 4, 1], 96),
+    ([16, 32, 128, 1, 2, 4, 4], 160),
+    ([16, 32, 256, 1, 1, 8, 2], 96),
+    ([16, 16, 512, 1, 1, 8, 1], 0),
+];
+/// As [`COOPERATIVE_TILES`], for [`LinearTile::Staged`]. Tiles that WebGPU's default limits exclude have a smaller one
+/// after them.
+const STAGED_TILES: [([u32; 7], u32); 9] = [
+    ([128, 64, 16, 8, 8, 1, 1], 600),
+    ([64, 64, 32, 8, 4, 2, 1], 200),
+    ([64, 64, 16, 8, 4, 1, 1], 200),
+    ([64, 32, 32, 8, 4, 2, 1], 160),
+    ([32, 32, 64, 4, 4, 4, 2], 120),
+    ([32, 32, 32, 4, 4, 2, 2], 120),
+    ([16, 32, 64, 4, 2, 4, 2], 160),
+    ([16, 32, 128, 4, 2, 8, 2], 0),
+    ([16, 32, 64, 4, 2, 4, 2], 0),
+];
+
 /// `y = f(x) W^T`, weights and activations each read once for a tile of the output.
 ///
 /// # Source
 /// Llama projections, arXiv 2302.13971; MoR block end, arXiv 2507.10524.
 #[derive(Clone, Copy, Debug)]
 pub struct Linear {
+    /// Elements of a row of the weight; a multiple of 8.
+    pub in_features: u32,
     /// Element type of the weight.
     pub weight_dtype: DType,
     /// Input side; [`PrologueKind::Norm`] where [`LinearTile::fuses_norm`], never [`PrologueKind::Merge`].
@@ -48,6 +75,8 @@ pub enum LinearTile {
         thread_n: u32,
         /// Slices of the staged inputs, each multiplied by threads of its own.
         split_k: u32,
+        /// Stages whose loads are in flight.
+        ahead: u32,
     },
     /// Tiles of x and w go through workgroup memory as f16; cooperative matrices, sums in f32.
     Cooperative {
@@ -63,6 +92,8 @@ pub enum LinearTile {
         subgroups_n: u32,
         /// Slices of the staged inputs, each multiplied by subgroups of its own.
         split_k: u32,
+        /// Stages whose loads are in flight.
+        ahead: u32,
     },
     /// Every thread reads for itself: for software rasterisers, whose lanes share the loads of x.
     Direct {
@@ -105,36 +136,30 @@ impl LinearTile {
                 _ => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
             };
         }
-        // Fewer workgroups leave a large GPU partly idle; smaller tiles then cost less than they give.
-        let fills_gpu = |tile_m: u32, tile_n: u32| max_rows.div_ceil(tile_m) * num_outputs.div_ceil(tile_n) >= 128;
-        let cooperative = |[tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k]: [u32; 6]| {
-            LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k }
+        let fits = |tile: LinearTile, min_workgroups: u32| {
+            let [tile_m, tile_n] = tile.size();
+            // A tile of more rows than there are multiplies padding.
+            tile_m <= max_rows.next_multiple_of(FRAGMENT).max(FRAGMENT)
+                && max_rows.div_ceil(tile_m) * num_outputs.div_ceil(tile_n) >= min_workgroups
+                && tile.is_valid(caps)
+                && tile.storage_bytes(true) <= caps.max_workgroup_storage_bytes
         };
-        if half_products && caps.cooperative_matrices {
-            let tile = cooperative(match max_rows {
-                0..=16 => [16, 32, 256, 1, 2, 4],
-                17..=32 => [32, 32, 128, 1, 1, 4],
-                _ if !fills_gpu(64, 64) => [32, 32, 128, 1, 1, 4],
-                _ => [64, 64, 64, 2, 2, 1],
-            });
-            if tile.is_valid(caps) && tile.storage_bytes(true) <= caps.max_workgroup_storage_bytes {
-                return tile;
-            }
-        }
-        let staged = |[tile_m, tile_n, tile_k, thread_m, thread_n, split_k]: [u32; 6]| LinearTile::Staged {
-            tile_m,
-            tile_n,
-            tile_k,
-            thread_m,
-            thread_n,
-            split_k,
-        };
-        staged(match max_rows {
-            0..=16 => [16, 32, 64, 4, 2, 4],
-            17..=32 => [32, 32, 32, 4, 4, 2],
-            _ if !fills_gpu(64, 64) => [64, 32, 32, 4, 4, 1],
-            _ => [64, 64, 16, 8, 4, 1],
-        })
+        let cooperative = COOPERATIVE_TILES.iter().map(|&(tile, min_workgroups)| {
+            let [tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead] = tile;
+            let tile = LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead };
+            (tile, min_workgroups)
+        });
+        let staged = STAGED_TILES.iter().map(|&(tile, min_workgroups)| {
+            let [tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead] = tile;
+            let tile = LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead };
+            (tile, min_workgroups)
+        });
+        cooperative
+            .filter(|_| half_products && caps.cooperative_matrices)
+            .chain(staged)
+            .find(|&(tile, min_workgroups)| fits(tile, min_workgroups))
+            .expect("the last tile fits every device within WebGPU's limits")
+            .0
     }
 
     /// Whether [`PrologueKind::Norm`] is possible. Elsewhere every thread would compute the norm for itself.
@@ -177,19 +202,22 @@ impl LinearTile {
     fn is_valid(self, caps: &DeviceCaps) -> bool {
         let divides = |n: u32, parts: u32, unit: u32| parts > 0 && n > 0 && n.is_multiple_of(parts * unit);
         let whole = match self {
-            LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k } => {
-                let sums_travel = (thread_m * thread_n).is_multiple_of(4) && tile_m <= tile_k;
+            LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead } => {
+                let sums_travel =
+                    (thread_m * thread_n).is_multiple_of(4) && 4 * tile_m * tile_n <= self.storage_bytes(false);
                 divides(tile_m, thread_m, 1)
                     && divides(tile_n, thread_n, 1)
                     && divides(thread_n, 2, 1)
                     && divides(tile_k, 8, 1)
                     && divides(tile_k, split_k, 4)
+                    && ahead > 0
                     && (split_k == 1 || sums_travel)
             }
-            LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k } => {
+            LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead } => {
                 divides(tile_m, subgroups_m, FRAGMENT)
                     && divides(tile_n, subgroups_n, FRAGMENT)
                     && divides(tile_k, split_k, FRAGMENT)
+                    && ahead > 0
             }
             LinearTile::Direct { tile_n, thread_n, .. } => divides(tile_n, thread_n, 1) && divides(thread_n, 2, 1),
         };
@@ -211,33 +239,37 @@ impl LinearTile {
 
     /// Workgroup memory, in bytes.
     fn storage_bytes(self, norm: bool) -> u32 {
-        let squares = |tile_m: u32, tile_k: u32| if norm { 4 * tile_m * (tile_k / 4 + 1) } else { 0 };
-        match self {
-            LinearTile::Staged { tile_m, tile_n, tile_k, .. } => {
-                16 * (tile_m + tile_n) * (tile_k / 4 + 1) + squares(tile_m, tile_k)
+        let (tile_m, tile_n, tile_k) = match self {
+            LinearTile::Staged { tile_m, tile_n, tile_k, .. }
+            | LinearTile::Cooperative { tile_m, tile_n, tile_k, .. } => (tile_m, tile_n, tile_k),
+            LinearTile::Direct { .. } => return 0,
+        };
+        let squares = if norm { 4 * tile_m * (tile_k / 4 + 1) } else { 0 };
+        let factors = if norm { 4 * tile_m } else { 0 };
+        factors
+            + match self {
+                LinearTile::Cooperative { subgroups_m, split_k, .. } => {
+                    let results = 4 * split_k * subgroups_m * FRAGMENT * (tile_n + 4);
+                    8 * (tile_m + tile_n) * (tile_k / 4 + 2) + results.max(squares)
+                }
+                _ => 16 * (tile_m + tile_n) * (tile_k / 4 + 1) + squares,
             }
-            LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, split_k, .. } => {
-                let results = 4 * split_k * subgroups_m * FRAGMENT * (tile_n + 4);
-                8 * (tile_m + tile_n) * (tile_k / 4 + 2) + results + squares(tile_m, tile_k)
-            }
-            LinearTile::Direct { .. } => 0,
-        }
     }
 }
 
 impl Linear {
-    /// The variant for up to `max_rows` rows and `num_outputs` columns at once on a device with `caps`, with
-    /// `half_products` as [`LinearTile::for_shape`] takes it.
+    /// The variant for up to `max_rows` rows at once of `num_outputs` columns from `in_features` inputs, on a device with
+    /// `caps` and with `half_products` as [`LinearTile::for_shape`] takes it.
     pub fn for_shape(
         caps: &DeviceCaps,
-        [max_rows, num_outputs]: [u32; 2],
+        [max_rows, num_outputs, in_features]: [u32; 3],
         half_products: bool,
         weight_dtype: DType,
         prologue: PrologueKind,
         epilogue: EpilogueKind,
     ) -> Self {
         let tile = LinearTile::for_shape(caps, max_rows, num_outputs, half_products);
-        Self { weight_dtype, prologue, epilogue, tile }
+        Self { in_features, weight_dtype, prologue, epilogue, tile }
     }
 
     /// Records the kernel over all active rows.
@@ -263,6 +295,9 @@ impl Linear {
         }
         if !p.in_features.is_multiple_of(8) || p.in_features == 0 {
             return unfit("in_features", p.in_features.to_string(), "a multiple of 8");
+        }
+        if p.in_features != self.in_features {
+            return unfit("in_features", p.in_features.to_string(), &self.in_features.to_string());
         }
         if !p.num_outputs.is_multiple_of(2) || p.num_outputs == 0 || !p.first_output.is_multiple_of(2) {
             let found = format!("{} from {}", p.num_outputs, p.first_output);
@@ -301,21 +336,25 @@ impl Kernel for Linear {
     fn definitions(&self, caps: &DeviceCaps) -> Definitions {
         let [tile_m, tile_n] = self.tile.size();
         let definitions = Definitions::new()
+            .u32("IN_FEATURES", self.in_features)
             .u32("TILE_M", tile_m)
             .u32("TILE_N", tile_n)
             .flag("X_BY_ROW", matches!(self.prologue, PrologueKind::Stream | PrologueKind::Norm))
             .flag("NORM", self.prologue == PrologueKind::Norm);
         let definitions = match self.tile {
-            LinearTile::Staged { tile_k, thread_m, thread_n, split_k, .. } => definitions
+            LinearTile::Staged { tile_k, thread_m, thread_n, split_k, ahead, .. } => definitions
                 .u32("TILE_K", tile_k)
+                .u32("AHEAD", ahead)
                 .u32("THREAD_M", thread_m)
                 .u32("THREAD_N", thread_n)
                 .u32("SPLIT_K", split_k)
                 .flag("STAGED", true),
-            LinearTile::Cooperative { tile_k, subgroups_m, subgroups_n, split_k, .. } => definitions
+            LinearTile::Cooperative { tile_k, subgroups_m, subgroups_n, split_k, ahead, .. } => definitions
                 .u32("TILE_K", tile_k)
-                .u32("SUBGROUPS_M", subgroups_m)
-                .u32("SUBGROUPS_N", subgroups_n)
+                .u32("AHEAD", ahead)
+                .u32("FRAGMENTS_M", tile_m / subgroups_m / FRAGMENT)
+                .u32("FRAGMENTS_N", tile_n / subgroups_n / FRAGMENT)
+                .u32("STEPS", tile_k / split_k / FRAGMENT)
                 .u32("SUBGROUP_WIDTH", subgroup_width(caps))
                 .u32("SPLIT_K", split_k)
                 .flag("STAGED", true)
@@ -430,8 +469,13 @@ mod tests {
                     let want: Vec<f32> = want.iter().map(|v| v * 0.5).collect();
                     let out = Output::new(gpu, num_active * num_outputs);
                     let epilogue = Epilogue::Store { out: &out.tensor };
-                    let kernel =
-                        Linear { weight_dtype: dtype, prologue: prologue.kind(), epilogue: EpilogueKind::Store, tile };
+                    let kernel = Linear {
+                        in_features: in_features as u32,
+                        weight_dtype: dtype,
+                        prologue: prologue.kind(),
+                        epilogue: EpilogueKind::Store,
+                        tile,
+                    };
                     let params = LinearParams {
                         num_outputs: num_outputs as u32,
                         out_stride: num_outputs as u32,
@@ -460,13 +504,7 @@ mod tests {
             for (kind_index, kind) in EpilogueKind::ALL.into_iter().enumerate() {
                 for num_active in [6, 65] {
                     let in_features = 72;
-                    let case = EpilogueCase::new(gpu, &mut rng, kind, num_active + 3, num_active);
-                    let x = rng.normals((num_active + 3) * in_features);
-                    let compact = gather(&case.active, &x, in_features);
-                    let (x, compact_x) = (parity::upload(gpu, &x), parity::upload(gpu, &compact));
                     let (dtype, by_row) = (DTYPES[kind_index % 3], kind_index % 2 == 0);
-                    let prologue =
-                        if by_row { Prologue::Stream { x: &x } } else { Prologue::Compact { x: &compact_x } };
                     // One of the tiles without matrix units, and one with.
                     let is_cooperative = |tile: &LinearTile| matches!(tile, LinearTile::Cooperative { .. });
                     let (cooperative, others): (Vec<_>, Vec<_>) = tiles.iter().copied().partition(is_cooperative);
@@ -474,7 +512,19 @@ mod tests {
                         let Some(tile) = tiles.get((kind_index + num_active) % tiles.len().max(1)).copied() else {
                             continue;
                         };
-                        let kernel = Linear { weight_dtype: dtype, prologue: prologue.kind(), epilogue: kind, tile };
+                        let case = EpilogueCase::new(gpu, &mut rng, kind, num_active + 3, num_active);
+                        let x = rng.normals((num_active + 3) * in_features);
+                        let compact = gather(&case.active, &x, in_features);
+                        let (x, compact_x) = (parity::upload(gpu, &x), parity::upload(gpu, &compact));
+                        let prologue =
+                            if by_row { Prologue::Stream { x: &x } } else { Prologue::Compact { x: &compact_x } };
+                        let kernel = Linear {
+                            in_features: in_features as u32,
+                            weight_dtype: dtype,
+                            prologue: prologue.kind(),
+                            epilogue: kind,
+                            tile,
+                        };
                         let mut state = case.initial.clone();
                         // Sharded weights: the second half of the columns is a dispatch of its own.
                         for (first_output, num_outputs) in case.shards() {
@@ -505,6 +555,7 @@ mod tests {
         let weight = Tensor::zeros(gpu, "weight", DType::F16, &[6, 16]).expect("it fits");
         let rows = parity::row_set(gpu, &[]);
         let kernel = Linear {
+            in_features: 16,
             weight_dtype: DType::F16,
             prologue: PrologueKind::Compact,
             epilogue: EpilogueKind::Store,
