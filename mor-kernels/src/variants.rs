@@ -8,7 +8,8 @@ use crate::epilogue::EpilogueKind;
 use crate::kernel::{self, Kernel};
 use crate::ops::{
     AttentionDecode, AttentionPrefill, AttentionShape, CrossEntropy, EmbedTokens, ExpertGate, Linear, LinearDecode,
-    LinearTile, PrologueKind, RmsNorm, RouterExpert, RouterToken, RouterTopk, SampleToken, SlotsCompact, TokenGate, TokensCompact,
+    LinearTile, PrologueKind, RmsNorm, RouterExpert, RouterToken, RouterTopk, SampleToken, SlotsCompact, TokenGate,
+    TokensCompact,
 };
 use crate::rows::KvTable;
 use crate::tensor::DType;

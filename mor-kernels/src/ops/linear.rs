@@ -316,7 +316,9 @@ impl Linear {
         match prologue {
             PrologueKind::Compact | PrologueKind::Stream => {}
             PrologueKind::Norm if self.tile.fuses_norm() => {}
-            PrologueKind::Norm => return unfit("prologue", "Norm".to_owned(), "a tile that fuses it, or rms_norm before"),
+            PrologueKind::Norm => {
+                return unfit("prologue", "Norm".to_owned(), "a tile that fuses it, or rms_norm before");
+            }
             PrologueKind::Merge { .. } => {
                 return unfit("prologue", format!("{prologue:?}"), "merged results, as attention_prefill writes them");
             }
@@ -536,8 +538,12 @@ mod tests {
                                 ..case.params
                             };
                             let epilogue_tensors = case.epilogue();
-                            let bindings =
-                                LinearBindings { rows: &case.rows, weight: &weight, prologue, epilogue: epilogue_tensors };
+                            let bindings = LinearBindings {
+                                rows: &case.rows,
+                                weight: &weight,
+                                prologue,
+                                epilogue: epilogue_tensors,
+                            };
                             dispatch(gpu, kernel, &bindings, &params, num_active);
                             let y = product(tile, &compact, &w, in_features);
                             epilogue(kind, &case.active, &y, &params, &mut state);
