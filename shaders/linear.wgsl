@@ -1,25 +1,40 @@
-// linear: y = x W^T for many rows, with an epilogue after it.
-// Math      y[i, o] = sum_k x[i, k] * w[o, k] (x[r, k], r = active_rows[i].row, with X_BY_ROW); then
+// linear: y = x W^T for many rows, with RMSNorm before it and an epilogue after it.
+// Math      y[i, o] = sum_k f(x)[i, k] * w[o, k]; f: identity, or RMSNorm of row r = active_rows[i].row; then
 //           shared/epilogue.wgsl
-// Why       every value fetched is used THREAD_M or THREAD_N times. STAGED: a workgroup shares tiles of x and w in
-//           workgroup memory, the next tiles in flight while these are multiplied. Otherwise, for software
-//           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads
-//           one row of x for all
-// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32; w [O, K] units of 8; outputs as the
-//           epilogue says; row-major
-// Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write;
+// Why       every value fetched is used many times. STAGED: a workgroup shares tiles of x and w in workgroup memory,
+//           the next tiles in flight while these are multiplied, and SPLIT_K parts of it multiply a slice of K each,
+//           which fills a GPU whose output has few tiles; COOPERATIVE: matrix units multiply. Otherwise, for software
+//           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads one
+//           row of x for all
+// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32; w [O, K] units of 8; norm_weight [K]
+//           f32; outputs as the epilogue says; row-major
+// Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
 //           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]
-// Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output; each of its
-//           (TILE_M / THREAD_M) * (TILE_N / THREAD_N) threads owns THREAD_M rows of THREAD_N columns
-// Spec      TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K multiple of 8, tiles of x
-//           and w whole numbers of vec4s and units for every thread; otherwise THREAD_M = TILE_M; BROADCAST: TILE_M
-//           and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
+// Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output. A slice's threads own
+//           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments
+//           of 16x16 each
+// Spec      IN_FEATURES multiple of 8; TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K
+//           multiple of 8, tiles of x and w whole numbers of vec4s and units for every thread, AHEAD tiles in flight,
+//           SPLIT_K slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a
+//           slice's sums no more than the memory of the tiles; COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N
+//           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups; NORM,
+//           of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST:
+//           TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
 //           SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
-// Limits    STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1) bytes of workgroup memory
-// Numerics  f32; sums in ascending k
+// Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
+//           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
+//           4 * SPLIT_K * (TILE_M / FRAGMENTS_M) * (TILE_N + 4), with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
+//           4 * TILE_M more
+// Numerics  f32; sums in ascending k, slices added in ascending order. NORM: the product of x * norm_weight is divided
+//           by the root mean square. COOPERATIVE: x, or x * norm_weight, and w are rounded to f16, infinite above
+//           65504; exact products, sums in f32 in the matrix unit's order
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
+#if COOPERATIVE
+enable f16;
+enable wgpu_cooperative_matrix;
+#endif
 #import shared/rows
 #import shared/weights
 
@@ -36,20 +51,76 @@ struct Params {
     in_features: u32,
 }
 
+#if COOPERATIVE
+#if WEIGHT_F16
+// Bound as what it is, to go to workgroup memory unchanged.
+alias LoadUnit = mat2x4<f16>;
+fn half_weights(u: LoadUnit) -> mat2x4<f16> {
+    return u;
+}
+#else
+alias LoadUnit = WeightUnit;
+fn half_weights(u: LoadUnit) -> mat2x4<f16> {
+    let weights = unpack_weights(u);
+    return mat2x4<f16>(vec4<f16>(weights[0]), vec4<f16>(weights[1]));
+}
+#endif
+#else
+alias LoadUnit = WeightUnit;
+#endif
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
-@group(0) @binding(2) var<storage, read> w: array<WeightUnit>;
+@group(0) @binding(2) var<storage, read> w: array<LoadUnit>;
 @group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
+#if NORM
+@group(0) @binding(5) var<storage, read> norm_weight: array<vec4<f32>>;
+#endif
 #import shared/epilogue
 
+const UNITS: u32 = IN_FEATURES / 8u;
+#if COOPERATIVE
+const SUBGROUPS_M: u32 = TILE_M / (FRAGMENTS_M * 16u);
+const SUBGROUPS_N: u32 = TILE_N / (FRAGMENTS_N * 16u);
+// Subgroups of a slice.
+const SLICE: u32 = SUBGROUPS_M * SUBGROUPS_N;
+const THREADS: u32 = SLICE * SPLIT_K * SUBGROUP_WIDTH;
+#else
 const THREADS_M: u32 = TILE_M / THREAD_M;
 const THREADS_N: u32 = TILE_N / THREAD_N;
-const THREADS: u32 = THREADS_M * THREADS_N;
+// Threads of a slice.
+const SLICE: u32 = THREADS_M * THREADS_N;
+const THREADS: u32 = SLICE * SPLIT_K;
 const SUMS: u32 = THREAD_M * THREAD_N;
 
 fn multiply_add(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
     return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
 }
+#endif
+
+#if STAGED
+// Rows that are whole tiles have no end to look out for.
+const WHOLE_TILES: bool = IN_FEATURES % TILE_K == 0u;
+
+// Past the end of a row x is zero and w any weight.
+fn load_x(start: u32, c: u32) -> vec4<f32> {
+    var value = vec4<f32>();
+    if WHOLE_TILES || c < 2u * UNITS {
+        value = x[start + c];
+    }
+    return value;
+}
+
+fn load_w(start: u32, unit: u32) -> LoadUnit {
+    return w[start + select(min(unit, UNITS - 1u), unit, WHOLE_TILES)];
+}
+#if NORM
+
+fn load_norm_weight(c: u32) -> vec4<f32> {
+    return norm_weight[select(min(c, 2u * UNITS - 1u), c, WHOLE_TILES)];
+}
+#endif
+#endif
 
 // Row of x that list entry i reads; entries past the end read what the tile's first entry does, and are not stored.
 fn source_row(first: u32, i: u32) -> u32 {
@@ -62,17 +133,64 @@ fn source_row(first: u32, i: u32) -> u32 {
 }
 
 #if STAGED
-// One vec4 of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
-const STRIDE: u32 = TILE_K / 4u + 1u;
 const X_LOADS: u32 = TILE_M * TILE_K / 4u / THREADS;
 const W_LOADS: u32 = TILE_N * TILE_K / 8u / THREADS;
 
-var<workgroup> x_tile: array<vec4<f32>, TILE_M * STRIDE>;
-// Even columns first, then odd ones, so that neighbouring lanes read neighbouring rows of the tile.
-var<workgroup> w_tile: array<vec4<f32>, TILE_N * STRIDE>;
-#endif
+// 16 bytes of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
+#if COOPERATIVE
+const STRIDE: u32 = TILE_K / 4u + 2u;
+const W_TILE: u32 = TILE_M * STRIDE;
+// The tile of x, then that of w.
+var<workgroup> tiles: array<vec4<f16>, (TILE_M + TILE_N) * STRIDE>;
 
-#if !STAGED
+fn stage_x(m: u32, c: u32, value: vec4<f32>) {
+    tiles[m * STRIDE + c] = vec4<f16>(value);
+}
+
+fn stage_w(n: u32, unit: u32, value: LoadUnit) {
+    let weights = half_weights(value);
+    tiles[W_TILE + n * STRIDE + 2u * unit] = weights[0];
+    tiles[W_TILE + n * STRIDE + 2u * unit + 1u] = weights[1];
+}
+
+// Who holds which element of a matrix is the driver's secret: sums reach the epilogue through workgroup memory, one
+// row of fragments of each subgroup at a time.
+const RESULT_ROWS: u32 = SUBGROUPS_M * 16u;
+const RESULT_STRIDE: u32 = TILE_N + 4u;
+const RESULTS: u32 = SPLIT_K * RESULT_ROWS * RESULT_STRIDE;
+#else
+const STRIDE: u32 = TILE_K / 4u + 1u;
+const W_TILE: u32 = TILE_M * STRIDE;
+// The tile of x, then that of w: even columns first, then odd ones, so that neighbouring lanes read neighbouring rows.
+var<workgroup> tiles: array<vec4<f32>, (TILE_M + TILE_N) * STRIDE>;
+
+fn stage_x(m: u32, c: u32, value: vec4<f32>) {
+    tiles[m * STRIDE + c] = value;
+}
+
+fn stage_w(n: u32, unit: u32, value: LoadUnit) {
+    let to = W_TILE + (n / 2u + n % 2u * (TILE_N / 2u)) * STRIDE + 2u * unit;
+    let weights = unpack_weights(value);
+    tiles[to] = weights[0];
+    tiles[to + 1u] = weights[1];
+}
+#endif
+#if NORM
+// Sums of squares of each column of the tiles of x, and what becomes of them: the inverse root mean square of each row.
+const SQUARES_STRIDE: u32 = TILE_K / 4u + 1u;
+const SQUARES: u32 = TILE_M * SQUARES_STRIDE;
+var<workgroup> factors: array<f32, TILE_M>;
+#endif
+#if COOPERATIVE
+#if NORM
+var<workgroup> scratch: array<f32, max(SQUARES, RESULTS)>;
+#else
+var<workgroup> scratch: array<f32, RESULTS>;
+#endif
+#elif NORM
+var<workgroup> scratch: array<f32, SQUARES>;
+#endif
+#else
 // Adds 8 inputs of row m, `low` then `high`, times the weights `b`.
 fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x4<f32>, THREAD_N>>, sums: ptr<function, array<f32, SUMS>>) {
     for (var j = 0u; j < THREAD_N; j++) {
@@ -86,108 +204,171 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
+#if COOPERATIVE
+    @builtin(subgroup_id) subgroup: u32,
+#endif
 #if BROADCAST
     @builtin(subgroup_invocation_id) lane: u32,
 #endif
 ) {
     let first_entry = workgroup.y * TILE_M;
     let first_column = workgroup.x * TILE_N;
-    let thread_m = thread / THREADS_N;
-    let thread_n = thread % THREADS_N;
-    let units = params.in_features / 8u;
     // Columns past the end are computed as the last one and not stored.
     let last_column = params.num_outputs - 1u;
-
+#if COOPERATIVE
+    let slice = subgroup / SLICE;
+    let first_m = subgroup % SLICE / SUBGROUPS_N * FRAGMENTS_M * 16u;
+    let first_n = subgroup % SUBGROUPS_N * FRAGMENTS_N * 16u;
+    var sums: array<coop_mat16x16<f32, C>, FRAGMENTS_M * FRAGMENTS_N>;
+#repeat m FRAGMENTS_M
+#repeat j FRAGMENTS_N
+    sums[m * FRAGMENTS_N + j] = coop_mat16x16<f32, C>();
+#endrepeat
+#endrepeat
+#else
+    let slice = thread / SLICE;
+    let place = thread % SLICE;
+    let thread_m = place / THREADS_N;
+    let thread_n = place % THREADS_N;
     var sums: array<f32, SUMS>;
     for (var s = 0u; s < SUMS; s++) {
         sums[s] = 0.0;
     }
+#endif
 
 #if STAGED
     var x_from: array<u32, X_LOADS>;
     for (var l = 0u; l < X_LOADS; l++) {
         let m = (thread + l * THREADS) / (TILE_K / 4u);
-        x_from[l] = source_row(first_entry, first_entry + m) * units * 2u;
+        x_from[l] = source_row(first_entry, first_entry + m) * UNITS * 2u;
     }
     var w_from: array<u32, W_LOADS>;
     for (var l = 0u; l < W_LOADS; l++) {
         let n = (thread + l * THREADS) / (TILE_K / 8u);
-        w_from[l] = min(first_column + n, last_column) * units;
+        w_from[l] = min(first_column + n, last_column) * UNITS;
     }
-    var x_ahead: array<vec4<f32>, X_LOADS>;
-    var w_ahead: array<WeightUnit, W_LOADS>;
-    // Past the end of a row x is zero and w any weight.
+    var x_ahead: array<vec4<f32>, AHEAD * X_LOADS>;
+    var w_ahead: array<LoadUnit, AHEAD * W_LOADS>;
+#if NORM
+    // A thread loads one column of each tile of x.
+    let column = thread % (TILE_K / 4u);
+    var norm_ahead: array<vec4<f32>, AHEAD>;
+    var square: array<f32, X_LOADS>;
     for (var l = 0u; l < X_LOADS; l++) {
-        let c = (thread + l * THREADS) % (TILE_K / 4u);
-        x_ahead[l] = vec4<f32>();
-        if c < units * 2u {
-            x_ahead[l] = x[x_from[l] + c];
+        square[l] = 0.0;
+    }
+#endif
+#repeat a AHEAD
+    if a * TILE_K < IN_FEATURES {
+        for (var l = 0u; l < X_LOADS; l++) {
+            x_ahead[a * X_LOADS + l] = load_x(x_from[l], a * (TILE_K / 4u) + (thread + l * THREADS) % (TILE_K / 4u));
         }
+        for (var l = 0u; l < W_LOADS; l++) {
+            w_ahead[a * W_LOADS + l] = load_w(w_from[l], a * (TILE_K / 8u) + (thread + l * THREADS) % (TILE_K / 8u));
+        }
+#if NORM
+        norm_ahead[a] = load_norm_weight(a * (TILE_K / 4u) + column);
+#endif
     }
-    for (var l = 0u; l < W_LOADS; l++) {
-        let c = (thread + l * THREADS) % (TILE_K / 8u);
-        w_ahead[l] = w[w_from[l] + min(c, units - 1u)];
-    }
-    for (var base = 0u; base < units; base += TILE_K / 8u) {
+#endrepeat
+    for (var base = 0u; base < UNITS; base += AHEAD * (TILE_K / 8u)) {
+#repeat a AHEAD
+        if a > 0u && base + a * (TILE_K / 8u) >= UNITS {
+            break;
+        }
         for (var l = 0u; l < X_LOADS; l++) {
             let at = thread + l * THREADS;
-            x_tile[at / (TILE_K / 4u) * STRIDE + at % (TILE_K / 4u)] = x_ahead[l];
+            let value = x_ahead[a * X_LOADS + l];
+#if NORM
+            square[l] += dot(value, value);
+            stage_x(at / (TILE_K / 4u), column, value * norm_ahead[a]);
+#else
+            stage_x(at / (TILE_K / 4u), at % (TILE_K / 4u), value);
+#endif
         }
         for (var l = 0u; l < W_LOADS; l++) {
             let at = thread + l * THREADS;
-            let n = at / (TILE_K / 8u);
-            let to = (n / 2u + n % 2u * (TILE_N / 2u)) * STRIDE + at % (TILE_K / 8u) * 2u;
-            let weights = unpack_weights(w_ahead[l]);
-            w_tile[to] = weights[0];
-            w_tile[to + 1u] = weights[1];
+            stage_w(at / (TILE_K / 8u), at % (TILE_K / 8u), w_ahead[a * W_LOADS + l]);
         }
         workgroupBarrier();
-        let next = base + TILE_K / 8u;
-        if next < units {
+        let next = base + (a + AHEAD) * (TILE_K / 8u);
+        if next < UNITS {
             for (var l = 0u; l < X_LOADS; l++) {
-                let c = next * 2u + (thread + l * THREADS) % (TILE_K / 4u);
-                x_ahead[l] = vec4<f32>();
-                if c < units * 2u {
-                    x_ahead[l] = x[x_from[l] + c];
-                }
+                x_ahead[a * X_LOADS + l] = load_x(x_from[l], next * 2u + (thread + l * THREADS) % (TILE_K / 4u));
             }
             for (var l = 0u; l < W_LOADS; l++) {
-                let c = next + (thread + l * THREADS) % (TILE_K / 8u);
-                w_ahead[l] = w[w_from[l] + min(c, units - 1u)];
+                w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % (TILE_K / 8u));
             }
+#if NORM
+            norm_ahead[a] = load_norm_weight(next * 2u + column);
+#endif
         }
-        for (var c = 0u; c < TILE_K / 4u; c++) {
+#if COOPERATIVE
+#repeat step STEPS
+        let c = (slice * STEPS + step) * 4u;
+        var b: array<coop_mat16x16<f16, B>, FRAGMENTS_N>;
+#repeat j FRAGMENTS_N
+        let start = W_TILE + (first_n + j * 16u) * STRIDE + c;
+        b[j] = coopLoad<coop_mat16x16<f16, B>>(&tiles[start], STRIDE);
+#endrepeat
+#repeat m FRAGMENTS_M
+        let start = (first_m + m * 16u) * STRIDE + c;
+        let a = coopLoadT<coop_mat16x16<f16, A>>(&tiles[start], STRIDE);
+#repeat j FRAGMENTS_N
+        sums[m * FRAGMENTS_N + j] = coopMultiplyAdd(a, b[j], sums[m * FRAGMENTS_N + j]);
+#endrepeat
+#endrepeat
+#endrepeat
+#else
+        for (var step = 0u; step < TILE_K / 4u / SPLIT_K; step++) {
+            let c = slice * (TILE_K / 4u / SPLIT_K) + step;
             var b: array<vec4<f32>, THREAD_N>;
             for (var j = 0u; j < THREAD_N; j++) {
                 let n = thread_n + j / 2u * THREADS_N + j % 2u * (TILE_N / 2u);
-                b[j] = w_tile[n * STRIDE + c];
+                b[j] = tiles[W_TILE + n * STRIDE + c];
             }
             for (var m = 0u; m < THREAD_M; m++) {
-                let a = x_tile[(thread_m + m * THREADS_M) * STRIDE + c];
+                let a = tiles[(thread_m + m * THREADS_M) * STRIDE + c];
                 for (var j = 0u; j < THREAD_N; j++) {
                     sums[m * THREAD_N + j] = multiply_add(a, b[j], sums[m * THREAD_N + j]);
                 }
             }
         }
+#endif
         // The next step overwrites the tiles.
         workgroupBarrier();
+#endrepeat
     }
+#if NORM
+    for (var l = 0u; l < X_LOADS; l++) {
+        scratch[(thread + l * THREADS) / (TILE_K / 4u) * SQUARES_STRIDE + column] = square[l];
+    }
+    workgroupBarrier();
+    for (var m = thread; m < TILE_M; m += THREADS) {
+        var sum = 0.0;
+        for (var c = 0u; c < TILE_K / 4u; c++) {
+            sum += scratch[m * SQUARES_STRIDE + c];
+        }
+        factors[m] = inverseSqrt(sum / f32(IN_FEATURES) + params.eps);
+    }
+    workgroupBarrier();
+#endif
 #else
     var w_from: array<u32, THREAD_N>;
     for (var j = 0u; j < THREAD_N; j++) {
         let n = first_column + 2u * (thread_n + j / 2u * THREADS_N) + j % 2u;
-        w_from[j] = min(n, last_column) * units;
+        w_from[j] = min(n, last_column) * UNITS;
     }
 #if BROADCAST
     // Each lane loads one row of x for all lanes.
-    let x_from = source_row(first_entry, first_entry + lane) * units * 2u;
+    let x_from = source_row(first_entry, first_entry + lane) * UNITS * 2u;
 #else
     var x_from: array<u32, THREAD_M>;
     for (var m = 0u; m < THREAD_M; m++) {
-        x_from[m] = source_row(first_entry, first_entry + m) * units * 2u;
+        x_from[m] = source_row(first_entry, first_entry + m) * UNITS * 2u;
     }
 #endif
-    for (var unit = 0u; unit < units; unit++) {
+    for (var unit = 0u; unit < UNITS; unit++) {
         var b: array<mat2x4<f32>, THREAD_N>;
         for (var j = 0u; j < THREAD_N; j++) {
             b[j] = unpack_weights(w[w_from[j] + unit]);
@@ -212,15 +393,73 @@ fn main(
     }
 #endif
 
+#if COOPERATIVE
+#repeat m FRAGMENTS_M
+#repeat j FRAGMENTS_N
+    let to = (slice * RESULT_ROWS + first_m / FRAGMENTS_M) * RESULT_STRIDE + first_n + j * 16u;
+    coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[to], RESULT_STRIDE);
+#endrepeat
+    workgroupBarrier();
+    for (var at = thread; at < RESULT_ROWS * TILE_N / 2u; at += THREADS) {
+        let row = at / (TILE_N / 2u);
+        let n = at % (TILE_N / 2u) * 2u;
+        let tile_row = (row / 16u * FRAGMENTS_M + m) * 16u + row % 16u;
+        let entry = active_rows[first_entry + tile_row];
+        if entry.row != NONE && first_column + n < params.num_outputs {
+            var v = vec2<f32>();
+            for (var s = 0u; s < SPLIT_K; s++) {
+                let start = (s * RESULT_ROWS + row) * RESULT_STRIDE + n;
+                v += vec2<f32>(scratch[start], scratch[start + 1u]);
+            }
+#if NORM
+            v *= factors[tile_row];
+#endif
+            epilogue(first_entry + tile_row, entry, params.first_output + first_column + n, v);
+        }
+    }
+    // The next row of fragments overwrites the results.
+    workgroupBarrier();
+#endrepeat
+#else
+#if STAGED
+    // The first slice adds up the others' sums, which arrive through the memory of the tiles.
+    for (var s = 1u; s < SPLIT_K; s++) {
+        if slice == s {
+            for (var v = 0u; v < SUMS / 4u; v++) {
+                let first = v * 4u;
+                tiles[v * SLICE + place] =
+                    vec4<f32>(sums[first], sums[first + 1u], sums[first + 2u], sums[first + 3u]);
+            }
+        }
+        workgroupBarrier();
+        if slice == 0u {
+            for (var v = 0u; v < SUMS / 4u; v++) {
+                let other = tiles[v * SLICE + place];
+                for (var i = 0u; i < 4u; i++) {
+                    sums[v * 4u + i] += other[i];
+                }
+            }
+        }
+        workgroupBarrier();
+    }
+    if slice != 0u {
+        return;
+    }
+#endif
     for (var m = 0u; m < THREAD_M; m++) {
-        let i = first_entry + thread_m + m * THREADS_M;
+        let tile_row = thread_m + m * THREADS_M;
+        let i = first_entry + tile_row;
         let entry = active_rows[i];
         for (var j = 0u; j < THREAD_N; j += 2u) {
             let o = first_column + 2u * (thread_n + j / 2u * THREADS_N);
             if entry.row != NONE && o < params.num_outputs {
-                let v = vec2<f32>(sums[m * THREAD_N + j], sums[m * THREAD_N + j + 1u]);
+                var v = vec2<f32>(sums[m * THREAD_N + j], sums[m * THREAD_N + j + 1u]);
+#if NORM
+                v *= factors[tile_row];
+#endif
                 epilogue(i, entry, params.first_output + o, v);
             }
         }
     }
+#endif
 }

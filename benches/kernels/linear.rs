@@ -1,59 +1,128 @@
-//! `linear`: 512 rows (prefill) of the projections of every shape, f16 weights, then tiles the device might prefer
-//! on one of them; throughput counts FLOP.
+//! `linear`: the projections of every shape at 512 rows (prefill), those of one shape at every number of rows that decode
+//! batches have, f16 weights, then tiles the device might prefer; throughput counts FLOP. Ids end with `half` where
+//! activations may be rounded to f16.
 
 use criterion::Criterion;
-use mor_bench::{SHAPES, record, time_flop};
+use half::f16;
+use mor_bench::{SHAPES, Shape, record, time_flop};
 use mor_kernels::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use mor_kernels::gpu::Gpu;
-use mor_kernels::ops::{Linear, LinearBindings, LinearTile};
-use mor_kernels::oracle::linear::linear;
+use mor_kernels::ops::{Linear, LinearBindings, LinearTile, Prologue};
+use mor_kernels::oracle::linear::{halves, linear};
 use mor_kernels::parity::{self, Rng, Tolerance};
 use mor_kernels::plan::Grid;
-use mor_kernels::tensor::DType;
+use mor_kernels::tensor::{DType, Tensor};
+
+/// Bytes of weights that a timed plan walks through: more than the caches of large GPUs, as a model's layers are.
+const WEIGHT_POOL_BYTES: usize = 160 << 20;
 
 pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
+    let tile = |n, o, half_products| LinearTile::for_shape(gpu.caps(), n, o, half_products);
+    let half_products = gpu.caps().cooperative_matrices;
     for shape in SHAPES {
-        let (c, mlp) = (shape.hidden_size, shape.intermediate_size);
-        let q_dim = shape.num_attention_heads * shape.head_dim;
-        let qkv = q_dim + 2 * shape.num_key_value_heads * shape.head_dim;
-        for (name, k, o) in [("qkv", c, qkv), ("o", q_dim, c), ("gate_up", c, 2 * mlp), ("down", mlp, c)] {
-            let tile = LinearTile::for_shape(gpu.caps(), 512, o);
-            product(criterion, gpu, &format!("{}/{name}/512", shape.name), [512, o, k], &[tile]);
+        for (name, o, k) in projections(shape) {
+            let id = format!("{}/{name}/512", shape.name);
+            product(criterion, gpu, &id, [512, o, k], &[tile(512, o, false)]);
+            if half_products {
+                product(criterion, gpu, &format!("{id}/half"), [512, o, k], &[tile(512, o, true)]);
+            }
         }
     }
-    product(criterion, gpu, "tiles/360m/down/16", [16, 960, 2560], &candidates());
-    product(criterion, gpu, "tiles/360m/down/64", [64, 960, 2560], &candidates());
-    // A software rasteriser is slow at these tiles and does not use them.
-    if !gpu.caps().is_cpu {
-        product(criterion, gpu, "tiles/360m/down/512", [512, 960, 2560], &candidates());
-        product(criterion, gpu, "tiles/360m/gate_up/512", [512, 5120, 960], &candidates());
+    // A software rasteriser is slow at these sizes and tiles, and uses none of them.
+    if gpu.caps().is_cpu {
+        return;
+    }
+    for shape in SHAPES.iter().filter(|shape| shape.name == "360m") {
+        let head = ("head", shape.vocab_size, shape.hidden_size);
+        for (name, o, k) in projections(shape).into_iter().chain([head]) {
+            for n in [8, 16, 32, 64, 128, 256] {
+                let id = format!("360m/{name}/{n}");
+                product(criterion, gpu, &id, [n, o, k], &[tile(n, o, false)]);
+                if half_products {
+                    product(criterion, gpu, &format!("{id}/half"), [n, o, k], &[tile(n, o, true)]);
+                }
+            }
+        }
+    }
+    for (name, o, k) in [("down", 960, 2560), ("gate_up", 5120, 960)] {
+        for n in [16, 64, 128, 512] {
+            product(criterion, gpu, &format!("tiles/360m/{name}/{n}"), [n, o, k], &candidates(gpu));
+        }
     }
 }
 
-fn candidates() -> Vec<LinearTile> {
-    let staged = |[tile_m, tile_n, tile_k, thread_m, thread_n]: [u32; 5]| LinearTile::Staged {
+/// Name, outputs and inputs of the matrices of a layer.
+fn projections(shape: &Shape) -> [(&'static str, u32, u32); 4] {
+    let (c, mlp) = (shape.hidden_size, shape.intermediate_size);
+    let q_dim = shape.num_attention_heads * shape.head_dim;
+    let qkv = q_dim + 2 * shape.num_key_value_heads * shape.head_dim;
+    [("qkv", qkv, c), ("o", c, q_dim), ("gate_up", 2 * mlp, c), ("down", c, mlp)]
+}
+
+fn candidates(gpu: &Gpu) -> Vec<LinearTile> {
+    let staged = |[tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead]: [u32; 7]| LinearTile::Staged {
         tile_m,
         tile_n,
         tile_k,
         thread_m,
         thread_n,
+        split_k,
+        ahead,
     };
-    [
-        [128, 128, 8, 8, 16],
-        [128, 64, 16, 8, 8],
-        [64, 128, 16, 8, 8],
-        [64, 64, 16, 8, 8],
-        [64, 64, 16, 8, 4],
-        [64, 32, 16, 8, 4],
-        [64, 32, 32, 4, 4],
-        [32, 64, 16, 4, 4],
-        [32, 32, 32, 4, 4],
-        [32, 32, 32, 4, 2],
-        [16, 64, 32, 4, 4],
-        [16, 32, 64, 4, 2],
+    let cooperative = |[tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead]: [u32; 7]| {
+        LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead }
+    };
+    let mut tiles = [
+        [8, 32, 64, 4, 4, 4, 1],
+        [16, 32, 64, 4, 2, 4, 1],
+        [16, 32, 64, 4, 2, 4, 2],
+        [16, 32, 128, 4, 2, 8, 2],
+        [16, 64, 64, 4, 4, 4, 2],
+        [32, 32, 32, 4, 4, 2, 2],
+        [32, 32, 64, 4, 4, 4, 1],
+        [32, 32, 64, 4, 4, 4, 2],
+        [64, 32, 32, 8, 4, 2, 1],
+        [64, 64, 16, 8, 4, 1, 1],
+        [64, 64, 32, 8, 4, 2, 1],
+        [128, 64, 16, 8, 8, 1, 1],
     ]
     .map(staged)
-    .to_vec()
+    .to_vec();
+    if gpu.caps().cooperative_matrices {
+        tiles.extend(
+            [
+                [16, 16, 256, 1, 1, 8, 4],
+                [16, 16, 512, 1, 1, 8, 1],
+                [16, 32, 128, 1, 2, 4, 4],
+                [16, 32, 256, 1, 1, 8, 2],
+                [32, 32, 128, 1, 1, 8, 2],
+                [32, 32, 256, 1, 2, 4, 1],
+                [32, 64, 64, 1, 2, 2, 2],
+                [32, 64, 128, 1, 2, 4, 1],
+                [64, 32, 128, 2, 1, 4, 1],
+                [64, 64, 128, 2, 2, 1, 1],
+                [64, 128, 64, 2, 4, 1, 1],
+                [128, 64, 32, 2, 2, 1, 2],
+                [128, 64, 64, 4, 2, 1, 1],
+                [128, 128, 32, 2, 4, 1, 1],
+            ]
+            .map(cooperative),
+        );
+    }
+    tiles
+}
+
+/// Fields of a tile in few characters.
+fn tile_id(tile: LinearTile) -> String {
+    match tile {
+        LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead } => {
+            format!("staged {tile_m}x{tile_n}x{tile_k} {thread_m}x{thread_n} split {split_k} ahead {ahead}")
+        }
+        LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead } => {
+            format!("cooperative {tile_m}x{tile_n}x{tile_k} {subgroups_m}x{subgroups_n} split {split_k} ahead {ahead}")
+        }
+        LinearTile::Direct { tile_m, tile_n, thread_n } => format!("direct {tile_m}x{tile_n} {thread_n}"),
+    }
 }
 
 /// Checks and times `y [n, o] = x [n, k] w^T` with each of `tiles`.
@@ -62,32 +131,51 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3]
     let (n_len, o_len, k_len) = (n as usize, o as usize, k as usize);
     let rows = parity::row_set(gpu, &parity::some_rows(&mut rng, n_len, n_len));
     let (weight, w) = parity::upload_weight(gpu, &mut rng, o_len, k_len, DType::F16);
+    let w_halves: Vec<f16> = w.iter().copied().map(f16::from_f32).collect();
+    let count = if gpu.caps().is_cpu { 1 } else { WEIGHT_POOL_BYTES.div_ceil(2 * w.len()).min(64) };
+    let mut weights = vec![weight];
+    while weights.len() < count {
+        match Tensor::from_slice(gpu, "weight", DType::F16, &[o_len, k_len], &w_halves) {
+            Ok(weight) => weights.push(weight),
+            Err(error) => return eprintln!("{what} skipped: {error}"),
+        }
+    }
     let x = rng.normals(n_len * k_len);
     let input = parity::upload(gpu, &x);
     // Rows of the first, a middle and the last tile: the whole product would take the CPU minutes.
     let checked = [0, n_len / 2 + 1, n_len - 1];
-    let want = checked.map(|row| linear(&x[row * k_len..][..k_len], &w, k_len));
     for tile in tiles {
-        let id = match (tiles.len(), *tile) {
-            (1, _) => what.to_owned(),
-            (_, LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n }) => {
-                format!("{what}/{tile_m}x{tile_n}x{tile_k} {thread_m}x{thread_n}")
-            }
-            (_, tile) => format!("{what}/{tile:?}"),
-        };
+        let id = if let [_] = tiles { what.to_owned() } else { format!("{what}/{}", tile_id(*tile)) };
         let y = parity::Output::new(gpu, n_len * o_len);
-        let kernel = Linear { weight_dtype: DType::F16, x_by_row: false, epilogue: EpilogueKind::Store, tile: *tile };
-        let epilogue = Epilogue::Store { out: &y.tensor };
-        let bindings = LinearBindings { rows: &rows, weight: &weight, x: &input, epilogue };
+        let kernel = Linear {
+            in_features: k,
+            weight_dtype: DType::F16,
+            prologue: Prologue::Compact { x: &input }.kind(),
+            epilogue: EpilogueKind::Store,
+            tile: *tile,
+        };
         let params = LinearParams { num_outputs: o, out_stride: o, in_features: k, scale: 1.0, ..Default::default() };
         let [tile_m, tile_n] = tile.size();
         let grid = Grid::Fixed([o.div_ceil(tile_n), n.div_ceil(tile_m), 1]);
-        let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else { continue };
+        let dispatch_all = |plan: &mut mor_kernels::plan::PlanBuilder<'_>| {
+            weights.iter().try_for_each(|weight| {
+                let (prologue, epilogue) = (Prologue::Compact { x: &input }, Epilogue::Store { out: &y.tensor });
+                let bindings = LinearBindings { rows: &rows, weight, prologue, epilogue };
+                plan.dispatch(&kernel, &bindings, &params, grid)
+            })
+        };
+        let Some(plan) = record(gpu, &id, dispatch_all) else { continue };
         gpu.run(&plan).expect("the device answers");
         let got = y.read(gpu);
-        for (row, want) in checked.into_iter().zip(&want) {
-            parity::assert_close(&id, &got[row * o_len..][..o_len], want, Tolerance::F32);
+        for row in checked {
+            let x = &x[row * k_len..][..k_len];
+            let want = match tile {
+                LinearTile::Cooperative { .. } => linear(&halves(x), &w, k_len),
+                _ => linear(x, &w, k_len),
+            };
+            parity::assert_close(&id, &got[row * o_len..][..o_len], &want, Tolerance::F32);
         }
-        time_flop(criterion, gpu, "linear", &id, 2 * u64::from(k) * u64::from(o) * u64::from(n), &plan);
+        let flop = 2 * u64::from(k) * u64::from(o) * u64::from(n);
+        time_flop(criterion, gpu, "linear", &id, flop, &plan, weights.len());
     }
 }

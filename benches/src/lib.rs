@@ -73,7 +73,7 @@ pub fn record(
 
 /// Times `plan` under `group/id` by device timestamps; `bytes` is the least it must move.
 pub fn time(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, bytes: u64, plan: &Plan) {
-    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), plan, &|| {});
+    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), (plan, 1), &|| {});
 }
 
 /// As [`time`], for kernels that count on: `reset` restores what they read before every [`MAX_BATCH`] runs, untimed.
@@ -86,12 +86,13 @@ pub fn time_from(
     plan: &Plan,
     reset: &dyn Fn(),
 ) {
-    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), plan, reset);
+    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), (plan, 1), reset);
 }
 
-/// As [`time`], for kernels bound by arithmetic: the elements criterion counts are `flop` operations.
-pub fn time_flop(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, flop: u64, plan: &Plan) {
-    time_per(criterion, gpu, group, id, Throughput::Elements(flop), plan, &|| {});
+/// As [`time`], for kernels bound by arithmetic: the elements criterion counts are `flop` operations. The plan holds the
+/// kernel `count` times, over other weights each time so that no cache keeps them; what is reported is one of them.
+pub fn time_flop(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, flop: u64, plan: &Plan, count: usize) {
+    time_per(criterion, gpu, group, id, Throughput::Elements(flop), (plan, count), &|| {});
 }
 
 fn time_per(
@@ -100,7 +101,7 @@ fn time_per(
     group: &str,
     id: &str,
     throughput: Throughput,
-    plan: &Plan,
+    (plan, count): (&Plan, usize),
     reset: &dyn Fn(),
 ) {
     let mut group = criterion.benchmark_group(group);
@@ -113,7 +114,7 @@ fn time_per(
                 let batch = left.min(MAX_BATCH as u64);
                 reset();
                 let micros = timing::device_micros(gpu, plan, batch as u32).expect("the device writes timestamps");
-                total += Duration::from_nanos((micros * 1e3) as u64) * batch as u32;
+                total += Duration::from_nanos((micros * 1e3 / count as f64) as u64) * batch as u32;
                 left -= batch;
             }
             total

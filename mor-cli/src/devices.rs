@@ -37,6 +37,7 @@ struct Profile {
 struct Features {
     subgroup_sizes: Option<[u32; 2]>,
     shader_f16: bool,
+    cooperative_matrices: bool,
     timestamps: bool,
 }
 
@@ -84,6 +85,7 @@ impl From<AdapterSummary> for Report {
             features: Features {
                 subgroup_sizes: caps.subgroup_sizes.map(|(min, max)| [min, max]),
                 shader_f16: caps.shader_f16,
+                cooperative_matrices: caps.cooperative_matrices,
                 timestamps: caps.timestamps,
             },
             limits: Limits {
@@ -122,8 +124,9 @@ impl Report {
             format!("   memory    {memory}"),
             format!("   profile   {} storage, {lanes} over {} lanes", profile.dtype, profile.lane_width),
             format!(
-                "   features  subgroups {subgroups}, f16 arithmetic {}, timestamps {}",
+                "   features  subgroups {subgroups}, f16 arithmetic {}, cooperative matrices {}, timestamps {}",
                 yes_no(features.shader_f16),
+                yes_no(features.cooperative_matrices),
                 yes_no(features.timestamps)
             ),
             format!(
@@ -151,6 +154,7 @@ mod tests {
         let caps = DeviceCaps {
             subgroup_sizes: Some((8, 32)),
             shader_f16: false,
+            cooperative_matrices: false,
             timestamps: true,
             max_storage_binding_bytes: 128 << 20,
             max_buffer_bytes: 1 << 30,

@@ -34,8 +34,11 @@ impl Lanes {
 pub struct DeviceCaps {
     /// Smallest and largest subgroup size, where subgroup operations are enabled.
     pub subgroup_sizes: Option<(u32, u32)>,
-    /// Whether the adapter computes in `f16`; reported only: every kernel reads half floats packed in `u32`.
+    /// Whether the adapter computes in `f16`; reported only: but for cooperative matrices, kernels read half floats
+    /// packed in `u32`.
     pub shader_f16: bool,
+    /// Whether subgroups, all of one size, multiply matrices of 16x16 f16 into sums in f32.
+    pub cooperative_matrices: bool,
     /// Whether timestamps can be written around passes.
     pub timestamps: bool,
     /// Largest storage binding, bytes.

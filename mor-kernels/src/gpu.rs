@@ -76,6 +76,8 @@ pub struct GpuOptions {
     pub checked: bool,
     /// Use subgroup operations where the adapter has them.
     pub subgroups: bool,
+    /// Use cooperative matrices where the adapter has them, and `subgroups`.
+    pub cooperative_matrices: bool,
     /// Clamp every limit to WebGPU's defaults, as a browser would.
     pub webgpu_limits: bool,
     /// Clamp storage bindings to this many bytes, so that even small weights are split: for tests.
@@ -89,6 +91,7 @@ impl Default for GpuOptions {
             device: DeviceSelector::Best,
             checked: on("MOR_CHECKED"),
             subgroups: !on("MOR_NO_SUBGROUPS"),
+            cooperative_matrices: !on("MOR_NO_COOPERATIVE_MATRICES"),
             webgpu_limits: on("MOR_WEBGPU_LIMITS"),
             max_binding_bytes: None,
         }
@@ -151,10 +154,18 @@ impl Gpu {
 
     fn from_adapter(adapter: wgpu::Adapter, summary: AdapterSummary, options: &GpuOptions) -> Result<Self> {
         let (features, limits) = wanted(&adapter, options);
+        let experimental_features = if features.contains(COOPERATIVE) {
+            // SAFETY: the one experimental feature is cooperative matrices. `linear` alone uses them, its parity tests
+            // run every such tile, and the tiles are only chosen where `DeviceCaps::cooperative_matrices` holds.
+            unsafe { wgpu::ExperimentalFeatures::enabled() }
+        } else {
+            wgpu::ExperimentalFeatures::disabled()
+        };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("mor"),
             required_features: features,
             required_limits: limits,
+            experimental_features,
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             ..Default::default()
         };
@@ -318,12 +329,31 @@ fn kind(info: &wgpu::AdapterInfo) -> AdapterKind {
     }
 }
 
+/// What a kernel with cooperative matrices needs beside subgroups.
+const COOPERATIVE: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16);
+
+/// Whether subgroups of `adapter` multiply 16x16 matrices of f16 into f32. Where subgroups vary in size, how many a
+/// workgroup has is unknown, and with it who multiplies what.
+fn multiplies_matrices(adapter: &wgpu::Adapter) -> bool {
+    let info = adapter.get_info();
+    adapter.features().contains(COOPERATIVE | wgpu::Features::SUBGROUP)
+        && info.subgroup_min_size == info.subgroup_max_size
+        && adapter.cooperative_matrix_properties().iter().any(|matrix| {
+            (matrix.m_size, matrix.n_size, matrix.k_size) == (16, 16, 16)
+                && matrix.ab_type == wgpu::CooperativeScalarType::F16
+                && matrix.cr_type == wgpu::CooperativeScalarType::F32
+        })
+}
+
 /// The features and limits a device is opened with: the adapter's own limits, not WebGPU's defaults.
 fn wanted(adapter: &wgpu::Adapter, options: &GpuOptions) -> (wgpu::Features, wgpu::Limits) {
     use wgpu::Features as F;
     let mut features = F::TIMESTAMP_QUERY | F::TIMESTAMP_QUERY_INSIDE_ENCODERS;
     if options.subgroups {
         features |= F::SUBGROUP;
+        if options.cooperative_matrices && multiplies_matrices(adapter) {
+            features |= COOPERATIVE;
+        }
     }
     let mut limits = if options.webgpu_limits {
         wgpu::Limits::default().or_worse_values_from(&adapter.limits())
@@ -344,6 +374,7 @@ fn summarise(index: usize, adapter: &wgpu::Adapter, options: &GpuOptions) -> Ada
             .contains(wgpu::Features::SUBGROUP)
             .then_some((info.subgroup_min_size, info.subgroup_max_size)),
         shader_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
+        cooperative_matrices: features.contains(COOPERATIVE),
         timestamps: features
             .contains(wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS),
         max_storage_binding_bytes: limits.max_storage_buffer_binding_size,

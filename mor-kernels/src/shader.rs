@@ -2,6 +2,9 @@
 //!
 //! * `#import shared/rows` inserts `shaders/shared/rows.wgsl`, once, however often it is named.
 //! * `#if NAME`, `#if !NAME`, `#elif NAME`, `#else`, `#endif` keep or drop lines by flag; they nest.
+//! * `#repeat i COUNT` to `#endrepeat` is written COUNT times, a constant, in blocks with `const i`; they nest. What must
+//!   be unrolled is, whatever the driver's compiler thinks of it.
+//! * `enable NAME;` moves to the top, where WGSL wants it.
 //! * Every constant of the specialisation becomes a `const` at the top, so a number that Rust and WGSL
 //!   both need is written in Rust only.
 
@@ -67,20 +70,59 @@ impl Definitions {
 /// If the source does not exist or its directives are malformed: a bug of ours, found by any test that
 /// touches the kernel.
 pub fn specialise(name: &str, definitions: &Definitions) -> String {
-    let mut out = String::new();
+    let mut constants = String::new();
     for (name, value) in &definitions.constants {
         match value {
-            Constant::U32(value) => writeln!(out, "const {name}: u32 = {value}u;"),
-            Constant::F32 { bits } => writeln!(out, "const {name}: f32 = {:?}f;", f32::from_bits(*bits)),
+            Constant::U32(value) => writeln!(constants, "const {name}: u32 = {value}u;"),
+            Constant::F32 { bits } => writeln!(constants, "const {name}: f32 = {:?}f;", f32::from_bits(*bits)),
         }
         .expect("writing to a String cannot fail");
     }
-    let mut imported = BTreeSet::new();
-    expand(name, definitions, &mut imported, &mut out);
+    let (mut enables, mut body) = (String::new(), String::new());
+    expand(name, definitions, &mut BTreeSet::new(), &mut enables, &mut body);
+    let mut out = enables + &constants;
+    repeat(name, &body.lines().collect::<Vec<_>>(), definitions, &mut out);
     out
 }
 
-fn expand(name: &str, definitions: &Definitions, imported: &mut BTreeSet<String>, out: &mut String) {
+/// Copies `lines` of the shader `name` to `out`, the repeated ones as often as they ask for.
+fn repeat(name: &str, lines: &[&str], definitions: &Definitions, out: &mut String) {
+    let directive = |line: &str| line.trim_start().strip_prefix("#repeat ").map(str::to_owned);
+    let mut next = 0;
+    while next < lines.len() {
+        let Some(header) = directive(lines[next]) else {
+            assert!(!lines[next].trim_start().starts_with('#'), "{name}: {} without #repeat", lines[next].trim());
+            out.push_str(lines[next]);
+            out.push('\n');
+            next += 1;
+            continue;
+        };
+        let mut depth = 0;
+        let end = lines[next..].iter().position(|line| {
+            depth += i32::from(directive(line).is_some()) - i32::from(line.trim_start() == "#endrepeat");
+            depth == 0
+        });
+        let end = next + end.unwrap_or_else(|| panic!("{name}: #repeat {header} without #endrepeat"));
+        let (index, count) = header.split_once(' ').unwrap_or_else(|| panic!("{name}: #repeat {header} has no count"));
+        let Some(&Constant::U32(count)) = definitions.constants.get(count.trim()) else {
+            panic!("{name}: #repeat {header} counts to no constant of the specialisation");
+        };
+        for i in 0..count {
+            writeln!(out, "{{\nconst {index}: u32 = {i}u;").expect("writing to a String cannot fail");
+            repeat(name, &lines[next + 1..end], definitions, out);
+            out.push_str("}\n");
+        }
+        next = end + 1;
+    }
+}
+
+fn expand(
+    name: &str,
+    definitions: &Definitions,
+    imported: &mut BTreeSet<String>,
+    enables: &mut String,
+    body: &mut String,
+) {
     let text = mor_shaders::source(name).unwrap_or_else(|| panic!("no shader source named {name}"));
     // One entry per open #if: (this branch is kept, some branch of this #if was kept already).
     let mut open: Vec<(bool, bool)> = Vec::new();
@@ -109,13 +151,15 @@ fn expand(name: &str, definitions: &Definitions, imported: &mut BTreeSet<String>
             continue;
         } else if let Some(path) = directive.strip_prefix("#import ") {
             if imported.insert(path.trim().to_owned()) {
-                expand(path.trim(), definitions, imported, out);
+                expand(path.trim(), definitions, imported, enables, body);
             }
         } else {
-            assert!(!directive.starts_with('#'), "{}: unknown directive {directive}", at());
+            let is_repeat = directive.starts_with("#repeat ") || directive == "#endrepeat";
+            assert!(is_repeat || !directive.starts_with('#'), "{}: unknown directive {directive}", at());
             // Comments and blank lines are for readers of the source, not for drivers.
             let code = line.split("//").next().unwrap_or_default().trim_end();
             if !code.is_empty() {
+                let out = if code.starts_with("enable ") { &mut *enables } else { &mut *body };
                 out.push_str(code);
                 out.push('\n');
             }

@@ -22,6 +22,8 @@ pub const WEBGPU_WORKGROUP_STORAGE_BYTES: u32 = 16 << 10;
 pub const WEBGPU_WORKGROUP_SIZE: u32 = 256;
 /// Workgroup memory of every device that is not clamped, bytes: the least that Metal and the desktop drivers offer.
 pub const NATIVE_WORKGROUP_STORAGE_BYTES: u32 = 32 << 10;
+/// Workgroup memory of every device with cooperative matrices, bytes: the least of their drivers, NVIDIA's.
+pub const COOPERATIVE_WORKGROUP_STORAGE_BYTES: u32 = 48 << 10;
 
 const WEIGHT_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -60,18 +62,23 @@ fn devices() -> Vec<(String, DeviceCaps)> {
     let subgroups = [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64), (32, 64), (8, 32), (4, 128)];
     let kinds = [(true, None), (true, Some((4, 4))), (true, Some((8, 8))), (false, None)]
         .into_iter()
-        .chain(subgroups.map(|sizes| (false, Some(sizes))));
+        .chain(subgroups.map(|sizes| (false, Some(sizes))))
+        .map(|(is_cpu, sizes)| (is_cpu, sizes, false))
+        .chain([(false, Some((32, 32)), true)]);
     let mut devices = Vec::new();
-    for (is_cpu, subgroup_sizes) in kinds {
+    for (is_cpu, subgroup_sizes, cooperative_matrices) in kinds {
         for webgpu_limits in [false, true] {
             let caps = DeviceCaps {
                 subgroup_sizes,
-                shader_f16: false,
+                shader_f16: cooperative_matrices,
+                cooperative_matrices,
                 timestamps: false,
                 max_storage_binding_bytes: 128 << 20,
                 max_buffer_bytes: 256 << 20,
                 max_workgroup_storage_bytes: if webgpu_limits {
                     WEBGPU_WORKGROUP_STORAGE_BYTES
+                } else if cooperative_matrices {
+                    COOPERATIVE_WORKGROUP_STORAGE_BYTES
                 } else {
                     NATIVE_WORKGROUP_STORAGE_BYTES
                 },
@@ -82,9 +89,10 @@ fn devices() -> Vec<(String, DeviceCaps)> {
                 is_cpu,
             };
             let name = format!(
-                "{} with {}{}",
+                "{} with {}{}{}",
                 if is_cpu { "CPU" } else { "GPU" },
                 subgroup_sizes.map_or("no subgroups".to_owned(), |(min, max)| format!("subgroups of {min} to {max}")),
+                if cooperative_matrices { " and cooperative matrices" } else { "" },
                 if webgpu_limits { " and WebGPU's limits" } else { "" },
             );
             devices.push((name, caps));
@@ -155,20 +163,24 @@ fn add_attention(list: &mut List) {
 }
 
 fn add_linear(list: &mut List) {
+    use PrologueKind as P;
     let mut tiles = Vec::new();
-    for max_rows in [1, 16, 32, 64, 512, 4096] {
-        for num_outputs in [64, 960, 4096] {
-            let tile = LinearTile::for_shape(&list.caps, max_rows, num_outputs);
-            if !tiles.contains(&tile) {
-                tiles.push(tile);
+    for max_rows in [1, 8, 16, 32, 64, 128, 256, 512, 4096] {
+        for num_outputs in [64, 960, 4096, 49152] {
+            for half_products in [false, true] {
+                let tile = LinearTile::for_shape(&list.caps, max_rows, num_outputs, half_products);
+                if !tiles.contains(&tile) {
+                    tiles.push(tile);
+                }
             }
         }
     }
     for tile in tiles {
-        for epilogue in EpilogueKind::ALL {
-            for weight_dtype in WEIGHT_DTYPES {
-                for x_by_row in [false, true] {
-                    list.add(&Linear { weight_dtype, x_by_row, epilogue, tile });
+        let prologues = [P::Compact, P::Stream, P::Norm];
+        for prologue in prologues.into_iter().filter(|prologue| *prologue != P::Norm || tile.fuses_norm()) {
+            for epilogue in EpilogueKind::ALL {
+                for weight_dtype in WEIGHT_DTYPES {
+                    list.add(&Linear { in_features: 960, weight_dtype, prologue, epilogue, tile });
                 }
             }
         }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Declared, bindings, distinct, parse};
+use common::{Declared, bindings, distinct, parse, uses_matrices};
 use mor_kernels::variants;
 use naga::{Module, ScalarKind, TypeInner};
 
@@ -330,19 +330,17 @@ fn only_mor_kernels_names_wgpu() {
     }
 }
 
+/// `enable` and f16 types exist in the variants with cooperative matrices only.
 #[test]
 fn no_shader_needs_an_extension() {
     let half_types = ["f16", "vec2h", "vec3h", "vec4h"];
-    for (name, text) in mor_shaders::SHADERS {
-        let code = code(text);
-        for word in words(&code) {
-            assert!(!["enable", "requires"].contains(&word), "{name}.wgsl: {word}");
+    for variant in distinct().iter().filter(|variant| !uses_matrices(variant)) {
+        for word in words(&variant.wgsl) {
+            assert!(!["enable", "requires"].contains(&word), "{}: {word}", variant.description);
             let is_half_matrix = word.starts_with("mat") && word.ends_with('h') && word.len() == 7;
-            assert!(!half_types.contains(&word) && !is_half_matrix, "{name}.wgsl: {word}");
+            assert!(!half_types.contains(&word) && !is_half_matrix, "{}: {word}", variant.description);
         }
-    }
-    for variant in distinct() {
-        let (module, _) = parse(&variant);
+        let (module, _) = parse(variant);
         for (_, ty) in module.types.iter() {
             let scalar = ty.inner.scalar();
             assert!(scalar.is_none_or(|scalar| scalar.width <= 4 && scalar.width != 2), "{}", variant.description);

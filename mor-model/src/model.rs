@@ -849,7 +849,8 @@ impl<'a> Recorder<'a> {
         };
         let few_rows = max_rows <= MAX_FEW_ROWS;
         let x = match input {
-            Input::Norm { x, weight } if !few_rows => {
+            // Many tiles of columns would each read whole rows again to norm them.
+            Input::Norm { x, weight } if self.phase == Phase::Prefill && !few_rows => {
                 let norm = RmsNormParams { hidden_size: in_features, eps: params.eps };
                 let bindings = RmsNormBindings { rows, x, weight, y: &self.step.normed };
                 RmsNorm::default().record(plan, bindings, norm)?;
@@ -864,13 +865,13 @@ impl<'a> Recorder<'a> {
             }
             let num_outputs = (shard.num_rows as u32).min(columns.end - first_output);
             let params = LinearParams { num_outputs, first_output, in_features, ..params };
+            let prologue = match x {
+                Input::Compact { x } => Prologue::Compact { x },
+                Input::Stream { x } => Prologue::Stream { x },
+                Input::Norm { x, weight } => Prologue::Norm { x, weight },
+                Input::Merge { partial, stats, num_splits } => Prologue::Merge { partial, stats, num_splits },
+            };
             if few_rows {
-                let prologue = match x {
-                    Input::Compact { x } => Prologue::Compact { x },
-                    Input::Stream { x } => Prologue::Stream { x },
-                    Input::Norm { x, weight } => Prologue::Norm { x, weight },
-                    Input::Merge { partial, stats, num_splits } => Prologue::Merge { partial, stats, num_splits },
-                };
                 let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
                 LinearDecode::new(
                     plan.gpu().caps(),
@@ -882,22 +883,12 @@ impl<'a> Recorder<'a> {
                 )
                 .record(plan, &bindings, &params)?;
             } else {
-                let (x, x_by_row) = match x {
-                    Input::Compact { x } => (x, false),
-                    Input::Stream { x } => (x, true),
-                    Input::Norm { .. } | Input::Merge { .. } => {
-                        unreachable!("normed above; only few rows split their keys")
-                    }
-                };
-                let kernel = Linear::for_shape(
-                    plan.gpu().caps(),
-                    max_rows as u32,
-                    num_outputs,
-                    weight.dtype,
-                    x_by_row,
-                    epilogue.kind(),
-                );
-                let bindings = LinearBindings { rows, weight: &shard.tensor, x, epilogue };
+                let shape = [max_rows as u32, num_outputs, in_features];
+                // Where numbers are stored as halves, they may be multiplied as halves.
+                let half_products = self.model.precision == Precision::F16;
+                let kinds = (prologue.kind(), epilogue.kind());
+                let kernel = Linear::for_shape(plan.gpu().caps(), shape, half_products, weight.dtype, kinds.0, kinds.1);
+                let bindings = LinearBindings { rows, weight: &shard.tensor, prologue, epilogue };
                 kernel.record(plan, &bindings, &params)?;
             }
         }

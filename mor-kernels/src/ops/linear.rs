@@ -1,5 +1,6 @@
-//! `y = x W^T` for many rows, with an epilogue after it.
+//! `y = x W^T` for many rows, with RMSNorm before it and an epilogue after it.
 
+use super::linear_decode::{Prologue, PrologueKind};
 use crate::caps::DeviceCaps;
 use crate::epilogue::{Epilogue, EpilogueKind, LinearParams, define_weight};
 use crate::error::{KernelError, Result};
@@ -11,17 +12,46 @@ use crate::tensor::{DType, Tensor};
 
 /// Lanes of a subgroup for which the shader spells out its broadcasts: those of 256-bit vectors.
 const BROADCAST_LANES: u32 = 8;
+/// Rows, columns and depth of the matrices that a subgroup multiplies.
+const FRAGMENT: u32 = 16;
 
-/// `y = x W^T`, weights and activations each read once for a tile of the output.
+/// Fields of [`LinearTile::Cooperative`] in their order, and the workgroups an output must have to be worth the tile, which
+/// is to say the GPU filled: measured on an H200, see `benches/runs`.
+const COOPERATIVE_TILES: [([u32; 7], u32); 7] = [
+    ([128, 64, 64, 4, 2, 1, 1], 96),
+    ([64, 128, 64, 2, 4, 1, 1], 96),
+    ([32, 64, 128, 1, 2, 4, 1], 96),
+    ([32, 32, 256, 1, 2, 4, 1], 96),
+    ([16, 32, 128, 1, 2, 4, 4], 160),
+    ([16, 32, 256, 1, 1, 8, 2], 96),
+    ([16, 16, 512, 1, 1, 8, 1], 0),
+];
+/// As [`COOPERATIVE_TILES`], for [`LinearTile::Staged`]. Tiles that WebGPU's default limits exclude have a smaller one
+/// after them.
+const STAGED_TILES: [([u32; 7], u32); 9] = [
+    ([128, 64, 16, 8, 8, 1, 1], 600),
+    ([64, 64, 32, 8, 4, 2, 1], 200),
+    ([64, 64, 16, 8, 4, 1, 1], 200),
+    ([64, 32, 32, 8, 4, 2, 1], 160),
+    ([32, 32, 64, 4, 4, 4, 2], 120),
+    ([32, 32, 32, 4, 4, 2, 2], 120),
+    ([16, 32, 64, 4, 2, 4, 2], 160),
+    ([16, 32, 128, 4, 2, 8, 2], 0),
+    ([16, 32, 64, 4, 2, 4, 2], 0),
+];
+
+/// `y = f(x) W^T`, weights and activations each read once for a tile of the output.
 ///
 /// # Source
 /// Llama projections, arXiv 2302.13971; MoR block end, arXiv 2507.10524.
 #[derive(Clone, Copy, Debug)]
 pub struct Linear {
+    /// Elements of a row of the weight; a multiple of 8.
+    pub in_features: u32,
     /// Element type of the weight.
     pub weight_dtype: DType,
-    /// Whether x is a stream `[T, K]` read at the active rows; else it is compact, `[n, K]`.
-    pub x_by_row: bool,
+    /// Input side; [`PrologueKind::Norm`] where [`LinearTile::fuses_norm`], never [`PrologueKind::Merge`].
+    pub prologue: PrologueKind,
     /// Output side.
     pub epilogue: EpilogueKind,
     /// How the product is computed.
@@ -43,6 +73,27 @@ pub enum LinearTile {
         thread_m: u32,
         /// Columns of a thread; even.
         thread_n: u32,
+        /// Slices of the staged inputs, each multiplied by threads of its own.
+        split_k: u32,
+        /// Stages whose loads are in flight.
+        ahead: u32,
+    },
+    /// Tiles of x and w go through workgroup memory as f16; cooperative matrices, sums in f32.
+    Cooperative {
+        /// Rows of a workgroup, at most [`ROW_PADDING`].
+        tile_m: u32,
+        /// Columns of a workgroup.
+        tile_n: u32,
+        /// Inputs staged at a time.
+        tile_k: u32,
+        /// Subgroups that share the rows.
+        subgroups_m: u32,
+        /// Subgroups that share the columns.
+        subgroups_n: u32,
+        /// Slices of the staged inputs, each multiplied by subgroups of its own.
+        split_k: u32,
+        /// Stages whose loads are in flight.
+        ahead: u32,
     },
     /// Every thread reads for itself: for software rasterisers, whose lanes share the loads of x.
     Direct {
@@ -62,29 +113,58 @@ pub struct LinearBindings<'a> {
     pub rows: &'a RowSet,
     /// `[O, K]`, K padded to a multiple of 8, O even; rows past `num_outputs` are left out.
     pub weight: &'a Tensor,
-    /// `[n, K]` f32, or `[T, K]` with [`Linear::x_by_row`].
-    pub x: &'a Tensor,
+    /// Input.
+    pub prologue: Prologue<'a>,
     /// Output.
     pub epilogue: Epilogue<'a>,
 }
 
+/// Size of all subgroups, where matrices are multiplied.
+fn subgroup_width(caps: &DeviceCaps) -> u32 {
+    caps.subgroup_sizes.map_or(1, |(min, _)| min)
+}
+
 impl LinearTile {
-    /// The tile for up to `max_rows` rows and `num_outputs` columns on a device with `caps`.
-    pub fn for_shape(caps: &DeviceCaps, max_rows: u32, num_outputs: u32) -> Self {
-        // Fewer workgroups leave a large GPU partly idle; smaller tiles then cost less than they give.
-        let fills_gpu = max_rows.div_ceil(64) * num_outputs.div_ceil(64) >= 128;
-        match (caps.is_cpu, max_rows) {
-            (true, _) if caps.subgroup_sizes == Some((BROADCAST_LANES, BROADCAST_LANES)) => {
-                LinearTile::Direct { tile_m: BROADCAST_LANES, tile_n: 64, thread_n: 4 }
-            }
-            (true, _) => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
-            (false, 0..=16) => LinearTile::Staged { tile_m: 16, tile_n: 64, tile_k: 32, thread_m: 4, thread_n: 4 },
-            (false, 17..=32) => LinearTile::Staged { tile_m: 32, tile_n: 64, tile_k: 16, thread_m: 4, thread_n: 4 },
-            (false, _) if !fills_gpu => {
-                LinearTile::Staged { tile_m: 64, tile_n: 32, tile_k: 32, thread_m: 4, thread_n: 4 }
-            }
-            (false, _) => LinearTile::Staged { tile_m: 64, tile_n: 64, tile_k: 16, thread_m: 8, thread_n: 4 },
+    /// The tile for up to `max_rows` rows and `num_outputs` columns on a device with `caps`. `half_products` allows
+    /// activations and weights to be rounded to f16, where the device has cooperative matrices.
+    pub fn for_shape(caps: &DeviceCaps, max_rows: u32, num_outputs: u32, half_products: bool) -> Self {
+        if caps.is_cpu {
+            return match caps.subgroup_sizes {
+                Some((BROADCAST_LANES, BROADCAST_LANES)) => {
+                    LinearTile::Direct { tile_m: BROADCAST_LANES, tile_n: 64, thread_n: 4 }
+                }
+                _ => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
+            };
         }
+        let fits = |tile: LinearTile, min_workgroups: u32| {
+            let [tile_m, tile_n] = tile.size();
+            // A tile of more rows than there are multiplies padding.
+            tile_m <= max_rows.next_multiple_of(FRAGMENT).max(FRAGMENT)
+                && max_rows.div_ceil(tile_m) * num_outputs.div_ceil(tile_n) >= min_workgroups
+                && tile.is_valid(caps)
+                && tile.storage_bytes(true) <= caps.max_workgroup_storage_bytes
+        };
+        let cooperative = COOPERATIVE_TILES.iter().map(|&(tile, min_workgroups)| {
+            let [tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead] = tile;
+            let tile = LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead };
+            (tile, min_workgroups)
+        });
+        let staged = STAGED_TILES.iter().map(|&(tile, min_workgroups)| {
+            let [tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead] = tile;
+            let tile = LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead };
+            (tile, min_workgroups)
+        });
+        cooperative
+            .filter(|_| half_products && caps.cooperative_matrices)
+            .chain(staged)
+            .find(|&(tile, min_workgroups)| fits(tile, min_workgroups))
+            .expect("the last tile fits every device within WebGPU's limits")
+            .0
+    }
+
+    /// Whether [`PrologueKind::Norm`] is possible. Elsewhere every thread would compute the norm for itself.
+    pub fn fuses_norm(self) -> bool {
+        !matches!(self, LinearTile::Direct { .. })
     }
 
     /// Whether each lane of a subgroup loads one row of x and broadcasts it: there must be as many rows as lanes,
@@ -99,53 +179,104 @@ impl LinearTile {
     /// Rows and columns of a workgroup.
     pub fn size(self) -> [u32; 2] {
         match self {
-            LinearTile::Staged { tile_m, tile_n, .. } | LinearTile::Direct { tile_m, tile_n, .. } => [tile_m, tile_n],
+            LinearTile::Staged { tile_m, tile_n, .. }
+            | LinearTile::Cooperative { tile_m, tile_n, .. }
+            | LinearTile::Direct { tile_m, tile_n, .. } => [tile_m, tile_n],
         }
     }
 
-    /// Rows and columns of a thread.
-    fn thread(self) -> [u32; 2] {
+    /// Threads of a workgroup.
+    fn threads(self, caps: &DeviceCaps) -> u32 {
         match self {
-            LinearTile::Staged { thread_m, thread_n, .. } => [thread_m, thread_n],
-            LinearTile::Direct { tile_m, thread_n, .. } => [tile_m, thread_n],
+            LinearTile::Staged { tile_m, tile_n, thread_m, thread_n, split_k, .. } => {
+                (tile_m / thread_m) * (tile_n / thread_n) * split_k
+            }
+            LinearTile::Cooperative { subgroups_m, subgroups_n, split_k, .. } => {
+                subgroups_m * subgroups_n * split_k * subgroup_width(caps)
+            }
+            LinearTile::Direct { tile_n, thread_n, .. } => tile_n / thread_n,
         }
     }
 
-    /// Whether the shader's divisions come out whole.
+    /// Whether the shader's divisions come out whole, and its sums fit where they are to go.
     fn is_valid(self, caps: &DeviceCaps) -> bool {
-        let ([tile_m, tile_n], [thread_m, thread_n]) = (self.size(), self.thread());
-        let threads = (tile_m / thread_m) * (tile_n / thread_n);
-        let divides = tile_m.is_multiple_of(thread_m) && tile_n.is_multiple_of(thread_n) && thread_n.is_multiple_of(2);
+        let divides = |n: u32, parts: u32, unit: u32| parts > 0 && n > 0 && n.is_multiple_of(parts * unit);
+        let whole = match self {
+            LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead } => {
+                let sums_travel =
+                    (thread_m * thread_n).is_multiple_of(4) && 4 * tile_m * tile_n <= self.storage_bytes(false);
+                divides(tile_m, thread_m, 1)
+                    && divides(tile_n, thread_n, 1)
+                    && divides(thread_n, 2, 1)
+                    && divides(tile_k, 8, 1)
+                    && divides(tile_k, split_k, 4)
+                    && ahead > 0
+                    && (split_k == 1 || sums_travel)
+            }
+            LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead } => {
+                divides(tile_m, subgroups_m, FRAGMENT)
+                    && divides(tile_n, subgroups_n, FRAGMENT)
+                    && divides(tile_k, split_k, FRAGMENT)
+                    && ahead > 0
+            }
+            LinearTile::Direct { tile_n, thread_n, .. } => divides(tile_n, thread_n, 1) && divides(thread_n, 2, 1),
+        };
+        if !whole || self.size()[0] > ROW_PADDING {
+            return false;
+        }
+        let threads = self.threads(caps);
         let staged = match self {
             LinearTile::Direct { .. } => true,
-            LinearTile::Staged { tile_k, .. } => {
-                tile_k.is_multiple_of(8)
-                    && (tile_m * tile_k / 4).is_multiple_of(threads)
-                    && (tile_n * tile_k / 8).is_multiple_of(threads)
+            LinearTile::Staged { tile_m, tile_n, tile_k, .. }
+            | LinearTile::Cooperative { tile_m, tile_n, tile_k, .. } => {
+                divides(tile_m * tile_k, threads, 4) && divides(tile_n * tile_k, threads, 8)
+                    // The norm's sums: a thread loads one column of the tile of x.
+                    && divides(threads, tile_k / 4, 1)
             }
         };
-        divides && staged && tile_m <= ROW_PADDING && (1..=caps.max_workgroup_size).contains(&threads)
+        staged && (1..=caps.max_workgroup_size).contains(&threads)
+    }
+
+    /// Workgroup memory, in bytes.
+    fn storage_bytes(self, norm: bool) -> u32 {
+        let (tile_m, tile_n, tile_k) = match self {
+            LinearTile::Staged { tile_m, tile_n, tile_k, .. }
+            | LinearTile::Cooperative { tile_m, tile_n, tile_k, .. } => (tile_m, tile_n, tile_k),
+            LinearTile::Direct { .. } => return 0,
+        };
+        let squares = if norm { 4 * tile_m * (tile_k / 4 + 1) } else { 0 };
+        let factors = if norm { 4 * tile_m } else { 0 };
+        factors
+            + match self {
+                LinearTile::Cooperative { subgroups_m, split_k, .. } => {
+                    let results = 4 * split_k * subgroups_m * FRAGMENT * (tile_n + 4);
+                    8 * (tile_m + tile_n) * (tile_k / 4 + 2) + results.max(squares)
+                }
+                _ => 16 * (tile_m + tile_n) * (tile_k / 4 + 1) + squares,
+            }
     }
 }
 
 impl Linear {
-    /// The variant for up to `max_rows` rows and `num_outputs` columns at once on a device with `caps`.
+    /// The variant for up to `max_rows` rows at once of `num_outputs` columns from `in_features` inputs, on a device with
+    /// `caps` and with `half_products` as [`LinearTile::for_shape`] takes it.
     pub fn for_shape(
         caps: &DeviceCaps,
-        max_rows: u32,
-        num_outputs: u32,
+        [max_rows, num_outputs, in_features]: [u32; 3],
+        half_products: bool,
         weight_dtype: DType,
-        x_by_row: bool,
+        prologue: PrologueKind,
         epilogue: EpilogueKind,
     ) -> Self {
-        Self { weight_dtype, x_by_row, epilogue, tile: LinearTile::for_shape(caps, max_rows, num_outputs) }
+        let tile = LinearTile::for_shape(caps, max_rows, num_outputs, half_products);
+        Self { in_features, weight_dtype, prologue, epilogue, tile }
     }
 
     /// Records the kernel over all active rows.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if the tile is none, the weight is too small or of another type, or the epilogue is
-    /// not the one specialised for; else as [`PlanBuilder::dispatch`].
+    /// [`KernelError::Shape`] if the tile is none or not one of the device, the weight is too small or of another type,
+    /// or prologue or epilogue are not those specialised for; else as [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: &LinearBindings<'_>, p: &LinearParams) -> Result<()> {
         self.check(plan.gpu().caps(), b, p)?;
         let [tile_m, tile_n] = self.tile.size();
@@ -156,11 +287,17 @@ impl Linear {
         let unfit = |what, found, expected: &str| {
             Err(KernelError::Shape { kernel: Self::NAME, what, found, expected: expected.to_owned() })
         };
+        if matches!(self.tile, LinearTile::Cooperative { .. }) && !caps.cooperative_matrices {
+            return unfit("tile", format!("{:?}", self.tile), "one without cooperative matrices on this device");
+        }
         if !self.tile.is_valid(caps) {
             return unfit("tile", format!("{:?}", self.tile), "whole numbers of loads and columns for every thread");
         }
         if !p.in_features.is_multiple_of(8) || p.in_features == 0 {
             return unfit("in_features", p.in_features.to_string(), "a multiple of 8");
+        }
+        if p.in_features != self.in_features {
+            return unfit("in_features", p.in_features.to_string(), &self.in_features.to_string());
         }
         if !p.num_outputs.is_multiple_of(2) || p.num_outputs == 0 || !p.first_output.is_multiple_of(2) {
             let found = format!("{} from {}", p.num_outputs, p.first_output);
@@ -171,6 +308,20 @@ impl Linear {
         if found < expected || b.weight.dtype() != self.weight_dtype {
             let found = format!("{found} elements of {:?}", b.weight.dtype());
             return unfit("weight", found, &format!("at least {expected} of {:?}", self.weight_dtype));
+        }
+        let prologue = b.prologue.kind();
+        if prologue != self.prologue {
+            return unfit("prologue", format!("{prologue:?}"), &format!("{:?}", self.prologue));
+        }
+        match prologue {
+            PrologueKind::Compact | PrologueKind::Stream => {}
+            PrologueKind::Norm if self.tile.fuses_norm() => {}
+            PrologueKind::Norm => {
+                return unfit("prologue", "Norm".to_owned(), "a tile that fuses it, or rms_norm before");
+            }
+            PrologueKind::Merge { .. } => {
+                return unfit("prologue", format!("{prologue:?}"), "merged results, as attention_prefill writes them");
+            }
         }
         if b.epilogue.kind() != self.epilogue {
             return unfit("epilogue", format!("{:?}", b.epilogue.kind()), &format!("{:?}", self.epilogue));
@@ -185,31 +336,49 @@ impl Kernel for Linear {
     type Bindings<'a> = LinearBindings<'a>;
 
     fn definitions(&self, caps: &DeviceCaps) -> Definitions {
-        let ([tile_m, tile_n], [thread_m, thread_n]) = (self.tile.size(), self.tile.thread());
-        let mut definitions = Definitions::new()
+        let [tile_m, tile_n] = self.tile.size();
+        let definitions = Definitions::new()
+            .u32("IN_FEATURES", self.in_features)
             .u32("TILE_M", tile_m)
             .u32("TILE_N", tile_n)
-            .u32("THREAD_M", thread_m)
-            .u32("THREAD_N", thread_n)
-            .flag("X_BY_ROW", self.x_by_row);
-        definitions = match self.tile {
-            LinearTile::Staged { tile_k, .. } => definitions.u32("TILE_K", tile_k).flag("STAGED", true),
-            LinearTile::Direct { .. } => definitions.flag("BROADCAST", self.tile.broadcasts(caps)),
+            .flag("X_BY_ROW", matches!(self.prologue, PrologueKind::Stream | PrologueKind::Norm))
+            .flag("NORM", self.prologue == PrologueKind::Norm);
+        let definitions = match self.tile {
+            LinearTile::Staged { tile_k, thread_m, thread_n, split_k, ahead, .. } => definitions
+                .u32("TILE_K", tile_k)
+                .u32("AHEAD", ahead)
+                .u32("THREAD_M", thread_m)
+                .u32("THREAD_N", thread_n)
+                .u32("SPLIT_K", split_k)
+                .flag("STAGED", true),
+            LinearTile::Cooperative { tile_k, subgroups_m, subgroups_n, split_k, ahead, .. } => definitions
+                .u32("TILE_K", tile_k)
+                .u32("AHEAD", ahead)
+                .u32("FRAGMENTS_M", tile_m / subgroups_m / FRAGMENT)
+                .u32("FRAGMENTS_N", tile_n / subgroups_n / FRAGMENT)
+                .u32("STEPS", tile_k / split_k / FRAGMENT)
+                .u32("SUBGROUP_WIDTH", subgroup_width(caps))
+                .u32("SPLIT_K", split_k)
+                .flag("STAGED", true)
+                .flag("COOPERATIVE", true),
+            LinearTile::Direct { thread_n, .. } => definitions
+                .u32("THREAD_M", tile_m)
+                .u32("THREAD_N", thread_n)
+                .u32("SPLIT_K", 1)
+                .flag("BROADCAST", self.tile.broadcasts(caps)),
         };
         self.epilogue.define(define_weight(definitions, self.weight_dtype))
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
-        let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::read(2, b.weight), Binding::read(3, b.x)];
+        let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::read(2, b.weight)];
+        bindings.extend(b.prologue.bindings());
         bindings.extend(b.epilogue.bindings());
         bindings
     }
 
     fn workgroup_storage_bytes(&self, _: &DeviceCaps) -> u32 {
-        match self.tile {
-            LinearTile::Staged { tile_m, tile_n, tile_k, .. } => 16 * (tile_m + tile_n) * (tile_k / 4 + 1),
-            LinearTile::Direct { .. } => 0,
-        }
+        self.tile.storage_bytes(self.prologue == PrologueKind::Norm)
     }
 }
 
@@ -217,19 +386,22 @@ impl Kernel for Linear {
 mod tests {
     use super::*;
     use crate::Gpu;
-    use crate::oracle::linear::{epilogue, gather, linear};
+    use crate::oracle::linear::{epilogue, gather, halves, linear, norm_factors};
     use crate::parity::{self, EpilogueCase, Output, Rng, Tolerance};
 
     const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
-    /// All tiles that [`LinearTile::for_shape`] may choose anywhere.
+    /// All tiles that [`LinearTile::for_shape`] may choose anywhere, as far as the device can run them.
     fn tiles(gpu: &Gpu) -> Vec<LinearTile> {
+        if !gpu.caps().cooperative_matrices {
+            println!("\"{}\" has no cooperative matrices: their tiles are not run", gpu.summary().name);
+        }
         let mut tiles = Vec::new();
-        for is_cpu in [true, false] {
+        for (is_cpu, half_products) in [(true, false), (false, false), (false, true)] {
             let caps = DeviceCaps { is_cpu, ..gpu.caps().clone() };
-            for max_rows in [1, 16, 32, 64, 512, 4096] {
-                for num_outputs in [64, 960, 4096] {
-                    let tile = LinearTile::for_shape(&caps, max_rows, num_outputs);
+            for max_rows in [1, 8, 16, 32, 64, 128, 256, 512, 4096] {
+                for num_outputs in [64, 960, 4096, 49152] {
+                    let tile = LinearTile::for_shape(&caps, max_rows, num_outputs, half_products);
                     assert!(tile.is_valid(&caps), "{tile:?}");
                     if !tiles.contains(&tile) {
                         tiles.push(tile);
@@ -249,6 +421,14 @@ mod tests {
         });
     }
 
+    /// The product of `x` and `w` as `tile` rounds them.
+    fn product(tile: LinearTile, x: &[f32], w: &[f32], in_features: usize) -> Vec<f32> {
+        match tile {
+            LinearTile::Cooperative { .. } => linear(&halves(x), &halves(w), in_features),
+            _ => linear(x, w, in_features),
+        }
+    }
+
     #[test]
     fn products_match_oracle() {
         parity::on_every_profile(|gpu, profile| {
@@ -266,30 +446,51 @@ mod tests {
             ];
             for (case, (num_active, num_outputs, in_features)) in shapes.into_iter().enumerate() {
                 let dtype = DTYPES[case % 3];
-                let x_by_row = case % 2 == 1;
                 let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
                 let num_rows = num_active + 2;
                 let active = parity::some_rows(&mut rng, num_rows, num_active);
                 let rows = parity::row_set(gpu, &active);
                 let x = rng.normals(num_rows * in_features);
                 let compact = gather(&active, &x, in_features);
-                let input = parity::upload(gpu, if x_by_row { &x } else { &compact });
-                let want: Vec<f32> = linear(&compact, &w, in_features).iter().map(|v| v * 0.5).collect();
-                for tile in tiles(gpu) {
+                let norm_weight = rng.normals(in_features);
+                let (scaled, factors) = norm_factors(&compact, &norm_weight, 1e-5);
+                let (x, compact_x) = (parity::upload(gpu, &x), parity::upload(gpu, &compact));
+                let norm_weight = parity::upload(gpu, &norm_weight);
+                for (t, tile) in tiles(gpu).into_iter().enumerate() {
+                    let prologue = match (case + t) % 3 {
+                        0 => Prologue::Compact { x: &compact_x },
+                        1 if tile.fuses_norm() => Prologue::Norm { x: &x, weight: &norm_weight },
+                        _ => Prologue::Stream { x: &x },
+                    };
+                    let want: Vec<f32> = if let Prologue::Norm { .. } = prologue {
+                        let rows = product(tile, &scaled, &w, in_features);
+                        rows.chunks(num_outputs).zip(&factors).flat_map(|(y, f)| y.iter().map(move |v| v * f)).collect()
+                    } else {
+                        product(tile, &compact, &w, in_features)
+                    };
+                    let want: Vec<f32> = want.iter().map(|v| v * 0.5).collect();
                     let out = Output::new(gpu, num_active * num_outputs);
                     let epilogue = Epilogue::Store { out: &out.tensor };
-                    let kernel = Linear { weight_dtype: dtype, x_by_row, epilogue: EpilogueKind::Store, tile };
+                    let kernel = Linear {
+                        in_features: in_features as u32,
+                        weight_dtype: dtype,
+                        prologue: prologue.kind(),
+                        epilogue: EpilogueKind::Store,
+                        tile,
+                    };
                     let params = LinearParams {
                         num_outputs: num_outputs as u32,
                         out_stride: num_outputs as u32,
                         in_features: in_features as u32,
+                        eps: 1e-5,
                         scale: 0.5,
                         ..Default::default()
                     };
-                    let bindings = LinearBindings { rows: &rows, weight: &weight, x: &input, epilogue };
+                    let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue };
                     dispatch(gpu, kernel, &bindings, &params, num_active);
                     let what = format!(
-                        "linear {profile} {tile:?} {dtype:?} by row {x_by_row} n={num_active} O={num_outputs} K={in_features}"
+                        "linear {profile} {tile:?} {dtype:?} {:?} n={num_active} O={num_outputs} K={in_features}",
+                        prologue.kind()
                     );
                     parity::assert_close(&what, &out.read(gpu), &want, Tolerance::F32);
                 }
@@ -302,33 +503,53 @@ mod tests {
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("linear epilogues");
             let tiles = tiles(gpu);
-            for (case, kind) in EpilogueKind::ALL.into_iter().enumerate() {
+            for (kind_index, kind) in EpilogueKind::ALL.into_iter().enumerate() {
                 for num_active in [6, 65] {
                     let in_features = 72;
-                    let (dtype, x_by_row) = (DTYPES[case % 3], case % 2 == 0);
-                    let tile = tiles[(case + num_active) % tiles.len()];
-                    let kernel = Linear { weight_dtype: dtype, x_by_row, epilogue: kind, tile };
-                    let case = EpilogueCase::new(gpu, &mut rng, kind, num_active + 3, num_active);
-                    let x = rng.normals((num_active + 3) * in_features);
-                    let compact = gather(&case.active, &x, in_features);
-                    let input = parity::upload(gpu, if x_by_row { &x } else { &compact });
-                    let mut state = case.initial.clone();
-                    // Sharded weights: the second half of the columns is a dispatch of its own.
-                    for (first_output, num_outputs) in case.shards() {
-                        let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
-                        let params = LinearParams {
-                            num_outputs: num_outputs as u32,
-                            first_output: first_output as u32,
-                            in_features: in_features as u32,
-                            ..case.params
+                    let (dtype, by_row) = (DTYPES[kind_index % 3], kind_index % 2 == 0);
+                    // One of the tiles without matrix units, and one with.
+                    let is_cooperative = |tile: &LinearTile| matches!(tile, LinearTile::Cooperative { .. });
+                    let (cooperative, others): (Vec<_>, Vec<_>) = tiles.iter().copied().partition(is_cooperative);
+                    for tiles in [others, cooperative] {
+                        let Some(tile) = tiles.get((kind_index + num_active) % tiles.len().max(1)).copied() else {
+                            continue;
                         };
-                        let bindings =
-                            LinearBindings { rows: &case.rows, weight: &weight, x: &input, epilogue: case.epilogue() };
-                        dispatch(gpu, kernel, &bindings, &params, num_active);
-                        let y = linear(&compact, &w, in_features);
-                        epilogue(kind, &case.active, &y, &params, &mut state);
+                        let case = EpilogueCase::new(gpu, &mut rng, kind, num_active + 3, num_active);
+                        let x = rng.normals((num_active + 3) * in_features);
+                        let compact = gather(&case.active, &x, in_features);
+                        let (x, compact_x) = (parity::upload(gpu, &x), parity::upload(gpu, &compact));
+                        let prologue =
+                            if by_row { Prologue::Stream { x: &x } } else { Prologue::Compact { x: &compact_x } };
+                        let kernel = Linear {
+                            in_features: in_features as u32,
+                            weight_dtype: dtype,
+                            prologue: prologue.kind(),
+                            epilogue: kind,
+                            tile,
+                        };
+                        let mut state = case.initial.clone();
+                        // Sharded weights: the second half of the columns is a dispatch of its own.
+                        for (first_output, num_outputs) in case.shards() {
+                            let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
+                            let params = LinearParams {
+                                num_outputs: num_outputs as u32,
+                                first_output: first_output as u32,
+                                in_features: in_features as u32,
+                                ..case.params
+                            };
+                            let epilogue_tensors = case.epilogue();
+                            let bindings = LinearBindings {
+                                rows: &case.rows,
+                                weight: &weight,
+                                prologue,
+                                epilogue: epilogue_tensors,
+                            };
+                            dispatch(gpu, kernel, &bindings, &params, num_active);
+                            let y = product(tile, &compact, &w, in_features);
+                            epilogue(kind, &case.active, &y, &params, &mut state);
+                        }
+                        case.assert_matches(gpu, &format!("linear {profile} {kind:?} {tile:?} n={num_active}"), &state);
                     }
-                    case.assert_matches(gpu, &format!("linear {profile} {kind:?} {tile:?} n={num_active}"), &state);
                 }
             }
         });
@@ -339,9 +560,19 @@ mod tests {
         let gpu = parity::gpu();
         let weight = Tensor::zeros(gpu, "weight", DType::F16, &[6, 16]).expect("it fits");
         let rows = parity::row_set(gpu, &[]);
-        let kernel = Linear::for_shape(gpu.caps(), 64, 6, DType::F16, false, EpilogueKind::Store);
-        let bindings =
-            LinearBindings { rows: &rows, weight: &weight, x: &weight, epilogue: Epilogue::Store { out: &weight } };
+        let kernel = Linear {
+            in_features: 16,
+            weight_dtype: DType::F16,
+            prologue: PrologueKind::Compact,
+            epilogue: EpilogueKind::Store,
+            tile: LinearTile::for_shape(gpu.caps(), 64, 6, false),
+        };
+        let bindings = LinearBindings {
+            rows: &rows,
+            weight: &weight,
+            prologue: Prologue::Compact { x: &weight },
+            epilogue: Epilogue::Store { out: &weight },
+        };
         let message = |kernel: Linear, num_outputs, in_features| {
             let params = LinearParams { num_outputs, in_features, ..Default::default() };
             kernel.check(gpu.caps(), &bindings, &params).map_err(|error| error.to_string())

@@ -56,7 +56,7 @@ pub enum PrologueKind {
     },
 }
 
-impl Prologue<'_> {
+impl<'a> Prologue<'a> {
     /// What to specialise the kernel for.
     pub fn kind(&self) -> PrologueKind {
         match *self {
@@ -64,6 +64,15 @@ impl Prologue<'_> {
             Prologue::Stream { .. } => PrologueKind::Stream,
             Prologue::Norm { .. } => PrologueKind::Norm,
             Prologue::Merge { num_splits, .. } => PrologueKind::Merge { num_splits },
+        }
+    }
+
+    /// The tensors at their binding indices, 3 and 5.
+    pub(super) fn bindings(&self) -> Vec<Binding<'a>> {
+        match *self {
+            Prologue::Compact { x } | Prologue::Stream { x } => vec![Binding::read(3, x)],
+            Prologue::Norm { x, weight } => vec![Binding::read(3, x), Binding::read(5, weight)],
+            Prologue::Merge { partial, stats, .. } => vec![Binding::read(3, partial), Binding::read(5, stats)],
         }
     }
 }
@@ -197,13 +206,7 @@ impl Kernel for LinearDecode {
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
         let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::weight(2, b.weight)];
-        match b.prologue {
-            Prologue::Compact { x } | Prologue::Stream { x } => bindings.push(Binding::read(3, x)),
-            Prologue::Norm { x, weight } => bindings.extend([Binding::read(3, x), Binding::read(5, weight)]),
-            Prologue::Merge { partial, stats, .. } => {
-                bindings.extend([Binding::read(3, partial), Binding::read(5, stats)]);
-            }
-        }
+        bindings.extend(b.prologue.bindings());
         bindings.extend(b.epilogue.bindings());
         bindings
     }

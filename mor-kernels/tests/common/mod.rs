@@ -20,9 +20,11 @@ pub(crate) fn parse(variant: &Variant) -> (Module, ModuleInfo) {
     let fail = |error: String| -> ! { panic!("{}: {error}\n{}", variant.description, variant.wgsl) };
     let module = naga::front::wgsl::parse_str(&variant.wgsl)
         .unwrap_or_else(|error| fail(error.emit_to_string_with_path(&variant.wgsl, variant.kernel)));
-    // Packed half floats (unpack2x16float) are part of WebGPU; f16 types are not, and stay refused.
-    let subgroups = if uses_subgroups(variant) { Capabilities::SUBGROUP } else { Capabilities::empty() };
-    let capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32 | subgroups;
+    // Packed half floats (unpack2x16float) are part of WebGPU; f16 types are not, and stay refused but for matrices.
+    let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    capabilities.set(Capabilities::SUBGROUP, uses_subgroups(variant));
+    let matrices = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16;
+    capabilities.set(matrices, uses_matrices(variant));
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .unwrap_or_else(|error| fail(error.emit_to_string_with_path(&variant.wgsl, variant.kernel)));
@@ -31,7 +33,12 @@ pub(crate) fn parse(variant: &Variant) -> (Module, ModuleInfo) {
 
 /// Whether the specialisation uses subgroup operations or builtins.
 pub(crate) fn uses_subgroups(variant: &Variant) -> bool {
-    variant.flags.iter().any(|flag| matches!(*flag, "SUBGROUP" | "BROADCAST"))
+    variant.flags.iter().any(|flag| matches!(*flag, "SUBGROUP" | "BROADCAST" | "COOPERATIVE"))
+}
+
+/// Whether the specialisation multiplies cooperative matrices, which Vulkan alone offers.
+pub(crate) fn uses_matrices(variant: &Variant) -> bool {
+    variant.flags.contains(&"COOPERATIVE")
 }
 
 /// How the shader declares a binding.
