@@ -2,23 +2,26 @@
 // Math      y[i, o] = sum_k f(x)[i, k] * w[o, k]; f: identity, RMSNorm of row r = active_rows[i].row, or the merge of
 //           attention partials; then shared/epilogue.wgsl
 // Why       the weights are the traffic: they are fetched to registers before the activation is staged, each is
-//           read once for ROWS rows, and every fusion saves a dependent dispatch
+//           read once for ROWS rows, and every fusion saves a dependent dispatch. A software rasteriser reads a buffer
+//           lane by lane but gathers texels, and a barrier costs it more than a product: there (TEXELS) w is a
+//           texture, LANES lanes hold the activation and share each output in turn, nothing is staged
 // Shapes    active_rows [n]; w [O, K] units of 8; x compact [n, K], stream [T, K] (X_BY_ROW) or partials [n, H, S, hd]
 //           (MERGE); norm_weight [K]; stats [n, H, S] (max, sum); outputs as the epilogue says
-// Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
-//           5 stats read [MERGE]; 6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
+// Bindings  0 params uniform; 1 active_rows read; 2 w read [!TEXELS]; 2 w_texels texture [TEXELS]; 3 x read;
+//           4 out write; 5 norm_weight read [NORM]; 5 stats read [MERGE];
+//           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
 //           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]
 // Grid      (ceil(O / (2 * GROUPS * PAIRS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs
-// Spec      IN_FEATURES multiple of 8; CHUNK units of 8 staged at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH
-//           steps of weights in flight before the activation is ready, or, with the flag STREAM, STREAM steps of the
-//           activation held while weights stream by; LOG2_LANES; NORM, or MERGE of SPLITS partials, or neither;
-//           X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the subgroup size;
-//           WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV,
-//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
+// Spec      IN_FEATURES multiple of 8; CHUNK units of 8 staged or held at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH
+//           steps of weights in flight before the activation is ready; TEXELS: w in rows of TEXEL_ROW texels, GROUPS = 1,
+//           PAIRS a multiple of LANES, STEPS = CHUNK / LANES; LOG2_LANES; NORM, or MERGE of SPLITS partials, or
+//           neither; X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the
+//           subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL
+//           (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
 // Limits    16 * ROWS * (2 * CHUNK + CHUNK / 4 + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES
-//           more, without SUBGROUP 4 * GROUPS * LANES more
+//           more, without SUBGROUP 4 * GROUPS * LANES more; with TEXELS the last alone
 // Numerics  f32; lane-strided partial sums, then a tree over lanes
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
 #import shared/rows
@@ -39,7 +42,11 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
+#if TEXELS
+@group(0) @binding(2) var w_texels: texture_2d<u32>;
+#else
 @group(0) @binding(2) var<storage, read> w: array<WeightUnit>;
+#endif
 @group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
 #if NORM
 @group(0) @binding(5) var<storage, read> norm_weight: array<vec4<f32>>;
@@ -51,6 +58,7 @@ struct Params {
 
 const UNITS: u32 = IN_FEATURES / 8u;
 const THREADS: u32 = LANES * GROUPS;
+#if !TEXELS
 const OUTPUTS: u32 = 2u * PAIRS;
 // One vec4 of padding after every 8 spreads the lanes' strided reads over the banks.
 const ROW_STRIDE: u32 = CHUNK * 2u + CHUNK / 4u + 1u;
@@ -59,13 +67,30 @@ var<workgroup> staged: array<vec4<f32>, ROWS * ROW_STRIDE>;
 #if NORM
 var<workgroup> squares: array<f32, ROWS * THREADS>;
 #endif
+#endif
 #if !SUBGROUP
 var<workgroup> lane_scratch: array<f32, THREADS>;
 #endif
 
+#if TEXELS
+fn texel(at: u32) -> vec4<u32> {
+    return textureLoad(w_texels, vec2<u32>(at % TEXEL_ROW, at / TEXEL_ROW), 0);
+}
+
+fn load_weights(unit: u32) -> mat2x4<f32> {
+#if WEIGHT_F16
+    return unpack_weights(texel(unit));
+#elif WEIGHT_BF16
+    return unpack_weights(texel(unit));
+#else
+    return mat2x4<f32>(bitcast<vec4<f32>>(texel(2u * unit)), bitcast<vec4<f32>>(texel(2u * unit + 1u)));
+#endif
+}
+#else
 fn padded(c: u32) -> u32 {
     return c + (c >> 3u);
 }
+#endif
 
 #if SUBGROUP
 fn lane_sum(value: f32, thread: u32, lane: u32) -> f32 {
@@ -140,6 +165,90 @@ fn main(
     let lane = index % LANES;
     let group = index / LANES;
 #endif
+#if TEXELS
+    let thread = lane;
+    let first_entry = workgroup.y * ROWS;
+    // Units past the end are held as zeros, rows of w past the end read as the last one and never stored.
+    let last_row = params.num_outputs - 1u;
+
+    // Indexed by the loop's own variable alone, which makes compilers unroll the loop and keep registers.
+    var low: array<array<vec4<f32>, STEPS>, ROWS>;
+    var high: array<array<vec4<f32>, STEPS>, ROWS>;
+    var factor: array<f32, ROWS>;
+    for (var m = 0u; m < ROWS; m++) {
+        factor[m] = 1.0;
+    }
+#if NORM
+    var square: array<f32, ROWS>;
+    for (var m = 0u; m < ROWS; m++) {
+        square[m] = 0.0;
+    }
+#endif
+    for (var block = 0u; block < PAIRS; block += LANES) {
+        // The lane's pair of this block of LANES pairs.
+        let mine = 2u * (workgroup.x * PAIRS + block + lane);
+        var sums: array<vec2<f32>, ROWS>;
+        for (var m = 0u; m < ROWS; m++) {
+            sums[m] = vec2<f32>();
+        }
+        for (var base = 0u; base < UNITS; base += CHUNK) {
+            // Held for all blocks where one chunk is the whole row.
+            if block == 0u || CHUNK < UNITS {
+                for (var m = 0u; m < ROWS; m++) {
+                    let entry = active_rows[first_entry + m];
+                    for (var h = 0u; h < STEPS; h++) {
+                        let unit = base + h * LANES + lane;
+                        var x0 = vec4<f32>();
+                        var x1 = vec4<f32>();
+                        if entry.row != NONE && unit < UNITS {
+                            x0 = load_x(first_entry + m, entry, 2u * unit);
+                            x1 = load_x(first_entry + m, entry, 2u * unit + 1u);
+#if NORM
+                            if block == 0u {
+                                square[m] += dot(x0, x0) + dot(x1, x1);
+                            }
+                            x0 *= norm_weight[2u * unit];
+                            x1 *= norm_weight[2u * unit + 1u];
+#endif
+                        }
+                        low[m][h] = x0;
+                        high[m][h] = x1;
+                    }
+                }
+            }
+            for (var o = 0u; o < 2u * LANES; o++) {
+                let row = min(2u * (workgroup.x * PAIRS + block) + o, last_row) * UNITS;
+                var partial: array<f32, ROWS>;
+                for (var m = 0u; m < ROWS; m++) {
+                    partial[m] = 0.0;
+                }
+                for (var h = 0u; h < STEPS; h++) {
+                    let weights = load_weights(row + min(base + h * LANES + lane, UNITS - 1u));
+                    for (var m = 0u; m < ROWS; m++) {
+                        partial[m] += dot(weights[0], low[m][h]) + dot(weights[1], high[m][h]);
+                    }
+                }
+                let own = vec2<bool>(o == 2u * lane, o == 2u * lane + 1u);
+                for (var m = 0u; m < ROWS; m++) {
+                    sums[m] += select(vec2<f32>(), vec2<f32>(lane_sum(partial[m], thread, lane)), own);
+                }
+            }
+        }
+#if NORM
+        if block == 0u {
+            for (var m = 0u; m < ROWS; m++) {
+                factor[m] = inverseSqrt(lane_sum(square[m], thread, lane) / f32(IN_FEATURES) + params.eps);
+            }
+        }
+#endif
+        for (var m = 0u; m < ROWS; m++) {
+            let entry = active_rows[first_entry + m];
+            if entry.row != NONE && mine < params.num_outputs {
+                epilogue(first_entry + m, entry, params.first_output + mine, sums[m] * factor[m]);
+            }
+        }
+    }
+#else
     let thread = group * LANES + lane;
     let first_pair = (workgroup.x * GROUPS + group) * PAIRS;
     let first_entry = workgroup.y * ROWS;
@@ -159,7 +268,6 @@ fn main(
 
     for (var base = 0u; base < UNITS; base += CHUNK) {
         let units = min(CHUNK, UNITS - base);
-#if !STREAM
         var ahead: array<WeightUnit, PREFETCH * OUTPUTS>;
         for (var p = 0u; p < PREFETCH; p++) {
             let unit = min(p * LANES + lane, units - 1u);
@@ -167,7 +275,6 @@ fn main(
                 ahead[p * OUTPUTS + o] = w[min(first_pair * 2u + o, last_row) * UNITS + base + unit];
             }
         }
-#endif
         for (var m = 0u; m < ROWS; m++) {
             let entry = active_rows[first_entry + m];
             for (var c = thread; c < units * 2u; c += THREADS) {
@@ -183,31 +290,6 @@ fn main(
             }
         }
         workgroupBarrier();
-#if STREAM
-        // A software rasteriser waits for memory: the activation is held and each row of w read from end to end,
-        // which its caches foresee.
-        for (var first = 0u; first < units; first += STREAM * LANES) {
-            var held: array<vec4<f32>, 2u * ROWS * STREAM>;
-            for (var h = 0u; h < STREAM; h++) {
-                let unit = first + h * LANES + lane;
-                for (var m = 0u; m < ROWS; m++) {
-                    let at = m * ROW_STRIDE + padded(2u * min(unit, units - 1u));
-                    held[2u * (m * STREAM + h)] = select(vec4<f32>(), staged[at], unit < units);
-                    held[2u * (m * STREAM + h) + 1u] = select(vec4<f32>(), staged[at + 1u], unit < units);
-                }
-            }
-            for (var o = 0u; o < OUTPUTS; o++) {
-                let start = min(first_pair * 2u + o, last_row) * UNITS + base;
-                for (var h = 0u; h < STREAM; h++) {
-                    let weights = unpack_weights(w[start + min(first + h * LANES + lane, units - 1u)]);
-                    for (var m = 0u; m < ROWS; m++) {
-                        let at = 2u * (m * STREAM + h);
-                        sums[m * OUTPUTS + o] += dot(weights[0], held[at]) + dot(weights[1], held[at + 1u]);
-                    }
-                }
-            }
-        }
-#else
         for (var p = 0u; p < PREFETCH; p++) {
             let unit = p * LANES + lane;
             if unit < units {
@@ -234,7 +316,6 @@ fn main(
                 }
             }
         }
-#endif
         // The next chunk overwrites the staged activation.
         workgroupBarrier();
     }
@@ -264,4 +345,5 @@ fn main(
             }
         }
     }
+#endif
 }

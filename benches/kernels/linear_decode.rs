@@ -51,6 +51,7 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [o, k]: [u32; 2], n
     let mut bits: Vec<u16> = gpu.read(&rows_of_weight).expect("the device answers");
     bits = bits.iter().copied().cycle().take(o_len * k_len).collect();
     let weight = Tensor::from_slice(gpu, "weight", dtype, &[o_len, k_len], &bits).expect("it was asked for above");
+    let weight = weight.into_weight(gpu).expect("a texture of as many bytes fits");
     let norm_weight = rng.normals(k_len);
     let norm_gpu = parity::upload(gpu, &norm_weight);
 

@@ -25,12 +25,8 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 logits: &logits.tensor,
                 gates: Some(&gates.tensor),
             };
-            let params = RouterExpertParams {
-                in_features: shape.hidden_size,
-                input_scale: 1.0,
-                alpha: 0.1,
-                num_recursions: 1,
-            };
+            let params =
+                RouterExpertParams { in_features: shape.hidden_size, input_scale: 1.0, alpha: 0.1, num_recursions: 1 };
             let id = format!("{}/{num_rows}", shape.name);
             let grid = Grid::Fixed([1, num_rows as u32, 1]);
             let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else {

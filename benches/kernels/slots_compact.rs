@@ -60,7 +60,6 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 active: &active,
                 phase: SlotPhase::Block(DepthRule::Expert { decision: &decision, keep_all: false }),
                 kv: Some(kv),
-                num_slots: num_slots as u32,
                 num_recursions: NUM_RECURSIONS as u32,
                 max_positions: MAX_POSITIONS as u32,
             };

@@ -18,6 +18,15 @@ pub enum Access {
     ReadWrite,
     /// `var<uniform>`.
     Uniform,
+    /// `texture_2d<u32>`: a weight on a software rasteriser.
+    Texels,
+}
+
+impl Access {
+    /// Whether the binding is a storage buffer.
+    pub(crate) fn is_storage(self) -> bool {
+        matches!(self, Access::Read | Access::ReadWrite)
+    }
 }
 
 /// A tensor at a binding index of group 0.
@@ -37,6 +46,12 @@ impl<'a> Binding<'a> {
     /// Bound for reading and writing.
     pub fn write(index: u32, tensor: &'a Tensor) -> Self {
         Self { index, access: Access::ReadWrite, tensor }
+    }
+
+    /// A weight that [`Tensor::into_weight`] made: its texture where it has one.
+    pub fn weight(index: u32, tensor: &'a Tensor) -> Self {
+        let access = if tensor.texels.is_some() { Access::Texels } else { Access::Read };
+        Self { index, access, tensor }
     }
 
     /// Bound as a uniform.
@@ -113,7 +128,7 @@ pub(crate) fn compile<K: Kernel>(gpu: &Gpu, kernel: &K, bindings: &[Binding<'_>]
             advice: "this shape needs a smaller specialisation",
         });
     }
-    let num_storage = bindings.iter().filter(|binding| binding.access != Access::Uniform).count();
+    let num_storage = bindings.iter().filter(|binding| binding.access.is_storage()).count();
     if num_storage > caps.max_storage_buffers as usize {
         return Err(KernelError::Limit {
             kernel: K::NAME,
@@ -183,17 +198,19 @@ fn build(gpu: &Gpu, name: &'static str, source: &str, accesses: &[(u32, Access)]
 }
 
 fn layout_entry(index: u32, access: Access) -> wgpu::BindGroupLayoutEntry {
+    let buffer = |ty| wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None };
     wgpu::BindGroupLayoutEntry {
         binding: index,
         visibility: wgpu::ShaderStages::COMPUTE,
-        ty: wgpu::BindingType::Buffer {
-            ty: match access {
-                Access::Read => wgpu::BufferBindingType::Storage { read_only: true },
-                Access::ReadWrite => wgpu::BufferBindingType::Storage { read_only: false },
-                Access::Uniform => wgpu::BufferBindingType::Uniform,
+        ty: match access {
+            Access::Read => buffer(wgpu::BufferBindingType::Storage { read_only: true }),
+            Access::ReadWrite => buffer(wgpu::BufferBindingType::Storage { read_only: false }),
+            Access::Uniform => buffer(wgpu::BufferBindingType::Uniform),
+            Access::Texels => wgpu::BindingType::Texture {
+                sample_type: wgpu::TextureSampleType::Uint,
+                view_dimension: wgpu::TextureViewDimension::D2,
+                multisampled: false,
             },
-            has_dynamic_offset: false,
-            min_binding_size: None,
         },
         count: None,
     }

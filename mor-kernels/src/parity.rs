@@ -271,7 +271,10 @@ pub fn upload_weight(
     let scale = 1.0 / (in_features as f32).sqrt();
     let values: Vec<f32> = rng.normals(num_outputs * in_features).into_iter().map(|v| v * scale).collect();
     let shape = [num_outputs, in_features];
-    let tensor = |data: &[u8]| Tensor::from_slice(gpu, "weight", dtype, &shape, data).expect("a test's buffer fits");
+    let tensor = |data: &[u8]| {
+        let weight = Tensor::from_slice(gpu, "weight", dtype, &shape, data).expect("a test's buffer fits");
+        weight.into_weight(gpu).expect("a test's texture fits")
+    };
     match dtype {
         DType::F16 => {
             let halves: Vec<_> = values.iter().map(|v| half::f16::from_f32(*v)).collect();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
-use crate::kernel::{self, Access, CompiledKernel, Kernel};
+use crate::kernel::{self, Access, Binding, CompiledKernel, Kernel};
 use crate::rows::{MAX_GRIDS, RowSet};
 use crate::tensor::{DType, Tensor};
 
@@ -137,7 +137,7 @@ enum Pending {
     Dispatch {
         label: &'static str,
         kernel: Arc<CompiledKernel>,
-        entries: Vec<(u32, wgpu::Buffer)>,
+        entries: Vec<(u32, Resource)>,
         params: std::ops::Range<u64>,
         workgroups: Workgroups,
     },
@@ -148,6 +148,22 @@ enum Pending {
         to_offset: u64,
         bytes: u64,
     },
+}
+
+/// What a [`Binding`] hands to the device.
+#[derive(Debug)]
+enum Resource {
+    Buffer(wgpu::Buffer),
+    Texels(wgpu::TextureView),
+}
+
+impl Binding<'_> {
+    fn resource(&self) -> Resource {
+        match &self.tensor.texels {
+            Some(view) if self.access == Access::Texels => Resource::Texels(view.clone()),
+            _ => Resource::Buffer(self.tensor.buffer.clone()),
+        }
+    }
 }
 
 impl<'g> PlanBuilder<'g> {
@@ -198,7 +214,7 @@ impl<'g> PlanBuilder<'g> {
         let bindings = kernel.bindings(bindings);
         for binding in &bindings {
             let limit = self.gpu.caps().max_storage_binding_bytes;
-            if binding.access != Access::Uniform && binding.tensor.num_bytes() > limit {
+            if binding.access.is_storage() && binding.tensor.num_bytes() > limit {
                 return Err(KernelError::Limit {
                     kernel: K::NAME,
                     what: "bytes of one binding",
@@ -232,7 +248,7 @@ impl<'g> PlanBuilder<'g> {
         self.pending.push(Pending::Dispatch {
             label: K::NAME,
             kernel: compiled,
-            entries: bindings.iter().map(|b| (b.index, b.tensor.buffer.clone())).collect(),
+            entries: bindings.iter().map(|b| (b.index, b.resource())).collect(),
             params: start as u64..end as u64,
             workgroups,
         });
@@ -270,9 +286,12 @@ impl<'g> PlanBuilder<'g> {
                             size: std::num::NonZeroU64::new(params.end - params.start),
                         }),
                     }];
-                    group.extend(entries.iter().map(|(binding, buffer)| wgpu::BindGroupEntry {
+                    group.extend(entries.iter().map(|(binding, resource)| wgpu::BindGroupEntry {
                         binding: *binding,
-                        resource: buffer.as_entire_binding(),
+                        resource: match resource {
+                            Resource::Buffer(buffer) => buffer.as_entire_binding(),
+                            Resource::Texels(view) => wgpu::BindingResource::TextureView(view),
+                        },
                     }));
                     let bind_group = self.gpu.inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
                         label: Some(label),

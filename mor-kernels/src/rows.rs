@@ -77,8 +77,16 @@ pub struct ActiveRow {
 
 impl ActiveRow {
     /// The padding entry.
-    pub const ABSENT: Self =
-        Self { row: NONE, sequence: 0, position: 0, kv_slot: NONE, kv_len: 0, kv_table: 0, recursion: NONE, end: END_NOTHING };
+    pub const ABSENT: Self = Self {
+        row: NONE,
+        sequence: 0,
+        position: 0,
+        kv_slot: NONE,
+        kv_len: 0,
+        kv_table: 0,
+        recursion: NONE,
+        end: END_NOTHING,
+    };
 }
 
 /// How an attention kernel maps key index `i` of a row to a physical K/V slot.
@@ -118,6 +126,16 @@ impl RowSet {
             dispatch: Tensor::zeros(gpu, &format!("{label}.dispatch"), DType::U32, &[4 + 3 * MAX_GRIDS])?,
             capacity,
         })
+    }
+
+    /// The same set, used for at most `capacity` rows: grids of a plan for few rows follow from it.
+    ///
+    /// # Panics
+    /// If there is no room for so many.
+    #[must_use]
+    pub fn limited_to(&self, capacity: usize) -> Self {
+        assert!(capacity <= self.capacity, "a set of {} rows has no room for {capacity}", self.capacity);
+        Self { capacity, ..self.clone() }
     }
 
     /// Allocates a set holding `rows`, padded with [`ActiveRow::ABSENT`]: for tests and benches of kernels

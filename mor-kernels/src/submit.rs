@@ -4,8 +4,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use std::time::Duration;
-
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
 use crate::plan::Plan;
@@ -83,8 +81,9 @@ impl Readback {
         Ok(self.state.load(Ordering::Acquire) != PENDING)
     }
 
-    /// Waits for the bytes. On a GPU it spins between polls, because a blocking wait costs about 20 us more there; a
-    /// software rasteriser computes on the very cores that would spin, so there it sleeps.
+    /// Waits for the bytes. On a GPU it spins between polls, because a blocking wait costs about 20 us more there. A
+    /// software rasteriser computes on the very cores that would spin, so there it yields from the start: whoever has
+    /// work goes first, and a core that stays awake takes over each dispatch sooner than one that slept.
     ///
     /// # Errors
     /// [`KernelError::Device`] if the device failed meanwhile.
@@ -92,9 +91,7 @@ impl Readback {
         let mut spins = 0u32;
         while !self.is_ready()? {
             spins += 1;
-            if self.gpu.caps().is_cpu {
-                std::thread::sleep(Duration::from_micros(50));
-            } else if spins < 64 {
+            if spins < 64 && !self.gpu.caps().is_cpu {
                 std::hint::spin_loop();
             } else {
                 std::thread::yield_now();

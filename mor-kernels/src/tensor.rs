@@ -26,6 +26,9 @@ impl DType {
     }
 }
 
+/// Texels of 16 bytes in a row of a weight's texture: WebGPU's default limit for its sides.
+pub const TEXEL_ROW: u32 = 8192;
+
 /// A labelled buffer on the device with a shape and an element type; row-major.
 ///
 /// Cloning shares the buffer. wgpu orders dispatches by whole buffers, so tensors that should not
@@ -33,6 +36,7 @@ impl DType {
 #[derive(Clone, Debug)]
 pub struct Tensor {
     pub(crate) buffer: wgpu::Buffer,
+    pub(crate) texels: Option<wgpu::TextureView>,
     label: String,
     shape: Vec<usize>,
     dtype: DType,
@@ -54,7 +58,7 @@ impl Tensor {
     }
 
     pub(crate) fn from_parts(buffer: wgpu::Buffer, label: &str, dtype: DType, shape: &[usize]) -> Self {
-        Self { buffer, label: label.to_owned(), shape: shape.to_vec(), dtype }
+        Self { buffer, texels: None, label: label.to_owned(), shape: shape.to_vec(), dtype }
     }
 
     /// Allocates a tensor and fills it from host data.
@@ -76,6 +80,59 @@ impl Tensor {
         assert_eq!(bytes.len(), tensor.num_elems() * dtype.bytes(), "{label}: data does not fill {shape:?}");
         gpu.write(&tensor, 0, bytes);
         Ok(tensor)
+    }
+
+    /// The tensor as a weight of [`LinearDecode`](crate::ops::LinearDecode), once all data is written: a software
+    /// rasteriser, which reads textures several times as fast as buffers, gets a copy in a texture.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`](crate::KernelError::Device) if the texture is refused.
+    pub fn into_weight(mut self, gpu: &Gpu) -> Result<Self> {
+        if !gpu.caps().is_cpu {
+            return Ok(self);
+        }
+        let num_texels = (self.num_bytes() / 16) as u32;
+        let size = wgpu::Extent3d {
+            width: TEXEL_ROW.min(num_texels),
+            height: num_texels.div_ceil(TEXEL_ROW),
+            depth_or_array_layers: 1,
+        };
+        let texture = gpu.inner.device.create_texture(&wgpu::TextureDescriptor {
+            label: Some(&self.label),
+            size,
+            mip_level_count: 1,
+            sample_count: 1,
+            dimension: wgpu::TextureDimension::D2,
+            format: wgpu::TextureFormat::Rgba32Uint,
+            usage: wgpu::TextureUsages::TEXTURE_BINDING | wgpu::TextureUsages::COPY_DST,
+            view_formats: &[],
+        });
+        let mut encoder = gpu.inner.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        // Whole rows, then the part of a row that remains.
+        let (rows, rest) = (num_texels / TEXEL_ROW, num_texels % TEXEL_ROW);
+        for (y, width, height) in [(0, TEXEL_ROW, rows), (rows, rest, 1)] {
+            if width > 0 && height > 0 {
+                let layout = wgpu::TexelCopyBufferLayout {
+                    offset: u64::from(y * TEXEL_ROW) * 16,
+                    bytes_per_row: Some(TEXEL_ROW * 16),
+                    rows_per_image: None,
+                };
+                encoder.copy_buffer_to_texture(
+                    wgpu::TexelCopyBufferInfo { buffer: &self.buffer, layout },
+                    wgpu::TexelCopyTextureInfo {
+                        texture: &texture,
+                        mip_level: 0,
+                        origin: wgpu::Origin3d { x: 0, y, z: 0 },
+                        aspect: wgpu::TextureAspect::All,
+                    },
+                    wgpu::Extent3d { width, height, depth_or_array_layers: 1 },
+                );
+            }
+        }
+        gpu.inner.queue.submit([encoder.finish()]);
+        gpu.check()?;
+        self.texels = Some(texture.create_view(&wgpu::TextureViewDescriptor::default()));
+        Ok(self)
     }
 
     /// The same buffer seen with another element type.

@@ -156,6 +156,7 @@ fn header_bindings(kernel: &str) -> Vec<HeaderBinding> {
             "uniform" => Declared::Uniform,
             "read" => Declared::Read,
             "write" => Declared::Write,
+            "texture" => Declared::Texture,
             _ => return None,
         };
         Some(HeaderBinding { index: index.parse().ok()?, name: name.to_owned(), declared, conditions })

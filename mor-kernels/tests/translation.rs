@@ -194,14 +194,18 @@ fn check_hlsl(variant: &Variant, module: &Module, info: &ModuleInfo, profile: Pr
 }
 
 fn check_msl(module: &Module, info: &ModuleInfo, profile: Profile) -> Result<(), String> {
-    // As wgpu assigns them: the bindings in order, then the sizes of the unsized arrays.
+    // As wgpu assigns them: the buffers in order, then the sizes of the unsized arrays; textures count by themselves.
     let mut resources = msl::BindingMap::default();
     let mut slot: msl::Slot = 0;
     for (binding, _, declared) in bindings(module) {
-        let target =
-            msl::BindTarget { buffer: Some(slot), mutable: declared == Declared::Write, ..msl::BindTarget::default() };
+        let target = if declared == Declared::Texture {
+            msl::BindTarget { texture: Some(0), ..msl::BindTarget::default() }
+        } else {
+            slot += 1;
+            let mutable = declared == Declared::Write;
+            msl::BindTarget { buffer: Some(slot - 1), mutable, ..msl::BindTarget::default() }
+        };
         resources.insert(naga::ResourceBinding { group: 0, binding }, target);
-        slot += 1;
     }
     let resources = msl::EntryPointResources { resources, immediates_buffer: None, sizes_buffer: Some(slot) };
     let options = msl::Options {
@@ -262,7 +266,8 @@ fn every_variant_keeps_the_limits() {
         let threads: u32 = entry.workgroup_size.iter().product();
         assert!(threads <= variant.caps.max_workgroup_size, "{what}: {threads} threads");
         if variant.has_webgpu_limits() {
-            let storage = bindings(&module).iter().filter(|(.., declared)| *declared != Declared::Uniform).count();
+            let is_storage = |declared: Declared| matches!(declared, Declared::Read | Declared::Write);
+            let storage = bindings(&module).iter().filter(|(.., declared)| is_storage(*declared)).count();
             assert!(storage <= WEBGPU_STORAGE_BUFFERS as usize, "{what}: {storage} storage buffers");
         }
     }

@@ -16,7 +16,7 @@ use half::{bf16, f16};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, Result};
 
-use crate::{Checkpoint, Dtype, TensorId};
+use crate::{Checkpoint, Dtype, KvStrategy, TensorId};
 
 /// Bytes converted and staged at a time.
 const PIECE_BYTES: usize = 8 << 20;
@@ -94,14 +94,16 @@ pub(crate) struct LayerWeights {
     pub(crate) down_proj: Matrix,
 }
 
-/// A router: the optional first matrix of the MLP types, and the matrix that gives the logits.
+/// The routers of all recursions (expert choice), or the only one (token choice).
 #[derive(Clone, Debug)]
 pub(crate) struct RouterWeights {
-    pub(crate) hidden: Option<Matrix>,
+    /// First matrix of the MLP types, one a router; empty for linear ones.
+    pub(crate) hidden: Vec<Matrix>,
+    /// The rows that give the logits, router after router: `[R, K]`.
     pub(crate) output: Tensor,
 }
 
-/// The routers of one recursion (expert choice) or of the model (token choice).
+/// What decides about recursions.
 #[derive(Clone, Debug)]
 pub(crate) struct Routers {
     pub(crate) router: RouterWeights,
@@ -117,7 +119,7 @@ pub struct DeviceWeights {
     pub(crate) norm: Tensor,
     /// Per effective layer; tied layers share their tensors.
     pub(crate) layers: Vec<LayerWeights>,
-    pub(crate) routers: Vec<Routers>,
+    pub(crate) routers: Option<Routers>,
     pub(crate) num_bytes: u64,
 }
 
@@ -141,6 +143,8 @@ impl DeviceWeights {
             let ids = checkpoint.layer(l);
             let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
             let qkv = qkv_rows(config.head_dim, (ids.q_proj, heads), (ids.k_proj, kv_heads), ids.v_proj);
+            // Under K/V sharing, later recursions multiply by the rows of q alone.
+            let q_rows = if config.kv == KvStrategy::Sharing { heads * device_head_dim(config.head_dim) } else { 0 };
             let heads_columns =
                 Columns { num_groups: heads, group_len: config.head_dim, padded_len: device_head_dim(config.head_dim) };
             let padded = intermediate_size.next_multiple_of(8);
@@ -152,7 +156,7 @@ impl DeviceWeights {
                 .collect();
             layers.push(LayerWeights {
                 input_layernorm: loader.vector(ids.input_layernorm)?,
-                qkv_proj: loader.matrix("qkv_proj", qkv, Columns::plain(hidden_size))?,
+                qkv_proj: loader.matrix_in_parts("qkv_proj", qkv, Columns::plain(hidden_size), q_rows)?,
                 o_proj: loader.matrix("o_proj", natural(ids.o_proj, hidden_size), heads_columns)?,
                 post_attention_layernorm: loader.vector(ids.post_attention_layernorm)?,
                 gate_up_proj: loader.matrix("gate_up_proj", gate_up, Columns::plain(hidden_size))?,
@@ -167,15 +171,19 @@ impl DeviceWeights {
         let embed_tokens = loader.matrix("embed_tokens", natural(checkpoint.embed_tokens(), vocab), width)?;
         let lm_head = loader.matrix("lm_head", natural(checkpoint.lm_head(), vocab), width)?;
         let norm = loader.vector(checkpoint.norm())?;
-        let mut routers = Vec::new();
-        for recursion in 0..config.num_recursions as u32 {
-            let Some(tensors) = checkpoint.router(recursion) else { continue };
-            routers.push(Routers {
-                router: loader.router(&tensors.router)?,
-                aux: tensors.aux.as_deref().map(|aux| loader.router(aux)).transpose()?,
-                bias: tensors.bias.map(|bias| loader.vector(bias)).transpose()?,
-            });
-        }
+        let tensors: Vec<_> = (0..config.num_recursions as u32).map_while(|r| checkpoint.router(r)).collect();
+        let routers = match &tensors[..] {
+            [] => None,
+            [first, ..] => {
+                let main: Vec<_> = tensors.iter().map(|tensors| &tensors.router[..]).collect();
+                let aux: Vec<_> = tensors.iter().filter_map(|tensors| tensors.aux.as_deref()).collect();
+                Some(Routers {
+                    router: loader.routers(&main)?,
+                    aux: (!aux.is_empty()).then(|| loader.routers(&aux)).transpose()?,
+                    bias: first.bias.map(|bias| loader.vector(bias)).transpose()?,
+                })
+            }
+        };
         gpu.wait_idle()?;
         Ok(Self { embed_tokens, lm_head, norm, layers, routers, num_bytes: loader.uploaded })
     }
@@ -262,35 +270,54 @@ impl<'a> Loader<'a> {
         Ok(tensor)
     }
 
-    fn router(&mut self, ids: &[TensorId]) -> Result<RouterWeights> {
-        let rows = |id: TensorId, checkpoint: &Checkpoint| -> Vec<_> {
-            (0..checkpoint.shape(id)[0]).map(|row| Some((id, row))).collect()
-        };
-        let (first, last) = (ids[0], ids[ids.len() - 1]);
-        let hidden = if ids.len() == 2 {
-            let in_features = self.checkpoint.shape(first)[1];
-            Some(self.matrix("router_hidden", rows(first, self.checkpoint), Columns::plain(in_features))?)
-        } else {
-            None
-        };
+    /// Routers of one shape; each is its one or two matrices.
+    fn routers(&mut self, routers: &[&[TensorId]]) -> Result<RouterWeights> {
+        let mut hidden = Vec::new();
+        for ids in routers {
+            if let [first, _] = **ids {
+                let [num_rows, in_features] = [self.checkpoint.shape(first)[0], self.checkpoint.shape(first)[1]];
+                let rows = (0..num_rows).map(|row| Some((first, row))).collect();
+                hidden.push(self.matrix("router_hidden", rows, Columns::plain(in_features))?);
+            }
+        }
+        let outputs: Vec<_> = routers.iter().map(|ids| ids[ids.len() - 1]).collect();
+        let (dtype, shape) = (self.common_dtype(&outputs), self.checkpoint.shape(outputs[0]).to_vec());
         // The router kernels read exactly [outputs, K], without the padding of matrices.
-        let dtype = self.precision.weight_dtype(self.checkpoint.dtype(last));
-        let shape = self.checkpoint.shape(last);
-        let output = Tensor::zeros(self.gpu, self.checkpoint.name(last), dtype, shape)?;
+        let output = Tensor::zeros(self.gpu, "router", dtype, &[outputs.len() * shape[0], shape[1]])?;
         let mut bytes = Vec::new();
-        for row in 0..shape[0] {
-            self.append_row(&mut bytes, (last, row), Columns::plain(shape[1]), dtype);
+        for id in outputs {
+            for row in 0..shape[0] {
+                self.append_row(&mut bytes, (id, row), Columns::plain(shape[1]), dtype);
+            }
         }
         self.write(&output, 0, &bytes)?;
         Ok(RouterWeights { hidden, output })
+    }
+
+    /// The type in which tensors lie in one: theirs if they agree.
+    fn common_dtype(&self, ids: &[TensorId]) -> DType {
+        let mut dtypes: Vec<_> = ids.iter().map(|id| self.precision.weight_dtype(self.checkpoint.dtype(*id))).collect();
+        dtypes.dedup();
+        if let [dtype] = dtypes[..] { dtype } else { DType::F32 }
     }
 
     /// A matrix of the given source rows; `None` is a row of zeros.
     fn matrix(
         &mut self,
         label: &'static str,
+        rows: Vec<Option<(TensorId, usize)>>,
+        columns: Columns,
+    ) -> Result<Matrix> {
+        self.matrix_in_parts(label, rows, columns, 0)
+    }
+
+    /// As [`Loader::matrix`]; a new shard starts at the even row `split`.
+    fn matrix_in_parts(
+        &mut self,
+        label: &'static str,
         mut rows: Vec<Option<(TensorId, usize)>>,
         columns: Columns,
+        split: usize,
     ) -> Result<Matrix> {
         let mut ids: Vec<_> = rows.iter().flatten().map(|(id, _)| *id).collect();
         ids.dedup();
@@ -302,18 +329,16 @@ impl<'a> Loader<'a> {
         if let Some(matrix) = self.matrices.get(&key) {
             return Ok(matrix.clone());
         }
-        let mut dtypes: Vec<_> = ids.iter().map(|id| self.precision.weight_dtype(self.checkpoint.dtype(*id))).collect();
-        dtypes.dedup();
-        let dtype = if let [dtype] = dtypes[..] { dtype } else { DType::F32 };
-
+        let dtype = self.common_dtype(&ids);
         rows.resize(rows.len().next_multiple_of(2), None);
         let padded = columns.padded();
         let row_bytes = padded * dtype.bytes();
         let caps = self.gpu.caps();
         let binding_bytes = caps.max_storage_binding_bytes.min(caps.max_buffer_bytes) as usize;
         let rows_per_shard = (binding_bytes / row_bytes / 2 * 2).max(2);
-        let mut shards = Vec::new();
-        for (index, part) in rows.chunks(rows_per_shard).enumerate() {
+        let (mut shards, mut first_row) = (Vec::new(), 0);
+        let (before, after) = rows.split_at(split);
+        for part in before.chunks(rows_per_shard).chain(after.chunks(rows_per_shard)) {
             let tensor = Tensor::zeros(self.gpu, label, dtype, &[part.len(), padded])?;
             let rows_per_piece = (PIECE_BYTES / row_bytes).max(1);
             for (piece, rows) in part.chunks(rows_per_piece).enumerate() {
@@ -327,7 +352,9 @@ impl<'a> Loader<'a> {
                 }
                 self.write(&tensor, (piece * rows_per_piece * row_bytes) as u64, &bytes)?;
             }
-            shards.push(Shard { tensor, first_row: index * rows_per_shard, num_rows: part.len() });
+            let tensor = tensor.into_weight(self.gpu)?;
+            shards.push(Shard { tensor, first_row, num_rows: part.len() });
+            first_row += part.len();
         }
         let matrix = Matrix { shards, num_rows: rows.len(), in_features: padded, dtype };
         self.matrices.insert(key, matrix.clone());

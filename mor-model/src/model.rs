@@ -3,17 +3,20 @@
 //! Residual streams are `[T, C]` tensors that rows never leave: active rows are read and written through lists
 //! ([`RowSet`]), so nothing is gathered into or scattered out of a batch, and a block costs what its active rows cost.
 
+use std::ops::Range;
+
 use mor_kernels::epilogue::{Epilogue, LinearParams};
 use mor_kernels::ops::{
     AttentionDecode, AttentionDecodeBindings, AttentionDecodeParams, AttentionPrefill, AttentionPrefillBindings,
-    AttentionPrefillParams, AttentionShape, EmbedTokens, EmbedTokensBindings, EmbedTokensParams, ExpertGate, Hybrid,
-    KvGroups, Linear, LinearBindings, LinearDecode, LinearDecodeBindings, Prologue, RmsNorm, RmsNormBindings,
+    AttentionPrefillParams, AttentionShape, DepthRule, EmbedTokens, EmbedTokensBindings, EmbedTokensParams, ExpertGate,
+    Hybrid, KvGroups, Linear, LinearBindings, LinearDecode, LinearDecodeBindings, Prologue, RmsNorm, RmsNormBindings,
     RmsNormParams, RouterExpert, RouterExpertBindings, RouterExpertParams, RouterToken, RouterTokenBindings,
     RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, SampleToken, SampleTokenBindings,
-    SampleTokenParams, Selection, TokenGate, TokensCompact, TokensCompactBindings,
+    SampleTokenParams, Selection, SlotKv, SlotPhase, SlotRecursion, SlotsCompact, SlotsCompactBindings, TokenGate,
+    TokensCompact, TokensCompactBindings,
 };
 use mor_kernels::plan::PlanBuilder;
-use mor_kernels::rows::{KvTable, PAGE_SIZE, RowSet};
+use mor_kernels::rows::{KvTable, NONE, PAGE_SIZE, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, Result};
 
@@ -36,14 +39,26 @@ pub enum Routing {
 /// What a step is for: it decides the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Few rows; keys are split over `num_splits` workgroups.
+    /// One row a sequence; keys are split over `num_splits` workgroups.
     Decode {
-        /// Parts of the keys, from 1 on.
+        /// Parts of the keys, from 1 on; 1 for more than [`MAX_FEW_ROWS`] rows.
         num_splits: u32,
     },
     /// Many rows.
     Prefill,
 }
+
+/// How a batch of decoding sequences goes through the recursions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Batching {
+    /// A step takes every token through all its recursions; it lasts as long as its deepest token.
+    Lockstep,
+    /// A tick takes every token through one recursion, whichever is its next: continuous depth-wise batching.
+    Depthwise,
+}
+
+/// Rows up to which the matrix-vector kernels serve; they also merge the splits of attention.
+pub const MAX_FEW_ROWS: usize = 8;
 
 /// The rows whose logits a step computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,7 +95,7 @@ pub struct SampleTensors {
     pub seen: Tensor,
     /// `[sequences]` of [`Row`](mor_kernels::rows::Row): what the next decode step feeds.
     pub next_rows: Tensor,
-    /// `[sequences, max_positions]` of (next token, depth).
+    /// `[sequences, SampleToken::RESULTS]` of (next token, depth), a ring by position.
     pub results: Tensor,
 }
 
@@ -95,15 +110,15 @@ pub struct StepTensors {
     pub depth: Tensor,
     /// All rows of the step.
     pub all: RowSet,
-    /// Per recursion, the rows that run its block.
+    /// Per recursion, the rows that run its block; in depth-wise batching one set, of rows at any recursion.
     pub recursions: Vec<RowSet>,
     /// The rows to sample.
     pub sampled: RowSet,
-    /// Expert: per recursion `[T]`; token: one `[T, R]`.
+    /// Expert: per set of `recursions` `[T]`; token: one `[T, R]`.
     pub router_logits: Vec<Tensor>,
     /// As `router_logits`: the gates.
     pub router_weights: Vec<Tensor>,
-    /// Per recursion `[T]`, with an auxiliary router.
+    /// As the expert's `router_logits`, with an auxiliary router.
     pub aux_logits: Vec<Tensor>,
     /// Token choice: the chosen gate `[T]`.
     token_weight: Option<Tensor>,
@@ -121,11 +136,54 @@ pub struct StepTensors {
     pub normed: Tensor,
     q: Tensor,
     attention: Tensor,
-    attention_stats: Option<Tensor>,
+    attention_stats: Tensor,
     mlp: Tensor,
     router_hidden: Option<Tensor>,
     /// `[n, V]`, V padded to an even number.
     pub logits: Tensor,
+    depthwise: Option<DepthwiseTensors>,
+}
+
+/// What depth-wise batching keeps from tick to tick besides the streams.
+#[derive(Clone, Debug)]
+struct DepthwiseTensors {
+    /// `[T]` of (passes, recursions that counted).
+    state: Tensor,
+    /// Uniform `[R]` of [`SlotRecursion`].
+    recursions: Tensor,
+    /// Rows of the block at one recursion, where they need kernels of their own.
+    at: RowSet,
+}
+
+impl StepTensors {
+    /// The same tensors, used for at most `num_rows` rows.
+    ///
+    /// # Panics
+    /// If there is no room for so many.
+    #[must_use]
+    pub fn limited_to(&self, num_rows: usize) -> Self {
+        let mut step = self.clone();
+        step.capacity = num_rows;
+        let at = step.depthwise.as_mut().map(|depthwise| &mut depthwise.at);
+        for set in [&mut step.all, &mut step.sampled].into_iter().chain(&mut step.recursions).chain(at) {
+            *set = set.limited_to(num_rows);
+        }
+        step
+    }
+
+    /// Parts into which the keys of `num_rows` rows can be split: a power of two.
+    pub fn max_key_splits(&self, num_rows: usize) -> u32 {
+        let splits = (self.attention.shape()[0] / num_rows).clamp(1, AttentionDecode::MAX_SPLITS as usize);
+        1 << splits.ilog2()
+    }
+
+    /// Forgets the tokens under way in sequence `sequence`'s slot.
+    pub fn clear(&self, gpu: &Gpu, sequence: usize) {
+        if self.depthwise.is_some() {
+            let bytes = size_of::<mor_kernels::rows::Row>();
+            gpu.write(&self.rows, (sequence * bytes) as u64, bytemuck::bytes_of(&mor_kernels::rows::Row::ABSENT));
+        }
+    }
 }
 
 /// A model on the device.
@@ -142,7 +200,11 @@ pub struct MorModel {
 /// Where a layer's output goes.
 enum LayerEnd<'a> {
     Stream(&'a Tensor),
-    Block { recursion: u32 },
+    Streams(&'a Tensor, &'a Tensor),
+    /// The end of a block; expert choice has gates per set of rows.
+    Block {
+        gates: usize,
+    },
 }
 
 impl MorModel {
@@ -230,33 +292,45 @@ impl MorModel {
         }
     }
 
-    /// Allocates the tensors of steps of up to `capacity` rows, `logit_rows` of them with logits.
+    /// How this model's decode batches can run best: depth-wise if all recursions share their weights.
+    pub fn batching(&self) -> Batching {
+        let shares = self.config.mode != Mode::Vanilla && self.config.sharing.is_cycle();
+        if shares { Batching::Depthwise } else { Batching::Lockstep }
+    }
+
+    /// Allocates the tensors of steps of up to `capacity` rows, `logit_rows` of them with logits; `decode` says how
+    /// decode steps run, `None` is for prefill.
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`](mor_kernels::KernelError::OutOfMemory).
-    pub fn step_tensors(&self, capacity: usize, logit_rows: usize, phase: Phase) -> Result<StepTensors> {
+    pub fn step_tensors(&self, capacity: usize, logit_rows: usize, decode: Option<Batching>) -> Result<StepTensors> {
         let (gpu, config) = (&self.gpu, &self.config);
         let t = capacity;
         let f32s = |label: &str, shape: &[usize]| Tensor::zeros(gpu, label, DType::F32, shape);
         let (c, q_dim) = (config.hidden_size, self.q_dim());
         let num_recursions = config.num_recursions;
+        let depthwise = decode == Some(Batching::Depthwise);
         let sets = match config.mode {
             Mode::Vanilla => 0,
+            _ if depthwise => 1,
             _ => num_recursions,
         };
         let per_recursion = |label: &str, on: bool| -> Result<Vec<Tensor>> {
-            (0..if on { num_recursions } else { 0 }).map(|r| f32s(&format!("{label}.{r}"), &[t])).collect()
+            (0..if on { sets } else { 0 }).map(|r| f32s(&format!("{label}.{r}"), &[t])).collect()
         };
         let (expert, token) = (config.mode == Mode::Expert, config.mode == Mode::Token);
         let router = |label: &str| -> Result<Vec<Tensor>> {
             if token { Ok(vec![f32s(label, &[t, num_recursions])?]) } else { per_recursion(label, expert) }
         };
-        let num_splits = match phase {
-            Phase::Decode { num_splits } => num_splits as usize,
-            Phase::Prefill => 1,
+        // Rows whose attention is one result each, or parts that the next kernel merges.
+        let num_partials = match decode {
+            Some(_) => {
+                let bound = gpu.caps().max_storage_binding_bytes as usize / (4 * q_dim);
+                t.max(bound.min(t.min(MAX_FEW_ROWS) * AttentionDecode::MAX_SPLITS as usize))
+            }
+            None => t,
         };
-        let router_width =
-            self.weights.routers.iter().filter_map(|r| r.router.hidden.as_ref()).map(|m| m.num_rows).max();
+        let router_width = self.weights.routers.as_ref().and_then(|r| r.router.hidden.first()).map(|m| m.num_rows);
         Ok(StepTensors {
             capacity,
             rows: Tensor::zeros(gpu, "rows", DType::U32, &[t, 4])?,
@@ -278,13 +352,34 @@ impl MorModel {
             layer_out: f32s("layer_out", &[t, c])?,
             normed: f32s("normed", &[t, c])?,
             q: f32s("q", &[t, q_dim])?,
-            attention: f32s("attention", &[t, num_splits * q_dim])?,
-            attention_stats: (num_splits > 1)
-                .then(|| f32s("attention_stats", &[t, config.num_attention_heads, num_splits, 2]))
-                .transpose()?,
+            attention: f32s("attention", &[num_partials, q_dim])?,
+            attention_stats: f32s("attention_stats", &[num_partials, config.num_attention_heads, 2])?,
             mlp: f32s("mlp", &[t, config.intermediate_size.next_multiple_of(8)])?,
             router_hidden: router_width.map(|width| f32s("router_hidden", &[t, width])).transpose()?,
             logits: f32s("logits", &[logit_rows, self.logits_stride()])?,
+            depthwise: depthwise.then(|| self.depthwise_tensors(t)).transpose()?,
+        })
+    }
+
+    fn depthwise_tensors(&self, capacity: usize) -> Result<DepthwiseTensors> {
+        let (gpu, config) = (&self.gpu, &self.config);
+        let recursions: Vec<_> = (0..config.num_recursions)
+            .map(|r| {
+                let place = self.kv_layout.layer(self.layout.block_layers(r as u32)[0]);
+                SlotRecursion {
+                    write_group: place.write_group.map_or(NONE, |group| group as u32),
+                    read_group: place.read_group as u32,
+                    always: config.capacity.get(r).is_none_or(|capacity| *capacity >= 1.0).into(),
+                    reserved: 0,
+                }
+            })
+            .collect();
+        let table = Tensor::zeros_uniform(gpu, "recursions", size_of_val(&recursions[..]) as u64)?;
+        gpu.write(&table, 0, bytemuck::cast_slice(&recursions));
+        Ok(DepthwiseTensors {
+            state: Tensor::zeros(gpu, "state", DType::U32, &[capacity, 2])?,
+            recursions: table,
+            at: RowSet::new(gpu, "at", capacity)?,
         })
     }
 
@@ -312,8 +407,36 @@ impl MorModel {
     ) -> Result<()> {
         let (phase, routing, logit_rows) = how;
         let recorder = Recorder { model: self, step, kv, sample, phase, routing };
-        let last = recorder.record_layers(plan, after_recursion)?;
-        recorder.record_head(plan, last, logit_rows)
+        let stream = recorder.record_layers(plan, after_recursion)?;
+        match logit_rows {
+            LogitRows::Sampled => {
+                recorder.record_set(plan, Selection::Sample, 0, &step.sampled, None)?;
+                recorder.record_head(plan, stream, &step.sampled)?;
+                recorder.record_draw(plan)
+            }
+            LogitRows::All => recorder.record_head(plan, stream, &step.all),
+        }
+    }
+
+    /// Records a tick of depth-wise batching over the slots of `step`, which was made for it: tokens that have taken
+    /// their last recursion run the last layers and are replaced by the next of their sequence, these run the first
+    /// layers, and all run the shared block once.
+    ///
+    /// # Errors
+    /// As [`PlanBuilder::dispatch`].
+    ///
+    /// # Panics
+    /// If `step` was made for something else.
+    pub fn record_tick(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        step: &StepTensors,
+        kv: &KvTensors,
+        sample: &SampleTensors,
+        num_splits: u32,
+    ) -> Result<()> {
+        let phase = Phase::Decode { num_splits };
+        Recorder { model: self, step, kv, sample, phase, routing: Routing::Causal }.record_tick(plan)
     }
 }
 
@@ -389,7 +512,8 @@ impl<'a> Recorder<'a> {
         let candidates = if r == 0 { &step.all } else { &step.recursions[r - 1] };
         let selection = match config.mode {
             Mode::Expert => {
-                self.record_expert_router(plan, r, candidates)?;
+                self.record_expert_router(plan, r, candidates, r)?;
+                self.record_topk(plan, r)?;
                 // The K/V sharing strategies need every token's keys of the first recursion.
                 let keep_all = r == 0 && config.kv != KvStrategy::RecursionWise;
                 match self.routing {
@@ -409,18 +533,119 @@ impl<'a> Recorder<'a> {
         };
         let set = &step.recursions[r];
         self.record_set(plan, selection, r, set, Some(recursion_group(r as u32)))?;
+        let input = if config.mode == Mode::Token && r > 0 { &step.running } else { &step.hidden };
+        self.record_block(plan, r, set, input)
+    }
+
+    /// The layers of recursion `r` over the rows of `set`; in depth-wise batching, where `r` is 0, of any recursion.
+    fn record_block(&self, plan: &mut PlanBuilder<'_>, r: usize, set: &RowSet, mut input: &'a Tensor) -> Result<()> {
+        let step = self.step;
         let layers = self.model.layout.block_layers(r as u32);
-        let mut input = if config.mode == Mode::Token && r > 0 { &step.running } else { &step.hidden };
         for (j, l) in layers.iter().enumerate() {
-            let end = if j + 1 == layers.len() {
-                LayerEnd::Block { recursion: r as u32 }
-            } else {
-                LayerEnd::Stream(&step.layer_out)
+            let end = match self.config().mode {
+                _ if j + 1 < layers.len() => LayerEnd::Stream(&step.layer_out),
+                Mode::Expert | Mode::Token => LayerEnd::Block { gates: r },
+                Mode::Vanilla | Mode::Recursive => LayerEnd::Stream(&step.hidden),
             };
             self.record_layer(plan, *l, set, input, end)?;
             input = &step.layer_out;
         }
         Ok(())
+    }
+
+    fn record_tick(&self, plan: &mut PlanBuilder<'_>) -> Result<()> {
+        let (config, step) = (self.config(), self.step);
+        let (middle, token) = (config.sharing.is_middle(), config.mode == Mode::Token);
+        let (all, block) = (&step.all, &step.recursions[0]);
+        let rule = match config.mode {
+            Mode::Expert => {
+                let decision = step.aux_logits.first().unwrap_or(&step.router_logits[0]);
+                DepthRule::Expert { decision, keep_all: config.kv != KvStrategy::RecursionWise }
+            }
+            Mode::Token => DepthRule::Token { target_depth: &step.depth },
+            Mode::Vanilla | Mode::Recursive => DepthRule::Fixed,
+        };
+
+        self.record_slots(plan, SlotPhase::Exit(rule), &step.sampled, middle)?;
+        let mut stream = &step.hidden;
+        if middle {
+            let last = config.num_hidden_layers - 1;
+            self.record_layer(plan, last, &step.sampled, stream, LayerEnd::Stream(&step.layer_out))?;
+            stream = &step.layer_out;
+        }
+        self.record_head(plan, stream, &step.sampled)?;
+        self.record_draw(plan)?;
+
+        self.record_slots(plan, SlotPhase::Enter { next_rows: &self.sample.next_rows }, all, middle)?;
+        if middle {
+            self.record_embedding(plan, &step.layer_out)?;
+            let end =
+                if token { LayerEnd::Streams(&step.hidden, &step.running) } else { LayerEnd::Stream(&step.hidden) };
+            self.record_layer(plan, 0, all, &step.layer_out, end)?;
+        } else {
+            self.record_embedding(plan, &step.hidden)?;
+            if token {
+                self.record_embedding(plan, &step.running)?;
+            }
+        }
+        match config.mode {
+            Mode::Expert => self.record_expert_router(plan, 0, all, 0)?,
+            Mode::Token => self.record_token_router(plan)?,
+            Mode::Vanilla | Mode::Recursive => {}
+        }
+
+        self.record_slots(plan, SlotPhase::Block(rule), block, true)?;
+        if config.kv == KvStrategy::Sharing {
+            // Those that store keys and values.
+            self.record_slots(plan, SlotPhase::At(0), &self.depthwise().at, true)?;
+        }
+        self.record_block(plan, 0, block, if token { &step.running } else { &step.hidden })?;
+        if config.mode == Mode::Expert {
+            self.record_next_routers(plan, block)?;
+        }
+        Ok(())
+    }
+
+    /// Scores the rows of a tick's block for the recursion after the one they took.
+    fn record_next_routers(&self, plan: &mut PlanBuilder<'_>, block: &RowSet) -> Result<()> {
+        let routers = self.model.weights.routers.as_ref().expect("expert choice has routers");
+        if routers.router.hidden.is_empty() {
+            // The last matrices lie in one tensor, from which each row picks its own.
+            return self.record_expert_router(plan, 1, block, 0);
+        }
+        let at = &self.depthwise().at;
+        for r in 1..self.config().num_recursions {
+            self.record_slots(plan, SlotPhase::At(r as u32 - 1), at, false)?;
+            self.record_expert_router(plan, r, at, 0)?;
+        }
+        Ok(())
+    }
+
+    fn depthwise(&self) -> &'a DepthwiseTensors {
+        self.step.depthwise.as_ref().expect("the tensors were made for depth-wise batching")
+    }
+
+    /// Moves the slots on and lists those of `phase`.
+    fn record_slots(&self, plan: &mut PlanBuilder<'_>, phase: SlotPhase<'_>, set: &RowSet, kv: bool) -> Result<()> {
+        let depthwise = self.depthwise();
+        let bindings = SlotsCompactBindings {
+            rows: &self.step.rows,
+            state: &depthwise.state,
+            grids: &plan.grid_table(),
+            recursions: &depthwise.recursions,
+            active: set,
+            phase,
+            kv: kv.then(|| SlotKv {
+                num_groups: self.model.kv_layout.num_groups() as u32,
+                lengths: &self.kv.lengths,
+                pages: &self.kv.pages,
+                max_pages: self.max_pages(),
+                slots: self.kv.slots.as_ref(),
+            }),
+            num_recursions: self.config().num_recursions as u32,
+            max_positions: self.kv.max_positions as u32,
+        };
+        SlotsCompact::record(plan, &bindings)
     }
 
     /// Lists the rows of `selection`; `group` is where the layers that run over them store K/V.
@@ -440,7 +665,7 @@ impl<'a> Recorder<'a> {
         });
         let kv = layer.map(|layer| {
             let hybrid = self.kv.slots.as_ref().and_then(|slots| {
-                let first_group = (group == Some(recursion_group(0))).then(|| recursion_group(1) as u32);
+                let first_group = (group == Some(recursion_group(0))).then(|| recursion_group(0) as u32);
                 (group != Some(UNSHARED_GROUP)).then_some(Hybrid { slots, first_group })
             });
             KvGroups {
@@ -511,20 +736,28 @@ impl<'a> Recorder<'a> {
             ..Default::default()
         };
 
-        // Layers that read another recursion's cache have no use for k and v.
-        let qkv_columns = if place.write_group.is_some() { q_dim + 2 * kv_dim } else { q_dim };
+        // Layers that read another recursion's cache have no use for k and v; in depth-wise batching, rows.
+        let all_columns = q_dim + 2 * kv_dim;
+        let in_block = step.depthwise.is_some() && std::ptr::eq(rows, &step.recursions[0]);
+        let some_store = in_block && config.kv == KvStrategy::Sharing;
+        let qkv_columns = if place.write_group.is_some() && !some_store { 0..all_columns } else { 0..q_dim };
         let norm = |x| Input::Norm {
             x,
             weight: if std::ptr::eq(x, input) { &weights.input_layernorm } else { &weights.post_attention_layernorm },
         };
         let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache };
         self.record_linear(plan, rows, norm(input), (&weights.qkv_proj, qkv_columns), qkv, base)?;
+        if some_store {
+            let first = &self.depthwise().at;
+            self.record_linear(plan, first, norm(input), (&weights.qkv_proj, q_dim..all_columns), qkv, base)?;
+        }
 
-        let kv_table = if place.fallback_group.is_some() { KvTable::Slots } else { KvTable::Pages };
+        let mixes = in_block && config.kv == KvStrategy::Hybrid;
+        let kv_table = if place.fallback_group.is_some() || mixes { KvTable::Slots } else { KvTable::Pages };
         let attended = self.record_attention(plan, rows, (k_cache, v_cache), kv_table)?;
 
-        let all = |matrix: &Matrix| matrix.num_rows as u32;
-        let o = Epilogue::Residual { residual: input, out: &step.middle };
+        let all = |matrix: &Matrix| 0..matrix.num_rows as u32;
+        let o = Epilogue::Residual { residual: input, out: &step.middle, copy: None };
         self.record_linear(plan, rows, attended, (&weights.o_proj, all(&weights.o_proj)), o, base)?;
 
         let swiglu = LinearParams { out_stride: step.mlp.shape()[1] as u32, ..base };
@@ -533,22 +766,20 @@ impl<'a> Recorder<'a> {
 
         let residual = &step.middle;
         let down = match end {
-            LayerEnd::Stream(out) => Epilogue::Residual { residual, out },
-            LayerEnd::Block { recursion } => {
-                let (hidden, depth) = (&step.hidden, &step.depth);
-                match &step.token_weight {
-                    Some(gates) => Epilogue::BlockEndToken { residual, hidden, depth, gates, running: &step.running },
-                    None => {
-                        let gates = &step.router_weights[recursion as usize];
-                        Epilogue::BlockEndExpert { residual, hidden, depth, gates }
-                    }
+            LayerEnd::Stream(out) => Epilogue::Residual { residual, out, copy: None },
+            LayerEnd::Streams(out, copy) => Epilogue::Residual { residual, out, copy: Some(copy) },
+            LayerEnd::Block { gates } => match &step.token_weight {
+                Some(gates) => {
+                    Epilogue::BlockEndToken { residual, hidden: &step.hidden, gates, running: &step.running }
                 }
-            }
+                None => {
+                    let gates = &step.router_weights[gates];
+                    Epilogue::BlockEndExpert { residual, hidden: &step.hidden, gates }
+                }
+            },
         };
-        let recursion = if let LayerEnd::Block { recursion } = end { recursion } else { 0 };
         let x = Input::Compact { x: &step.mlp };
-        let down_proj = (&weights.down_proj, all(&weights.down_proj));
-        self.record_linear(plan, rows, x, down_proj, down, LinearParams { recursion, ..base })
+        self.record_linear(plan, rows, x, (&weights.down_proj, all(&weights.down_proj)), down, base)
     }
 
     /// Records attention of the queries in `step.q`; returns what `o_proj` reads.
@@ -570,7 +801,7 @@ impl<'a> Recorder<'a> {
         let q = &step.q;
         match self.phase {
             Phase::Decode { num_splits } => {
-                let stats = step.attention_stats.as_ref();
+                let stats = (num_splits > 1).then_some(&step.attention_stats);
                 let bindings = AttentionDecodeBindings {
                     rows,
                     q,
@@ -598,18 +829,25 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// Records `input @ weight^T` over the first `num_columns` rows of the weight, shard by shard.
+    /// Records `input @ weight^T` over the rows `columns` of the weight, shard by shard; only the last shard of the
+    /// range may be used in part.
     fn record_linear(
         &self,
         plan: &mut PlanBuilder<'_>,
         rows: &RowSet,
         input: Input<'_>,
-        (weight, num_columns): (&Matrix, u32),
+        (weight, columns): (&Matrix, Range<u32>),
         epilogue: Epilogue<'_>,
         params: LinearParams,
     ) -> Result<()> {
         let in_features = weight.in_features as u32;
-        let few_rows = matches!(self.phase, Phase::Decode { .. }) || std::ptr::eq(rows, &self.step.sampled);
+        let max_rows = match self.phase {
+            Phase::Decode { .. } => self.step.capacity,
+            // A prompt ends in one row.
+            Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
+            Phase::Prefill => self.step.capacity.max(MAX_FEW_ROWS + 1),
+        };
+        let few_rows = max_rows <= MAX_FEW_ROWS;
         let x = match input {
             Input::Norm { x, weight } if !few_rows => {
                 let norm = RmsNormParams { hidden_size: in_features, eps: params.eps };
@@ -621,10 +859,10 @@ impl<'a> Recorder<'a> {
         };
         for shard in &weight.shards {
             let first_output = shard.first_row as u32;
-            if first_output >= num_columns {
-                break;
+            if !columns.contains(&first_output) {
+                continue;
             }
-            let num_outputs = (shard.num_rows as u32).min(num_columns - first_output);
+            let num_outputs = (shard.num_rows as u32).min(columns.end - first_output);
             let params = LinearParams { num_outputs, first_output, in_features, ..params };
             if few_rows {
                 let prologue = match x {
@@ -634,23 +872,24 @@ impl<'a> Recorder<'a> {
                     Input::Merge { partial, stats, num_splits } => Prologue::Merge { partial, stats, num_splits },
                 };
                 let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
-                let max_rows = if std::ptr::eq(rows, &self.step.sampled) { 1 } else { self.step.capacity as u32 };
                 LinearDecode::new(
                     plan.gpu().caps(),
                     in_features,
                     weight.dtype,
                     prologue.kind(),
                     epilogue.kind(),
-                    max_rows,
+                    max_rows as u32,
                 )
                 .record(plan, &bindings, &params)?;
             } else {
                 let prologue = match x {
                     Input::Compact { x } => Prologue::Compact { x },
                     Input::Stream { x } => Prologue::Stream { x },
-                    Input::Norm { .. } | Input::Merge { .. } => unreachable!("normed above; merges are of decode only"),
+                    Input::Norm { .. } | Input::Merge { .. } => {
+                        unreachable!("normed above; only few rows split their keys")
+                    }
                 };
-                let shape = [self.step.capacity as u32, num_outputs, in_features];
+                let shape = [max_rows as u32, num_outputs, in_features];
                 let (prologue_kind, epilogue_kind) = (prologue.kind(), epilogue.kind());
                 let kernel =
                     Linear::for_shape(plan.gpu().caps(), shape, false, weight.dtype, prologue_kind, epilogue_kind);
@@ -666,29 +905,31 @@ impl<'a> Recorder<'a> {
         &self,
         plan: &mut PlanBuilder<'_>,
         rows: &RowSet,
-        router: &RouterWeights,
+        hidden: Option<&Matrix>,
         input_scale: f32,
     ) -> Result<RouterInput<'a>> {
         let step = self.step;
-        let (Some(hidden), Some(out)) = (&router.hidden, &step.router_hidden) else {
+        let (Some(hidden), Some(out)) = (hidden, &step.router_hidden) else {
             return Ok(RouterInput { x: &step.hidden, by_row: true, scale: input_scale });
         };
         let params = LinearParams { out_stride: out.shape()[1] as u32, scale: input_scale, ..LinearParams::default() };
         let x = Input::Stream { x: &step.hidden };
-        self.record_linear(plan, rows, x, (hidden, hidden.num_rows as u32), Epilogue::Gelu { out }, params)?;
+        self.record_linear(plan, rows, x, (hidden, 0..hidden.num_rows as u32), Epilogue::Gelu { out }, params)?;
         Ok(RouterInput { x: out, by_row: false, scale: 1.0 })
     }
 
-    fn record_expert_router(&self, plan: &mut PlanBuilder<'_>, r: usize, rows: &RowSet) -> Result<()> {
+    /// Scores `rows` for recursion `r`, their next; linear routers, for each row's own. Results go to the tensors at
+    /// index `to`.
+    fn record_expert_router(&self, plan: &mut PlanBuilder<'_>, r: usize, rows: &RowSet, to: usize) -> Result<()> {
         let (config, step) = (self.config(), self.step);
-        let routers = &self.model.weights.routers[r];
+        let routers = self.model.weights.routers.as_ref().expect("expert choice has routers");
         let gate = match config.router_func {
             RouterFunc::Sigmoid => ExpertGate::Sigmoid,
             RouterFunc::Tanh => ExpertGate::Tanh,
             _ => ExpertGate::None,
         };
         let mut score = |router: &RouterWeights, temp: f64, logits: &Tensor, gates: Option<&Tensor>| {
-            let input = self.record_router_hidden(plan, rows, router, (1.0 / temp) as f32)?;
+            let input = self.record_router_hidden(plan, rows, router.hidden.get(r), (1.0 / temp) as f32)?;
             let kernel = RouterExpert {
                 gate,
                 weight_dtype: router.output.dtype(),
@@ -697,15 +938,26 @@ impl<'a> Recorder<'a> {
                 ..RouterExpert::default()
             };
             let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates };
-            let in_features = router.output.num_elems() as u32;
-            let params = RouterExpertParams { in_features, input_scale: input.scale, alpha: config.alpha as f32 };
+            let num_recursions = config.num_recursions as u32;
+            let params = RouterExpertParams {
+                in_features: router.output.num_elems() as u32 / num_recursions,
+                input_scale: input.scale,
+                alpha: config.alpha as f32,
+                num_recursions,
+            };
             kernel.record(plan, bindings, params)
         };
-        score(&routers.router, config.temp, &step.router_logits[r], Some(&step.router_weights[r]))?;
+        score(&routers.router, config.temp, &step.router_logits[to], Some(&step.router_weights[to]))?;
         if let Some(aux) = &routers.aux {
             // The auxiliary router sees the stream without the temperature.
-            score(aux, 1.0, &step.aux_logits[r], None)?;
+            score(aux, 1.0, &step.aux_logits[to], None)?;
         }
+        Ok(())
+    }
+
+    /// Ranks whole sequences for recursion `r`, under top-k routing.
+    fn record_topk(&self, plan: &mut PlanBuilder<'_>, r: usize) -> Result<()> {
+        let step = self.step;
         if self.routing == Routing::TopK {
             let bindings = RouterTopkBindings {
                 sequences: &step.topk_sequences[r],
@@ -720,9 +972,9 @@ impl<'a> Recorder<'a> {
 
     fn record_token_router(&self, plan: &mut PlanBuilder<'_>) -> Result<()> {
         let (config, step) = (self.config(), self.step);
-        let routers = &self.model.weights.routers[0];
+        let routers = self.model.weights.routers.as_ref().expect("token choice has a router");
         let rows = &step.all;
-        let input = self.record_router_hidden(plan, rows, &routers.router, (1.0 / config.temp) as f32)?;
+        let input = self.record_router_hidden(plan, rows, routers.router.hidden.first(), (1.0 / config.temp) as f32)?;
         let weight = &routers.router.output;
         let kernel = RouterToken {
             gate: if config.router_func == RouterFunc::Sigmoid { TokenGate::Sigmoid } else { TokenGate::Softmax },
@@ -746,43 +998,37 @@ impl<'a> Recorder<'a> {
         kernel.record(plan, bindings, params)
     }
 
-    fn record_head(&self, plan: &mut PlanBuilder<'_>, stream: &Tensor, logit_rows: LogitRows) -> Result<()> {
-        let (config, step, weights) = (self.config(), self.step, &self.model.weights);
-        let (rows, selection) = match logit_rows {
-            LogitRows::Sampled => {
-                let selection = Selection::Sample { results: &self.sample.results };
-                self.record_set(plan, selection, 0, &step.sampled, None)?;
-                (&step.sampled, true)
-            }
-            LogitRows::All => (&step.all, false),
-        };
+    /// Logits of `rows` of a stream.
+    fn record_head(&self, plan: &mut PlanBuilder<'_>, stream: &Tensor, rows: &RowSet) -> Result<()> {
+        let (config, weights) = (self.config(), &self.model.weights);
         let params = LinearParams {
             out_stride: self.model.logits_stride() as u32,
             eps: config.rms_norm_eps as f32,
             scale: 1.0,
             ..Default::default()
         };
-        let head = (&weights.lm_head, weights.lm_head.num_rows as u32);
+        let head = (&weights.lm_head, 0..weights.lm_head.num_rows as u32);
         let input = Input::Norm { x: stream, weight: &weights.norm };
-        self.record_linear(plan, rows, input, head, Epilogue::Store { out: &step.logits }, params)?;
-        if selection {
-            let bindings = SampleTokenBindings {
-                rows,
-                logits: &step.logits,
-                sampling: &self.sample.sampling,
-                seen: &self.sample.seen,
-                next_rows: &self.sample.next_rows,
-                results: &self.sample.results,
-            };
-            let params = SampleTokenParams {
-                vocab_size: config.vocab_size as u32,
-                logits_stride: self.model.logits_stride() as u32,
-                max_positions: self.kv.max_positions as u32,
-                seen_words: self.sample.seen.shape()[1] as u32,
-            };
-            SampleToken::new(plan.gpu().caps()).record(plan, bindings, params)?;
-        }
-        Ok(())
+        self.record_linear(plan, rows, input, head, Epilogue::Store { out: &self.step.logits }, params)
+    }
+
+    /// Draws the tokens that follow the rows of `sampled`.
+    fn record_draw(&self, plan: &mut PlanBuilder<'_>) -> Result<()> {
+        let (config, step) = (self.config(), self.step);
+        let bindings = SampleTokenBindings {
+            rows: &step.sampled,
+            logits: &step.logits,
+            sampling: &self.sample.sampling,
+            seen: &self.sample.seen,
+            next_rows: &self.sample.next_rows,
+            results: &self.sample.results,
+        };
+        let params = SampleTokenParams {
+            vocab_size: config.vocab_size as u32,
+            logits_stride: self.model.logits_stride() as u32,
+            seen_words: self.sample.seen.shape()[1] as u32,
+        };
+        SampleToken::new(plan.gpu().caps()).record(plan, bindings, params)
     }
 }
 

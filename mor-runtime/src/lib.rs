@@ -45,7 +45,7 @@
 //! [`runner`] is the layer below, for programs that drive batches of sequences themselves.
 
 mod error;
-mod kv_pool;
+pub mod kv_cache;
 pub mod runner;
 mod sampling;
 mod session;

@@ -5,20 +5,20 @@ use std::sync::Arc;
 
 use mor_kernels::Result;
 use mor_kernels::ops::{
-    AttentionDecode, CrossEntropy, CrossEntropyBindings, CrossEntropyParams, GpuSampling, TopkSequence,
+    AttentionDecode, CrossEntropy, CrossEntropyBindings, CrossEntropyParams, GpuSampling, SampleToken, TopkSequence,
 };
 use mor_kernels::plan::{Plan, PlanBuilder};
-use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
+use mor_kernels::rows::{ActiveRow, NONE, ROW_ACTIVE, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
 use mor_kernels::submit::{Readback, Submission};
 use mor_kernels::tensor::{DType, Tensor};
-use mor_model::{LogitRows, Mode, MorModel, Phase, Routing, SampleTensors, StepTensors};
+use mor_model::{Batching, LogitRows, MAX_FEW_ROWS, Mode, MorModel, Phase, Routing, SampleTensors, StepTensors};
 
-use crate::kv_pool::KvPool;
+use crate::kv_cache::KvCache;
 
-/// Tokens of one sequence to feed in a step.
+/// Tokens of one sequence to feed in a prefill step.
 #[derive(Clone, Copy, Debug)]
 pub struct Feed<'a> {
-    /// Index of the sequence.
+    /// Slot of the sequence.
     pub sequence: usize,
     /// Position of the first token.
     pub position: usize,
@@ -28,36 +28,112 @@ pub struct Feed<'a> {
     pub sample: bool,
 }
 
-/// What the device recorded at a position: the depth of the token fed there and the token drawn after it.
+/// A K/V page to be copied, in all buffers of its class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    /// Token drawn from this position's logits; meaningless where none was drawn.
-    pub next_token: u32,
-    /// Recursions the token at this position took.
-    pub depth: u32,
+pub struct PageCopy {
+    /// Class of both pages.
+    pub class: usize,
+    /// Page that is read.
+    pub from: u32,
+    /// Page that is written.
+    pub to: u32,
 }
 
-/// [`Outcome`]s of consecutive positions on their way to the host.
-#[derive(Debug)]
-pub struct Outcomes(Readback);
+/// What one submit does, in this order.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work<'a> {
+    /// Pages to copy.
+    pub copies: &'a [PageCopy],
+    /// Rows of a prefill step, sequences ascending, one feed each; none without feeds.
+    pub feeds: &'a [Feed<'a>],
+    /// Decode steps or ticks after it; at most [`Runner::MAX_TICKS`].
+    pub ticks: usize,
+    /// Slots that may be occupied: the first ones. 0 stands for all.
+    pub num_slots: usize,
+    /// No sequence is longer in these ticks.
+    pub max_context: usize,
+}
 
-impl Outcomes {
-    /// Whether [`Outcomes::wait`] would return at once.
+/// A token that the device drew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Position of the token that was fed.
+    pub position: usize,
+    /// Recursions it took.
+    pub depth: u32,
+    /// Token drawn after it.
+    pub next_token: u32,
+}
+
+/// The results of a submit on their way to the host.
+#[derive(Debug)]
+pub struct Pending {
+    depths: Option<Readback>,
+    next_rows: Readback,
+    results: Readback,
+}
+
+/// The results of a submit.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    /// Recursions that each fed row took, in feed order.
+    pub depths: Vec<u32>,
+    next_rows: Vec<Row>,
+    /// `[slots, RESULTS]` of (next token, depth), a ring by position.
+    results: Vec<[u32; 2]>,
+}
+
+impl Pending {
+    /// Whether [`Pending::wait`] would return at once.
     ///
     /// # Errors
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
     pub fn is_ready(&self) -> Result<bool> {
-        self.0.is_ready()
+        self.results.is_ready()
     }
 
     /// Waits for them.
     ///
     /// # Errors
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
-    pub fn wait(self) -> Result<Vec<Outcome>> {
-        let words: Vec<u32> = bytemuck::pod_collect_to_vec(&self.0.wait()?);
-        Ok(words.chunks_exact(2).map(|pair| Outcome { next_token: pair[0], depth: pair[1] }).collect())
+    pub fn wait(self) -> Result<Reply> {
+        let depths = self.depths.map(Readback::wait).transpose()?.unwrap_or_default();
+        Ok(Reply {
+            depths: bytemuck::pod_collect_to_vec(&depths),
+            next_rows: bytemuck::pod_collect_to_vec(&self.next_rows.wait()?),
+            results: bytemuck::pod_collect_to_vec(&self.results.wait()?),
+        })
     }
+}
+
+impl Reply {
+    /// What was drawn for the sequence in `slot` from position `from` on, ascending. The caller must know which
+    /// positions are new to it; no more than [`Runner::MAX_TICKS`] can be.
+    pub fn drawn(&self, slot: usize, from: usize) -> impl Iterator<Item = Outcome> + '_ {
+        // The token after the last one drawn has the next row's position.
+        let end = self.next_rows.get(slot).map_or(0, |row| row.position as usize);
+        (from..end).map(move |position| {
+            let ring = SampleToken::RESULTS as usize;
+            let [next_token, depth] = self.results[slot * ring + position % ring];
+            Outcome { position, depth, next_token }
+        })
+    }
+}
+
+/// Sizes of a [`Runner`].
+#[derive(Clone, Debug)]
+pub struct RunnerOptions {
+    /// Sequences at a time.
+    pub num_slots: usize,
+    /// Tokens of the longest sequence.
+    pub max_positions: usize,
+    /// Most rows of a prefill step.
+    pub prefill_rows: usize,
+    /// How decode batches run; `None` is what suits the model.
+    pub batching: Option<Batching>,
+    /// K/V pages per class of [`page_classes`](crate::kv_cache::page_classes); tables are then written by
+    /// [`Runner::write_pages`]. `None`: each slot owns the pages of its longest sequence.
+    pub pages_in_class: Option<Vec<usize>>,
 }
 
 #[derive(Debug)]
@@ -66,43 +142,57 @@ struct Step {
     plan: Arc<Plan>,
 }
 
-/// Runs steps of a model over a fixed number of sequences.
+/// Runs steps of a model over a fixed number of slots.
 #[derive(Debug)]
 pub struct Runner {
-    kv: KvPool,
+    kv: KvCache,
     sample: SampleTensors,
-    /// By number of key splits.
-    decode: BTreeMap<u32, Step>,
+    batching: Batching,
+    decode_tensors: StepTensors,
+    /// By number of slots and of key splits.
+    decode: BTreeMap<(usize, u32), Arc<Plan>>,
     prefill: Option<Step>,
-    prefill_capacity: usize,
+    prefill_rows: usize,
     key_splits: Option<u32>,
 }
 
 impl Runner {
-    /// Allocates caches for `num_sequences` sequences of up to `max_positions` tokens, fed at most
-    /// `prefill_capacity` rows at a time.
+    /// Most ticks of one submit: what the ring of results holds.
+    pub const MAX_TICKS: usize = SampleToken::RESULTS as usize - 1;
+
+    /// Allocates caches and streams.
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`](mor_kernels::KernelError::OutOfMemory).
-    pub fn new(model: &MorModel, num_sequences: usize, max_positions: usize, prefill_capacity: usize) -> Result<Self> {
+    pub fn new(model: &MorModel, options: &RunnerOptions) -> Result<Self> {
         let gpu = model.gpu();
-        let kv = KvPool::new(model, num_sequences, max_positions)?;
-        let max_positions = kv.tensors.max_positions;
+        let num_slots = options.num_slots;
+        let kv = match &options.pages_in_class {
+            Some(pages) => KvCache::new(model, num_slots, options.max_positions, pages)?,
+            None => KvCache::for_all(model, num_slots, options.max_positions)?,
+        };
         let seen_words = model.config().vocab_size.div_ceil(32);
         let words = |label, shape: &[usize]| Tensor::zeros(gpu, label, DType::U32, shape);
         let sample = SampleTensors {
-            sampling: words("sampling", &[num_sequences, size_of::<GpuSampling>() / 4])?,
-            seen: words("seen", &[num_sequences, seen_words])?,
+            sampling: words("sampling", &[num_slots, size_of::<GpuSampling>() / 4])?,
+            seen: words("seen", &[num_slots, seen_words])?,
             next_rows: Tensor::from_slice(
                 gpu,
                 "next_rows",
                 DType::U32,
-                &[num_sequences, 4],
-                &vec![Row::ABSENT; num_sequences],
+                &[num_slots, 4],
+                &vec![Row::ABSENT; num_slots],
             )?,
-            results: words("results", &[num_sequences, max_positions, 2])?,
+            results: words("results", &[num_slots, SampleToken::RESULTS as usize, 2])?,
         };
-        Ok(Self { kv, sample, decode: BTreeMap::new(), prefill: None, prefill_capacity, key_splits: None })
+        let batching = options.batching.unwrap_or(model.batching());
+        let mut decode_tensors = model.step_tensors(num_slots, num_slots, Some(batching))?;
+        if batching == Batching::Lockstep {
+            // The drawn tokens are the next step's rows; no copy stands between.
+            decode_tensors.rows = sample.next_rows.clone();
+        }
+        let (decode, prefill, prefill_rows) = (BTreeMap::new(), None, options.prefill_rows);
+        Ok(Self { kv, sample, batching, decode_tensors, decode, prefill, prefill_rows, key_splits: None })
     }
 
     /// Longest sequence.
@@ -110,217 +200,210 @@ impl Runner {
         self.kv.tensors.max_positions
     }
 
-    /// Most rows of a [`Runner::feed`].
-    pub fn prefill_capacity(&self) -> usize {
-        self.prefill_capacity
+    /// Sequences at a time.
+    pub fn num_slots(&self) -> usize {
+        self.kv.num_slots
     }
 
-    /// Splits the keys of every decode step into this many parts (a power of two up to [`AttentionDecode::MAX_SPLITS`]) whatever the context's
-    /// length; `None` lets the length decide. The result does not depend on it: for tests and measurements.
+    /// Most rows of a prefill step.
+    pub fn prefill_rows(&self) -> usize {
+        self.prefill_rows
+    }
+
+    /// How decode batches run.
+    pub fn batching(&self) -> Batching {
+        self.batching
+    }
+
+    /// Splits the keys of every decode step into this many parts (a power of two up to
+    /// [`AttentionDecode::MAX_SPLITS`]) whatever the context's length; `None` lets the length decide. More than
+    /// [`MAX_FEW_ROWS`] slots split nothing. The result does not depend on it: for tests and measurements.
     pub fn set_key_splits(&mut self, key_splits: Option<u32>) {
         self.key_splits = key_splits.map(|splits| splits.next_power_of_two().clamp(1, AttentionDecode::MAX_SPLITS));
     }
 
-    /// Parts the keys of a decode step are split into.
-    fn num_splits(&self, model: &MorModel, max_context: usize) -> u32 {
-        let suggested = || {
-            let num_rows = self.kv.num_sequences as u32;
-            AttentionDecode::suggest_splits(&model.attention_shape(), num_rows, max_context as u32, model.gpu().caps())
-        };
-        self.key_splits.unwrap_or_else(suggested)
-    }
-
-    /// Forgets a sequence and sets how its tokens are drawn; `seen` are the tokens that count as occurred.
-    pub fn start(&self, model: &MorModel, sequence: usize, sampling: &GpuSampling, seen: &[u32]) {
+    /// Forgets the sequence in a slot and prepares it for another: how its tokens are drawn, which tokens count as
+    /// occurred, and the entries it has in each K/V group (none without lengths).
+    pub fn start(
+        &self,
+        model: &MorModel,
+        slot: usize,
+        sampling: &GpuSampling,
+        seen: impl IntoIterator<Item = u32>,
+        kv_lengths: Option<&[u32]>,
+    ) {
         let gpu = model.gpu();
-        self.kv.clear(gpu, sequence);
+        match kv_lengths {
+            Some(lengths) => self.kv.set_lengths(gpu, slot, lengths),
+            None => self.kv.clear(gpu, slot),
+        }
         let bytes = bytemuck::bytes_of(sampling);
-        gpu.write(&self.sample.sampling, (sequence * bytes.len()) as u64, bytes);
+        gpu.write(&self.sample.sampling, (slot * bytes.len()) as u64, bytes);
         let mut bits = vec![0_u32; self.sample.seen.shape()[1]];
         for token in seen {
-            bits[*token as usize / 32] |= 1 << (token % 32);
+            bits[token as usize / 32] |= 1 << (token % 32);
         }
         let bytes: &[u8] = bytemuck::cast_slice(&bits);
-        gpu.write(&self.sample.seen, (sequence * bytes.len()) as u64, bytes);
-        self.stop(model, sequence);
+        gpu.write(&self.sample.seen, (slot * bytes.len()) as u64, bytes);
+        self.stop(model, slot);
     }
 
-    /// Puts a row in place of the one the last step drew.
-    pub(crate) fn set_next_row(&self, model: &MorModel, row: Row) {
+    /// Puts a row in place of the one drawn last.
+    pub fn set_next_row(&self, model: &MorModel, row: Row) {
         let offset = row.sequence as usize * size_of::<Row>();
         model.gpu().write(&self.sample.next_rows, offset as u64, bytemuck::bytes_of(&row));
     }
 
-    /// Takes a sequence out of the decode steps submitted from now on.
-    pub fn stop(&self, model: &MorModel, sequence: usize) {
-        let offset = sequence * size_of::<Row>();
-        model.gpu().write(&self.sample.next_rows, offset as u64, bytemuck::bytes_of(&Row::ABSENT));
+    /// Takes the sequence in a slot out of what is submitted from now on.
+    pub fn stop(&self, model: &MorModel, slot: usize) {
+        self.set_next_row(model, Row { sequence: slot as u32, ..Row::ABSENT });
+        self.decode_tensors.clear(model.gpu(), slot);
     }
 
-    /// Submits one step over the rows of `feeds` (sequences ascending, one feed each) and returns at once.
+    /// Writes entries of a slot's page table for a group, from the `first` on.
+    pub fn write_pages(&self, model: &MorModel, slot: usize, group: usize, first: usize, pages: &[u32]) {
+        self.kv.write_pages(model.gpu(), slot, group, first, pages);
+    }
+
+    /// Submits `work` and returns at once.
     ///
     /// # Errors
     /// As [`PlanBuilder::dispatch`] the first time.
     ///
     /// # Panics
-    /// If there are more rows than [`Runner::prefill_capacity`].
-    pub fn feed(&mut self, model: &MorModel, feeds: &[Feed<'_>]) -> Result<()> {
-        self.prepare_prefill(model)?;
-        let step = self.prefill.as_ref().expect("recorded above");
-        write_rows(model, &step.tensors, feeds);
-        submit(model, &step.plan);
-        Ok(())
-    }
-
-    /// Submits one decode step: every sequence with a drawn token feeds it and draws the next. `max_context` bounds
-    /// the sequences' lengths.
-    ///
-    /// # Errors
-    /// As [`PlanBuilder::dispatch`] the first time.
-    pub fn decode(&mut self, model: &MorModel, max_context: usize) -> Result<()> {
-        let num_splits = self.prepare_decode(model, max_context)?;
-        submit(model, &self.decode[&num_splits].plan);
-        Ok(())
-    }
-
-    /// Submits `num_steps` decode steps together with the read of a sequence's outcomes at `positions`.
-    ///
-    /// # Errors
-    /// As [`Runner::decode`].
-    pub fn decode_and_read(
-        &mut self,
-        model: &MorModel,
-        num_steps: usize,
-        sequence: usize,
-        positions: std::ops::Range<usize>,
-    ) -> Result<Outcomes> {
-        let num_splits = self.prepare_decode(model, positions.end)?;
-        let mut submission = Submission::new(model.gpu());
-        for _ in 0..num_steps {
-            submission.plan(&self.decode[&num_splits].plan);
+    /// If there are more rows than [`Runner::prefill_rows`] or more ticks than [`Runner::MAX_TICKS`].
+    pub fn submit(&mut self, model: &MorModel, work: &Work<'_>) -> Result<Pending> {
+        assert!(work.ticks <= Self::MAX_TICKS, "{} ticks in one submit", work.ticks);
+        let num_slots = if work.num_slots == 0 { self.num_slots() } else { work.num_slots };
+        let fed: usize = work.feeds.iter().map(|feed| feed.tokens.len()).sum();
+        if fed > 0 {
+            self.prepare_prefill(model)?;
+            write_rows(model, &self.prefill.as_ref().expect("recorded above").tensors, work.feeds);
         }
-        let outcomes = self.read_outcomes(&mut submission, sequence, positions)?;
-        submission.submit();
-        Ok(outcomes)
-    }
-
-    /// Submits a read of a sequence's outcomes at `positions`.
-    ///
-    /// # Errors
-    /// [`KernelError::OutOfMemory`](mor_kernels::KernelError::OutOfMemory).
-    pub fn outcomes(&self, model: &MorModel, sequence: usize, positions: std::ops::Range<usize>) -> Result<Outcomes> {
+        let decode = (work.ticks > 0).then(|| self.decode_plan(model, num_slots, work.max_context)).transpose()?;
         let mut submission = Submission::new(model.gpu());
-        let outcomes = self.read_outcomes(&mut submission, sequence, positions)?;
+        for copy in work.copies {
+            for (tensor, bytes) in self.kv.class_buffers(copy.class) {
+                let [from, to] = [copy.from, copy.to].map(|page| u64::from(page) * bytes);
+                // A buffer cannot be copied to itself.
+                submission.copy(tensor, from, &self.kv.scratch, 0, bytes).copy(&self.kv.scratch, 0, tensor, to, bytes);
+            }
+        }
+        let mut depths = None;
+        if let Some(step) = self.prefill.as_ref().filter(|_| fed > 0) {
+            submission.plan(&step.plan);
+            depths = Some(submission.read(&step.tensors.depth, 0, 4 * fed as u64)?);
+        }
+        for _ in 0..work.ticks {
+            submission.plan(decode.as_ref().expect("recorded above"));
+        }
+        let next_rows = submission.read(&self.sample.next_rows, 0, (num_slots * size_of::<Row>()) as u64)?;
+        let bytes = num_slots * SampleToken::RESULTS as usize * 8;
+        let results = submission.read(&self.sample.results, 0, bytes as u64)?;
         submission.submit();
-        Ok(outcomes)
+        Ok(Pending { depths, next_rows, results })
     }
 
-    fn read_outcomes(
-        &self,
-        submission: &mut Submission<'_>,
-        sequence: usize,
-        positions: std::ops::Range<usize>,
-    ) -> Result<Outcomes> {
-        let first = sequence * self.max_positions() + positions.start;
-        Ok(Outcomes(submission.read(&self.sample.results, 8 * first as u64, 8 * positions.len() as u64)?))
-    }
-
-    /// K/V entries a sequence holds, per effective layer, as the device counted them; waits.
+    /// K/V entries the sequence in a slot holds, per effective layer, as the device counted them; waits.
     ///
     /// # Errors
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
-    pub fn kv_entries(&self, model: &MorModel, sequence: usize) -> Result<Vec<usize>> {
-        self.kv.entries(model, sequence)
+    pub fn kv_entries(&self, model: &MorModel, slot: usize) -> Result<Vec<usize>> {
+        self.kv.entries(model, slot)
     }
 
-    /// Logits of the rows sampled by the last step, in sequence order, `[n, V]`; waits.
+    /// Logits of the rows sampled by the last prefill step, or decode step or tick, with their slots, `[n, V]`; waits.
     ///
     /// # Errors
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
-    pub fn logits(&self, model: &MorModel, last_was_decode: bool, max_context: usize) -> Result<Vec<Vec<f32>>> {
-        let step = if last_was_decode {
-            &self.decode[&self.num_splits(model, max_context)]
-        } else {
-            self.prefill.as_ref().expect("a step was fed")
+    pub fn logits(&self, model: &MorModel, last_was_decode: bool) -> Result<Vec<(usize, Vec<f32>)>> {
+        let tensors = match &self.prefill {
+            Some(step) if !last_was_decode => &step.tensors,
+            _ => &self.decode_tensors,
         };
-        let count = model.gpu().read::<u32>(&step.tensors.sampled.dispatch)?[0] as usize;
-        let logits: Vec<f32> = model.gpu().read(&step.tensors.logits)?;
-        let rows = logits.chunks(model.logits_stride()).take(count);
-        Ok(rows.map(|row| row[..model.config().vocab_size].to_vec()).collect())
+        let count = model.gpu().read::<u32>(&tensors.sampled.dispatch)?[0] as usize;
+        let rows: Vec<ActiveRow> = model.gpu().read(&tensors.sampled.active)?;
+        let logits: Vec<f32> = model.gpu().read(&tensors.logits)?;
+        let logits = logits.chunks(model.logits_stride()).map(|row| row[..model.config().vocab_size].to_vec());
+        Ok(rows.iter().map(|row| row.sequence as usize).zip(logits).take(count).collect())
     }
 
-    /// Rows each recursion's block has processed in decode and prefill steps since the runner was made; waits.
+    /// Rows each recursion's block has processed in decode and prefill steps since the runner was made; one number for
+    /// all recursions of depth-wise ticks, at the first. Waits.
     ///
     /// # Errors
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
     pub fn rows_processed(&self, model: &MorModel) -> Result<Vec<u64>> {
         let mut rows = vec![0; model.config().num_recursions];
-        for step in self.decode.values().chain(&self.prefill) {
-            for (rows, set) in rows.iter_mut().zip(&step.tensors.recursions) {
+        let prefill = self.prefill.as_ref().map(|step| &step.tensors);
+        for tensors in [Some(&self.decode_tensors), prefill].into_iter().flatten() {
+            for (rows, set) in rows.iter_mut().zip(&tensors.recursions) {
                 *rows += u64::from(model.gpu().read::<u32>(&set.dispatch)?[1]);
             }
         }
         Ok(rows)
     }
 
-    /// The plan of a decode step at up to `max_context` positions.
+    /// The plan of a decode step or tick over the first `num_slots` slots, at up to `max_context` positions.
     ///
     /// # Errors
-    /// As [`Runner::decode`].
-    pub fn decode_plan(&mut self, model: &MorModel, max_context: usize) -> Result<Arc<Plan>> {
-        let num_splits = self.prepare_decode(model, max_context)?;
-        Ok(Arc::clone(&self.decode[&num_splits].plan))
+    /// As [`PlanBuilder::dispatch`] the first time.
+    pub fn decode_plan(&mut self, model: &MorModel, num_slots: usize, max_context: usize) -> Result<Arc<Plan>> {
+        // Few sizes, so that few plans exist.
+        let num_slots = num_slots.next_power_of_two().min(self.num_slots());
+        let num_splits = match self.key_splits {
+            _ if num_slots > MAX_FEW_ROWS => 1,
+            Some(splits) => splits.min(self.decode_tensors.max_key_splits(num_slots)),
+            None => {
+                let (shape, caps) = (model.attention_shape(), model.gpu().caps());
+                let splits = AttentionDecode::suggest_splits(&shape, num_slots as u32, max_context as u32, caps);
+                splits.min(self.decode_tensors.max_key_splits(num_slots))
+            }
+        };
+        if let Some(plan) = self.decode.get(&(num_slots, num_splits)) {
+            return Ok(Arc::clone(plan));
+        }
+        let tensors = self.decode_tensors.limited_to(num_slots);
+        let mut plan = PlanBuilder::new(model.gpu())?;
+        match self.batching {
+            Batching::Lockstep => {
+                let how = (Phase::Decode { num_splits }, Routing::Causal, LogitRows::Sampled);
+                model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
+            }
+            Batching::Depthwise => {
+                model.record_tick(&mut plan, &tensors, &self.kv.tensors, &self.sample, num_splits)?;
+            }
+        }
+        let plan = Arc::new(plan.finish()?);
+        self.decode.insert((num_slots, num_splits), Arc::clone(&plan));
+        Ok(plan)
     }
 
     /// Records the plans of prefill and of decode up to `max_context` positions, so that no later call compiles.
     ///
     /// # Errors
     /// As [`PlanBuilder::dispatch`].
-    pub fn prepare(&mut self, model: &MorModel, max_context: usize) -> Result<()> {
+    pub fn prepare(&mut self, model: &MorModel, num_slots: usize, max_context: usize) -> Result<()> {
         self.prepare_prefill(model)?;
         let mut context = 1;
         while context < max_context {
-            self.prepare_decode(model, context)?;
+            self.decode_plan(model, num_slots, context)?;
             context *= 2;
         }
-        self.prepare_decode(model, max_context)?;
+        self.decode_plan(model, num_slots, max_context)?;
         Ok(())
     }
 
     fn prepare_prefill(&mut self, model: &MorModel) -> Result<()> {
         if self.prefill.is_none() {
-            let tensors = model.step_tensors(self.prefill_capacity, self.kv.num_sequences, Phase::Prefill)?;
+            let tensors = model.step_tensors(self.prefill_rows, self.num_slots(), None)?;
             let how = (Phase::Prefill, Routing::Causal, LogitRows::Sampled);
-            self.prefill = Some(self.record(model, tensors, how)?);
+            let mut plan = PlanBuilder::new(model.gpu())?;
+            model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
+            self.prefill = Some(Step { plan: Arc::new(plan.finish()?), tensors });
         }
         Ok(())
     }
-
-    /// Records the decode plan for `max_context` positions if it is not there; returns its number of key splits.
-    fn prepare_decode(&mut self, model: &MorModel, max_context: usize) -> Result<u32> {
-        let num_splits = self.num_splits(model, max_context);
-        if !self.decode.contains_key(&num_splits) {
-            let phase = Phase::Decode { num_splits };
-            let mut tensors = model.step_tensors(self.kv.num_sequences, self.kv.num_sequences, phase)?;
-            // The drawn tokens are the next step's rows; no copy stands between.
-            tensors.rows = self.sample.next_rows.clone();
-            let step = self.record(model, tensors, (phase, Routing::Causal, LogitRows::Sampled))?;
-            self.decode.insert(num_splits, step);
-        }
-        Ok(num_splits)
-    }
-
-    fn record(&self, model: &MorModel, tensors: StepTensors, how: (Phase, Routing, LogitRows)) -> Result<Step> {
-        let mut plan = PlanBuilder::new(model.gpu())?;
-        model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
-        Ok(Step { plan: Arc::new(plan.finish()?), tensors })
-    }
-}
-
-fn submit(model: &MorModel, plan: &Plan) {
-    let mut submission = Submission::new(model.gpu());
-    submission.plan(plan);
-    submission.submit();
 }
 
 fn write_rows(model: &MorModel, tensors: &StepTensors, feeds: &[Feed<'_>]) {
@@ -365,7 +448,7 @@ pub(crate) struct Captured {
 /// Runs full sequences and captures what they compute at every row.
 #[derive(Debug)]
 pub(crate) struct Evaluator {
-    kv: KvPool,
+    kv: KvCache,
     step: Step,
     pub(crate) key: (Routing, Capture),
     labels: Tensor,
@@ -384,8 +467,8 @@ impl Evaluator {
     ) -> Result<Self> {
         let gpu = model.gpu();
         let config = model.config();
-        let kv = KvPool::new(model, num_sequences, max_positions)?;
-        let tensors = model.step_tensors(capacity, capacity, Phase::Prefill)?;
+        let kv = KvCache::for_all(model, num_sequences, max_positions)?;
+        let tensors = model.step_tensors(capacity, capacity, None)?;
         let words = |label, shape: &[usize]| Tensor::zeros(gpu, label, DType::U32, shape);
         let sample = SampleTensors {
             sampling: words("sampling", &[1])?,
@@ -428,14 +511,14 @@ impl Evaluator {
 
     /// Whether it has room for these sizes.
     pub(crate) fn fits(&self, num_sequences: usize, max_positions: usize, capacity: usize) -> bool {
-        self.kv.num_sequences >= num_sequences
+        self.kv.num_slots >= num_sequences
             && self.kv.tensors.max_positions >= max_positions
             && self.step.tensors.capacity >= capacity
     }
 
     /// Forgets all sequences.
     pub(crate) fn clear(&self, model: &MorModel) {
-        (0..self.kv.num_sequences).for_each(|sequence| self.kv.clear(model.gpu(), sequence));
+        (0..self.kv.num_slots).for_each(|sequence| self.kv.clear(model.gpu(), sequence));
     }
 
     /// Runs one step and waits for its results: per feed, what was captured of its rows. `labels` has one entry a

@@ -14,8 +14,8 @@ use mor_kernels::timing;
 use mor_model::{Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
 
 use crate::error::{Result, RuntimeError};
-use crate::kv_pool::kv_bytes;
-use crate::runner::{Capture, Captured, Evaluator, Feed, Outcome, Outcomes, Runner};
+use crate::kv_cache::{kv_bytes, pages_for_all};
+use crate::runner::{Capture, Captured, Evaluator, Feed, Outcome, Pending, Reply, Runner, RunnerOptions, Work};
 use crate::sampling::{FinishReason, GenerateRequest};
 use crate::text::{TextStream, Tokenizer};
 
@@ -253,7 +253,7 @@ impl Session {
     pub fn decode_dispatches(&mut self, context: usize) -> Result<usize> {
         self.reserve(context)?;
         let runner = self.runner.as_mut().expect("reserved above");
-        Ok(runner.decode_plan(&self.model, context)?.num_dispatches())
+        Ok(runner.decode_plan(&self.model, 1, context)?.num_dispatches())
     }
 
     /// Where the time of a decode step goes, at about half of `context` positions.
@@ -266,7 +266,7 @@ impl Session {
         let runner = self.runner.as_mut().expect("reserved above");
         let gpu = self.model.gpu();
         let row = Row { token: 1, position: context as u32 / 2, sequence: 0, flags: ROW_ACTIVE | ROW_SAMPLE };
-        let plan = &*runner.decode_plan(&self.model, context)?;
+        let plan = &*runner.decode_plan(&self.model, 1, context)?;
         // Once to warm up: a clock that has fallen takes long to rise.
         let mut device_micros = f64::INFINITY;
         for _ in 0..4 {
@@ -320,25 +320,24 @@ impl Session {
             return too_long("the prompt with its new tokens", context, "lower --max-new-tokens or shorten the prompt");
         }
 
-        let sampling = gpu_sampling(request, config.eos_token_ids());
+        let sampling = gpu_sampling(request, context, config.eos_token_ids());
         self.reserve(context)?;
         let runner = self.runner.as_mut().expect("reserved above");
         let config = self.model.config();
-        runner.start(&self.model, 0, &sampling, &prompt);
-        runner.prepare(&self.model, context)?;
+        runner.start(&self.model, 0, &sampling, prompt.iter().copied(), None);
+        runner.prepare(&self.model, 1, context)?;
         self.model.gpu().wait_idle()?;
 
         let start = Instant::now();
-        let outcomes = prefill(&self.model, runner, &mut self.chunk, &prompt, request.max_new_tokens > 0)?;
+        let (depths, first) = prefill(&self.model, runner, &mut self.chunk, &prompt, request.max_new_tokens > 0)?;
         let prefill_time = start.elapsed();
-        let depths: Vec<u32> = outcomes.iter().map(|outcome| outcome.depth).collect();
         let text = self.tokenizer.as_ref().map(|tokenizer| TextStream::new(tokenizer, &request.stop));
         let mut generation = Generation {
             model: &self.model,
             runner,
             events: VecDeque::from([Event::Prompt { depths: depths.clone() }]),
             in_flight: VecDeque::new(),
-            steps_submitted: 0,
+            context,
             max_new_tokens: request.max_new_tokens,
             eos: if request.ignore_eos { Vec::new() } else { config.eos_token_ids().to_vec() },
             has_text: text.is_some(),
@@ -352,9 +351,9 @@ impl Session {
             decode_start: Instant::now(),
             finished: false,
         };
-        match outcomes.last() {
-            Some(last) if request.max_new_tokens > 0 => generation.take_token(last.next_token)?,
-            _ => generation.finish(FinishReason::Length)?,
+        match first {
+            Some(outcome) => generation.take_token(outcome.next_token)?,
+            None => generation.finish(FinishReason::Length)?,
         }
         Ok(generation)
     }
@@ -493,9 +492,16 @@ impl Session {
             let config = self.model.config();
             let positions = context.next_power_of_two().min(config.max_position_embeddings).max(context);
             let weights = self.model.weights().num_bytes();
-            let kv = kv_bytes(&self.model, 1, positions);
+            let kv = kv_bytes(&self.model, &pages_for_all(&self.model, 1, positions));
             check_memory(self.model.gpu(), config, weights, (kv, positions))?;
-            self.runner = Some(Runner::new(&self.model, 1, positions, self.chunk.most)?);
+            let options = RunnerOptions {
+                num_slots: 1,
+                max_positions: positions,
+                prefill_rows: self.chunk.most,
+                batching: None,
+                pages_in_class: None,
+            };
+            self.runner = Some(Runner::new(&self.model, &options)?);
         }
         Ok(())
     }
@@ -561,11 +567,12 @@ fn check_tokens(what: &str, tokens: &[u32], vocab_size: usize) -> Result<()> {
     }
 }
 
-fn gpu_sampling(request: &GenerateRequest, eos_token_ids: &[u32]) -> GpuSampling {
+fn gpu_sampling(request: &GenerateRequest, limit: usize, eos_token_ids: &[u32]) -> GpuSampling {
     let sampling = &request.sampling;
     let mut eos = [NONE; 4];
     // More end tokens than the device watches are still seen by the host, some steps later.
-    eos.iter_mut().zip(eos_token_ids).for_each(|(slot, token)| *slot = *token);
+    let watched = if request.ignore_eos { &[] } else { eos_token_ids };
+    eos.iter_mut().zip(watched).for_each(|(slot, token)| *slot = *token);
     GpuSampling {
         temperature: sampling.temperature,
         top_k: sampling.top_k,
@@ -574,7 +581,7 @@ fn gpu_sampling(request: &GenerateRequest, eos_token_ids: &[u32]) -> GpuSampling
         repetition_penalty: sampling.repetition_penalty,
         seed_low: sampling.seed as u32,
         seed_high: (sampling.seed >> 32) as u32,
-        ignore_eos: request.ignore_eos.into(),
+        limit: limit as u32,
         eos,
     }
 }
@@ -611,25 +618,28 @@ impl Chunk {
     }
 }
 
-/// Feeds a prompt to sequence 0 in chunks and returns what was recorded at its positions.
+/// Feeds a prompt to slot 0 in chunks; returns the depths of its tokens and what was drawn after the last.
 fn prefill(
     model: &MorModel,
     runner: &mut Runner,
     chunk: &mut Chunk,
     prompt: &[u32],
     sample: bool,
-) -> Result<Vec<Outcome>> {
-    let mut outcomes = Vec::with_capacity(prompt.len());
-    while outcomes.len() < prompt.len() {
+) -> Result<(Vec<u32>, Option<Outcome>)> {
+    let mut depths = Vec::with_capacity(prompt.len());
+    let mut first = None;
+    while depths.len() < prompt.len() {
         let start = Instant::now();
-        let position = outcomes.len();
+        let position = depths.len();
         let end = prompt.len().min(position + chunk.rows);
         let sample = sample && end == prompt.len();
-        runner.feed(model, &[Feed { sequence: 0, position, tokens: &prompt[position..end], sample }])?;
-        outcomes.extend(runner.outcomes(model, 0, position..end)?.wait()?);
+        let feeds = [Feed { sequence: 0, position, tokens: &prompt[position..end], sample }];
+        let reply = runner.submit(model, &Work { feeds: &feeds, ..Work::default() })?.wait()?;
+        first = reply.drawn(0, prompt.len() - 1).next();
+        depths.extend(reply.depths);
         chunk.adapt(model.gpu(), end - position, start.elapsed());
     }
-    Ok(outcomes)
+    Ok((depths, first))
 }
 
 /// A running generation: an iterator of its events, the last of which is [`Event::Finished`].
@@ -641,8 +651,9 @@ pub struct Generation<'s> {
     model: &'s MorModel,
     runner: &'s mut Runner,
     events: VecDeque<Event>,
-    in_flight: VecDeque<Outcomes>,
-    steps_submitted: usize,
+    in_flight: VecDeque<Pending>,
+    /// Tokens at which the sequence ends.
+    context: usize,
     max_new_tokens: usize,
     eos: Vec<u32>,
     text: Option<TextStream<'s>>,
@@ -665,17 +676,12 @@ impl Generation<'_> {
     const STEPS_PER_SUBMIT: usize = 2;
 
     fn step(&mut self) -> Result<()> {
-        // Every new token but the last is fed.
-        let steps_needed = self.max_new_tokens - 1;
-        while self.in_flight.len() < Self::SUBMITS_IN_FLIGHT && self.steps_submitted < steps_needed {
-            let steps = (steps_needed - self.steps_submitted).min(Self::STEPS_PER_SUBMIT);
-            let first = self.prompt.len() + self.steps_submitted;
-            let outcomes = self.runner.decode_and_read(self.model, steps, 0, first..first + steps)?;
-            self.in_flight.push_back(outcomes);
-            self.steps_submitted += steps;
+        while self.in_flight.len() < Self::SUBMITS_IN_FLIGHT {
+            let work = Work { ticks: Self::STEPS_PER_SUBMIT, max_context: self.context, ..Work::default() };
+            self.in_flight.push_back(self.runner.submit(self.model, &work)?);
         }
-        let outcomes = self.in_flight.pop_front().expect("an unfinished generation has steps in flight").wait()?;
-        for outcome in outcomes {
+        let reply: Reply = self.in_flight.pop_front().expect("submitted above").wait()?;
+        for outcome in reply.drawn(0, self.depths.len()) {
             if self.finished {
                 break;
             }

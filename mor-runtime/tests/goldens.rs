@@ -1,14 +1,17 @@
 //! Every golden case on the device, in f32: full forward passes (causal and top-k), and greedy decoding of ragged
 //! batches, with exact routing and stated tolerances. `MOR_TEST_DEVICE` chooses the adapter.
 
+mod common;
+
 use std::collections::BTreeMap;
 
+use common::tape::Tape;
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::{Gpu, parity};
 use mor_model::golden::{GoldenCase, GoldenTensors};
 use mor_model::oracle::Oracle;
-use mor_model::{Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
-use mor_runtime::runner::{Feed, Runner};
+use mor_model::{Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
+use mor_runtime::runner::{Feed, Runner, RunnerOptions};
 use mor_runtime::{SequenceOutput, Session};
 
 fn gpu() -> &'static Gpu {
@@ -137,78 +140,94 @@ fn some_cases_match_on_every_profile() {
     });
 }
 
-/// Both prompts of a case decode together, as a ragged batch; each must equal its golden trace, which was made alone.
+/// Both prompts of a case decode together, as a ragged batch, in lockstep and, where the model can, depth-wise; each must
+/// equal its golden trace, which was made alone.
 fn check_decodes(gpu: &Gpu, cases: Vec<GoldenCase>) -> Largest {
     let mut largest = Largest::default();
     for case in cases {
-        let config = case.checkpoint.config().clone();
         let model = MorModel::load(gpu, &case.checkpoint, Precision::F32, &mut |_| {}).expect("loads");
-        let num_sequences = case.prompts.len();
-        let mut runner = Runner::new(&model, num_sequences, 128, 32).expect("fits");
-        let ids = |i: usize, name: &str| case.expected.ids(&format!("decode.{i}.{name}")).expect("present");
-        let num_steps = ids(0, "tokens").len();
-        for (sequence, prompt) in case.prompts.iter().enumerate() {
-            runner.start(&model, sequence, &GpuSampling { ignore_eos: 1, ..GpuSampling::default() }, prompt);
-        }
-        // Prompts are fed in two uneven chunks.
-        for last in [false, true] {
-            let feed = |(sequence, prompt): (usize, &Vec<u32>)| -> (usize, usize, Vec<u32>) {
-                let split = prompt.len() / 3 + 1;
-                if last { (sequence, split, prompt[split..].to_vec()) } else { (sequence, 0, prompt[..split].to_vec()) }
-            };
-            let chunks: Vec<_> = case.prompts.iter().enumerate().map(feed).collect();
-            let feeds: Vec<_> = chunks
-                .iter()
-                .map(|(sequence, position, tokens)| Feed {
-                    sequence: *sequence,
-                    position: *position,
-                    tokens,
-                    sample: last,
-                })
-                .collect();
-            runner.feed(&model, &feeds).expect("runs");
-        }
-        for step in 0..num_steps {
-            if step > 0 {
-                runner.decode(&model, 128).expect("runs");
-            }
-            let logits = runner.logits(&model, step > 0, 128).expect("reads");
-            assert_eq!(logits.len(), num_sequences);
-            for (i, logits) in logits.iter().enumerate() {
-                let want = case.expected.f32(&format!("decode.{i}.logits")).expect("present");
-                let recorded = want.len() / config.vocab_size;
-                if let Some(row) = (step + recorded).checked_sub(num_steps) {
-                    let what = format!("{} decode.{i} step {step}", case.name);
-                    largest.check("decode logits", &what, (logits, want), config.vocab_size, [(0, row)].into_iter());
-                }
-            }
-        }
-        let mut rows_by_recursion = vec![0; config.num_recursions];
-        for (i, prompt) in case.prompts.iter().enumerate() {
-            let what = format!("{} decode.{i}", case.name);
-            let num_fed = prompt.len() + num_steps - 1;
-            let outcomes = runner.outcomes(&model, i, 0..num_fed).expect("reads").wait().expect("reads");
-            let tokens: Vec<u32> = outcomes[prompt.len() - 1..].iter().map(|o| o.next_token).collect();
-            assert_eq!(tokens, ids(i, "tokens"), "{what} tokens");
-            let depths: Vec<u32> = outcomes.iter().map(|o| o.depth).collect();
-            assert_eq!(depths, ids(i, "depth"), "{what} depth");
-            let entries = runner.kv_entries(&model, i).expect("reads");
-            assert_eq!(entries.iter().map(|n| *n as u32).collect::<Vec<_>>(), ids(i, "cache_entries"), "{what} K/V");
-            assert_eq!(entries, model.kv_layout().entries_per_layer(&depths), "{what} K/V layout");
-            for (r, rows) in rows_by_recursion.iter_mut().enumerate() {
-                *rows += depths.iter().filter(|depth| **depth > r as u32).count() as u64;
-            }
-        }
-        // Work follows the depths: each recursion ran the rows that took it and no others. The strategies that share
-        // the first recursion's K/V run it for every token.
-        if config.is_routed() {
-            if config.kv != KvStrategy::RecursionWise {
-                rows_by_recursion[0] = case.prompts.iter().map(|p| (p.len() + num_steps - 1) as u64).sum();
-            }
-            assert_eq!(runner.rows_processed(&model).expect("reads"), rows_by_recursion, "{} rows", case.name);
+        check_decode(&case, &model, Batching::Lockstep, &mut largest);
+        if model.batching() == Batching::Depthwise {
+            check_decode(&case, &model, Batching::Depthwise, &mut largest);
         }
     }
     largest
+}
+
+fn check_decode(case: &GoldenCase, model: &MorModel, batching: Batching, largest: &mut Largest) {
+    let config = model.config();
+    let num_slots = case.prompts.len();
+    let options = RunnerOptions {
+        num_slots,
+        max_positions: 128,
+        prefill_rows: 32,
+        batching: Some(batching),
+        pages_in_class: None,
+    };
+    let mut runner = Runner::new(model, &options).expect("fits");
+    let ids = |i: usize, name: &str| case.expected.ids(&format!("decode.{i}.{name}")).expect("present");
+    let num_steps = ids(0, "tokens").len();
+    for (slot, prompt) in case.prompts.iter().enumerate() {
+        let sampling = GpuSampling { limit: (prompt.len() + num_steps) as u32, ..GpuSampling::default() };
+        runner.start(model, slot, &sampling, prompt.iter().copied(), None);
+    }
+    let mut tape = Tape::new(&case.prompts.iter().map(Vec::len).collect::<Vec<_>>());
+    let mut step = |runner: &mut Runner, feeds: &[Feed<'_>]| {
+        for (i, position, logits) in tape.step(runner, model, feeds) {
+            let want = case.expected.f32(&format!("decode.{i}.logits")).expect("present");
+            let recorded = want.len() / config.vocab_size;
+            let step = position + 1 - case.prompts[i].len();
+            if let Some(row) = (step + recorded).checked_sub(num_steps) {
+                let what = format!("{} {batching:?} decode.{i} step {step}", case.name);
+                largest.check("decode logits", &what, (&logits, want), config.vocab_size, [(0, row)].into_iter());
+            }
+        }
+    };
+    // Prompts are fed in two uneven chunks.
+    for last in [false, true] {
+        let feed = |(sequence, prompt): (usize, &'_ Vec<u32>)| {
+            let split = prompt.len() / 3 + 1;
+            let (position, end) = if last { (split, prompt.len()) } else { (0, split) };
+            (sequence, position, prompt[position..end].to_vec())
+        };
+        let chunks: Vec<_> = case.prompts.iter().enumerate().map(feed).collect();
+        let feed = |(sequence, position, tokens)| Feed { sequence, position, tokens, sample: last };
+        let feeds: Vec<_> =
+            chunks.iter().map(|(sequence, position, tokens)| feed((*sequence, *position, tokens))).collect();
+        step(&mut runner, &feeds);
+    }
+    // A token takes as many ticks as recursions at most.
+    for _ in 0..num_steps * config.num_recursions.max(1) {
+        step(&mut runner, &[]);
+    }
+    let mut rows_by_recursion = vec![0; config.num_recursions];
+    for (i, prompt) in case.prompts.iter().enumerate() {
+        let what = format!("{} {batching:?} decode.{i}", case.name);
+        assert_eq!(tape.tokens(i), ids(i, "tokens"), "{what} tokens");
+        let depths = tape.depths(i);
+        assert_eq!(depths.len(), prompt.len() + num_steps - 1, "{what} tokens fed");
+        assert_eq!(depths, ids(i, "depth"), "{what} depth");
+        let entries = runner.kv_entries(model, i).expect("reads");
+        assert_eq!(entries.iter().map(|n| *n as u32).collect::<Vec<_>>(), ids(i, "cache_entries"), "{what} K/V");
+        assert_eq!(entries, model.kv_layout().entries_per_layer(&depths), "{what} K/V layout");
+        for (r, rows) in rows_by_recursion.iter_mut().enumerate() {
+            *rows += depths.iter().filter(|depth| **depth > r as u32).count() as u64;
+        }
+    }
+    // Work follows the depths: each recursion ran the rows that took it and no others. The strategies that share
+    // the first recursion's K/V run it for every token.
+    if config.is_routed() {
+        if config.kv != KvStrategy::RecursionWise {
+            rows_by_recursion[0] = case.prompts.iter().map(|p| (p.len() + num_steps - 1) as u64).sum();
+        }
+        let mut processed = runner.rows_processed(model).expect("reads");
+        if batching == Batching::Depthwise {
+            // Ticks count the rows of all recursions together.
+            processed = vec![processed.iter().sum()];
+            rows_by_recursion = vec![rows_by_recursion.iter().sum()];
+        }
+        assert_eq!(processed, rows_by_recursion, "{} {batching:?} rows", case.name);
+    }
 }
 
 /// Heads and MLPs whose sizes are no multiple of 8 are padded on the device; an odd vocabulary pads the head.

@@ -127,7 +127,7 @@ pub struct AttentionDecode {
     pub shape: AttentionShape,
     /// Workgroups that share the keys of a row, 1 to [`AttentionDecode::MAX_SPLITS`].
     pub num_splits: u32,
-    /// Threads of a workgroup: 64 or 128.
+    /// Threads of a workgroup: a power of two.
     pub workgroup_size: u32,
 }
 
@@ -175,7 +175,13 @@ impl AttentionDecode {
 
     /// The kernel for `shape` with `num_splits`, in the workgroup size that suits the device.
     pub fn new(shape: AttentionShape, num_splits: u32, caps: &DeviceCaps) -> Self {
-        Self { shape, num_splits, workgroup_size: if caps.is_cpu { 64 } else { 128 } }
+        // One subgroup where it holds a head: a software rasteriser runs it alone, and one partial needs no merge.
+        let workgroup_size = match caps.lanes() {
+            Lanes::Subgroup { width } if caps.is_cpu && shape.head_units() <= width => width,
+            _ if caps.is_cpu => 64,
+            _ => 128,
+        };
+        Self { shape, num_splits, workgroup_size }
     }
 
     /// A good number of splits for `num_rows` rows of up to `kv_len` keys: enough workgroups to fill a large

@@ -7,7 +7,7 @@ use crate::kernel::{Binding, Kernel};
 use crate::plan::{Grid, PlanBuilder};
 use crate::rows::RowSet;
 use crate::shader::Definitions;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, TEXEL_ROW, Tensor};
 
 /// What happens to the input before the product, with the tensors it takes.
 #[derive(Clone, Copy, Debug)]
@@ -104,7 +104,7 @@ pub struct LinearDecode {
 pub struct LinearDecodeBindings<'a> {
     /// The rows to compute, n of them.
     pub rows: &'a RowSet,
-    /// `[O, K]`, K padded to a multiple of 8, O even.
+    /// `[O, K]`, K padded to a multiple of 8, O even; made by [`Tensor::into_weight`].
     pub weight: &'a Tensor,
     /// Input.
     pub prologue: Prologue<'a>,
@@ -125,8 +125,8 @@ impl LinearDecode {
         let rows = max_rows.next_power_of_two().clamp(1, 8);
         // Wide workgroups stage the activation fewer times; several rows need the memory for their sums.
         let threads = if rows == 1 { 256.min(caps.max_workgroup_size) } else { 128 };
-        // A software rasteriser pays for every load of every lane: more outputs share one of the activation.
-        let (pairs, groups) = if caps.is_cpu { (4, 8) } else { (1, threads / caps.lanes().width()) };
+        // A software rasteriser pays for every load of every lane: many outputs share one of the activation.
+        let (pairs, groups) = if caps.is_cpu { (32, 1) } else { (1, threads / caps.lanes().width()) };
         Self { in_features, weight_dtype, prologue, epilogue, rows, pairs, groups }
     }
 
@@ -148,15 +148,23 @@ impl LinearDecode {
 
     /// Workgroup memory of the reductions, in bytes.
     fn reduction_bytes(&self, caps: &DeviceCaps) -> u32 {
-        let squares = if self.prologue == PrologueKind::Norm { 4 * self.rows * self.threads(caps) } else { 0 };
+        let squares =
+            if self.prologue == PrologueKind::Norm && !caps.is_cpu { 4 * self.rows * self.threads(caps) } else { 0 };
         let scratch = if caps.lanes().uses_subgroups() { 0 } else { 4 * self.threads(caps) };
         squares + scratch
     }
 
     /// Units of 8 inputs staged at a time: all of them if WebGPU's default 16 KiB of workgroup memory hold them
     /// beside the reductions, else whole steps of the widest lanes.
+    ///
+    /// A software rasteriser holds them in private memory instead, which costs it loads but no limit; unrolled over
+    /// more steps the code would be large.
     fn chunk(&self, caps: &DeviceCaps) -> u32 {
         let units = self.in_features / 8;
+        if caps.is_cpu {
+            let width = caps.lanes().width();
+            return units.div_ceil(width).min((24 / self.rows).max(4)) * width;
+        }
         // 36 bytes for each unit's 32, and one vec4 a row: the padding against bank conflicts.
         let fit = (16 * 1024 - self.reduction_bytes(caps) - 16 * self.rows) / (36 * self.rows);
         if units.next_multiple_of(4) <= fit { units.next_multiple_of(4) } else { fit / 32 * 32 }
@@ -173,7 +181,6 @@ impl Kernel for LinearDecode {
         let steps = self.chunk(caps).div_ceil(lanes.width());
         // More rows need the registers for sums.
         let prefetch = steps.min(if self.rows == 1 { 8 } else { 2 });
-        let stream = steps.min((12 / self.rows).max(2));
         let exact = matches!((lanes, caps.subgroup_sizes), (Lanes::Subgroup { width }, Some((min, max))) if min == max && width == min);
         let splits = if let PrologueKind::Merge { num_splits } = self.prologue { num_splits } else { 1 };
         let definitions = Definitions::new()
@@ -185,8 +192,9 @@ impl Kernel for LinearDecode {
             .u32("LANES", lanes.width())
             .u32("LOG2_LANES", lanes.width().ilog2())
             .u32("PREFETCH", prefetch)
-            .u32("STREAM", stream)
-            .flag("STREAM", caps.is_cpu)
+            .u32("STEPS", steps)
+            .u32("TEXEL_ROW", TEXEL_ROW)
+            .flag("TEXELS", caps.is_cpu)
             .u32("SPLITS", splits)
             .flag("SUBGROUP", lanes.uses_subgroups())
             .flag("SUBGROUP_EXACT", exact)
@@ -197,13 +205,16 @@ impl Kernel for LinearDecode {
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
-        let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::read(2, b.weight)];
+        let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::weight(2, b.weight)];
         bindings.extend(b.prologue.bindings());
         bindings.extend(b.epilogue.bindings());
         bindings
     }
 
     fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32 {
+        if caps.is_cpu {
+            return self.reduction_bytes(caps);
+        }
         let chunk = self.chunk(caps);
         16 * self.rows * (chunk * 2 + chunk / 4 + 1) + self.reduction_bytes(caps)
     }

@@ -112,14 +112,12 @@ pub struct SlotsCompactBindings<'a> {
     pub grids: &'a Tensor,
     /// Uniform `[R]` of [`SlotRecursion`]; bound within the block and for expert choice.
     pub recursions: &'a Tensor,
-    /// The list, written.
+    /// The list, written; its capacity is the number of slots looked at, the first of S.
     pub active: &'a RowSet,
     /// Which slots.
     pub phase: SlotPhase<'a>,
     /// K/V bookkeeping, where the listed rows attend.
     pub kv: Option<SlotKv<'a>>,
-    /// Slots looked at: the first ones, at most S.
-    pub num_slots: u32,
     /// Recursions R.
     pub num_recursions: u32,
     /// Longest sequence the tables hold.
@@ -130,15 +128,15 @@ impl SlotsCompact {
     /// Records the kernel.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if the list or the state has no room for all slots; else as [`PlanBuilder::dispatch`].
+    /// [`KernelError::Shape`] if there are fewer slots than the list has room for; else as [`PlanBuilder::dispatch`].
     pub fn record(plan: &mut PlanBuilder<'_>, b: &SlotsCompactBindings<'_>) -> Result<()> {
-        let room = b.active.capacity.min(b.rows.shape()[0]);
-        if b.num_slots as usize > room {
+        let (slots, found) = (b.active.capacity, b.rows.num_elems() / 4);
+        if slots > found {
             return Err(KernelError::Shape {
                 kernel: Self::NAME,
-                what: "the row list",
-                found: format!("room for {room}"),
-                expected: format!("room for all {} slots", b.num_slots),
+                what: "rows",
+                found: format!("{found} slots"),
+                expected: format!("{slots}, the capacity of the list"),
             });
         }
         let (kernel, params) = Self::specialise(b);
@@ -146,6 +144,7 @@ impl SlotsCompact {
     }
 
     fn specialise(b: &SlotsCompactBindings<'_>) -> (Self, SlotsCompactParams) {
+        let num_slots = b.active.capacity as u32;
         let (phase, rule, recursion) = match b.phase {
             SlotPhase::Exit(rule) => ("EXIT", Some(rule), 0),
             SlotPhase::Enter { .. } => ("ENTER", None, 0),
@@ -162,10 +161,10 @@ impl SlotsCompact {
             kv: b.kv.is_some(),
             kv_slots: phase == "BLOCK" && b.kv.is_some_and(|kv| kv.slots.is_some()),
             num_recursions: b.num_recursions,
-            workgroup_size: b.num_slots.next_power_of_two().clamp(32, 256),
+            workgroup_size: num_slots.next_power_of_two().clamp(32, 256),
         };
         let params = SlotsCompactParams {
-            num_slots: b.num_slots,
+            num_slots,
             recursion,
             keep_all: matches!(rule, Some(DepthRule::Expert { keep_all: true, .. })).into(),
             num_groups: b.kv.map_or(0, |kv| kv.num_groups),
@@ -322,7 +321,7 @@ mod tests {
         let num_listed = want.len() as u32;
         want.resize(want.len() + ROW_PADDING as usize, ActiveRow::ABSENT);
 
-        let active = RowSet::new(gpu, "active", capacity).expect("fits");
+        let active = RowSet::new(gpu, "active", capacity).expect("fits").limited_to(num_slots);
         let grid = [17, 8, 3, 0];
         let pages = parity::upload_u32(gpu, &slots.pages);
         parity::run(gpu, |plan| {
@@ -340,7 +339,6 @@ mod tests {
                     max_pages: max_pages as u32,
                     slots: hybrid.then_some(&kv_slots.tensor),
                 }),
-                num_slots: num_slots as u32,
                 num_recursions: NUM_RECURSIONS as u32,
                 max_positions: max_positions as u32,
             };
@@ -376,7 +374,7 @@ mod tests {
     fn refuses_more_slots_than_there_are() {
         let gpu = parity::gpu();
         let words = parity::upload_u32(gpu, &[0; 16]);
-        let active = RowSet::new(gpu, "active", 3).expect("fits");
+        let active = RowSet::new(gpu, "active", 5).expect("fits");
         let mut plan = PlanBuilder::new(gpu).expect("fits");
         let bindings = SlotsCompactBindings {
             rows: &words,
@@ -386,11 +384,10 @@ mod tests {
             active: &active,
             phase: SlotPhase::At(0),
             kv: None,
-            num_slots: 4,
             num_recursions: 1,
             max_positions: 1,
         };
         let message = SlotsCompact::record(&mut plan, &bindings).expect_err("must be refused").to_string();
-        assert!(message.contains("room for 3") && message.contains("all 4 slots"), "{message}");
+        assert!(message.contains("4 slots") && message.contains("5, the capacity"), "{message}");
     }
 }

@@ -108,18 +108,18 @@ pub struct TokensCompactBindings<'a> {
 }
 
 impl TokensCompact {
-    /// Records the kernel over all `T` rows.
+    /// Records the kernel over the first rows, as many as the list has room for.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if the list has no room for `T` rows; else as [`PlanBuilder::dispatch`].
+    /// [`KernelError::Shape`] if there are fewer rows than the list has room for; else as [`PlanBuilder::dispatch`].
     pub fn record(plan: &mut PlanBuilder<'_>, b: &TokensCompactBindings<'_>) -> Result<()> {
-        let num_rows = b.rows.shape()[0];
-        if num_rows > b.active.capacity {
+        let (rows, found) = (b.active.capacity, b.rows.num_elems() / 4);
+        if rows > found {
             return Err(KernelError::Shape {
                 kernel: Self::NAME,
-                what: "the row list",
-                found: format!("room for {}", b.active.capacity),
-                expected: format!("room for all {num_rows} rows"),
+                what: "rows",
+                found: found.to_string(),
+                expected: format!("{rows}, the capacity of the list"),
             });
         }
         let (kernel, params) = Self::specialise(b);
@@ -134,7 +134,7 @@ impl TokensCompact {
             Selection::Fixed => "FIXED",
             Selection::Sample => "SAMPLE",
         };
-        let num_rows = b.rows.shape()[0] as u32;
+        let num_rows = b.active.capacity as u32;
         let hybrid = b.kv.and_then(|kv| kv.hybrid);
         let kernel = Self {
             mode,

@@ -47,6 +47,7 @@ pub(crate) enum Declared {
     Uniform,
     Read,
     Write,
+    Texture,
 }
 
 /// Every binding as (index, name, access), ascending.
@@ -59,6 +60,7 @@ pub(crate) fn bindings(module: &Module) -> Vec<(u32, String, Declared)> {
             AddressSpace::Uniform => Declared::Uniform,
             AddressSpace::Storage { access } if access == StorageAccess::LOAD => Declared::Read,
             AddressSpace::Storage { .. } => Declared::Write,
+            AddressSpace::Handle => Declared::Texture,
             other => panic!("binding {} in {other:?}", binding.binding),
         };
         bindings.push((binding.binding, variable.name.clone().expect("bindings have names"), declared));

@@ -8,12 +8,13 @@ use mor_kernels::ops::GpuSampling;
 use mor_kernels::parity::Rng;
 use mor_model::golden::GoldenTensors;
 use mor_model::oracle::{Oracle, OracleOutput};
-use mor_model::{Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
-use mor_runtime::runner::{Feed, Runner};
+use mor_model::{Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
+use mor_runtime::runner::{Feed, Runner, RunnerOptions};
 use mor_runtime::{SequenceOutput, Session};
 use serde_json::Value;
 
 use super::TinyModel;
+use super::tape::Tape;
 
 /// Least distance of a decision: far above the rounding of f32, which is about 1e-6 here.
 const MARGIN: f32 = 1e-3;
@@ -152,29 +153,43 @@ fn check_forward(what: &str, config: &MorConfig, found: &SequenceOutput, want: &
 }
 
 /// Feeds the batch in uneven chunks and decodes it greedily; every number against the oracle's full pass.
-fn check_decode(what: &str, model: &MorModel, num_splits: u32, reference: &Reference, largest: &mut f32) {
+fn check_decode(
+    what: &str,
+    model: &MorModel,
+    (batching, num_splits): (Batching, u32),
+    reference: &Reference,
+    largest: &mut f32,
+) {
     let (config, layout) = (model.config(), model.kv_layout());
-    let mut runner = Runner::new(model, 3, 64, 10).expect("fits");
+    let what = format!("{what} {batching:?}");
+    let options = RunnerOptions {
+        num_slots: 3,
+        max_positions: 64,
+        prefill_rows: 10,
+        batching: Some(batching),
+        pages_in_class: None,
+    };
+    let mut runner = Runner::new(model, &options).expect("fits");
     runner.set_key_splits(Some(num_splits));
     for (sequence, len) in PROMPTS.into_iter().enumerate() {
-        let prompt = &reference.tokens[sequence][..len];
-        runner.start(model, sequence, &GpuSampling { ignore_eos: 1, ..GpuSampling::default() }, prompt);
+        let tokens = &reference.tokens[sequence];
+        // The device stops once the token after the last has been drawn.
+        let sampling = GpuSampling { limit: tokens.len() as u32 + 1, ..GpuSampling::default() };
+        runner.start(model, sequence, &sampling, tokens[..len].iter().copied(), None);
     }
-    // Tokens of each sequence whose successor has been drawn.
-    let mut lengths = [0; 3];
-    let mut check_logits = |runner: &Runner, was_decode: bool, drawn: &[usize], lengths: &[usize; 3]| {
-        let found = runner.logits(model, was_decode, 64).expect("reads");
-        assert_eq!(found.len(), drawn.len(), "{what}: rows of logits");
-        for (found, sequence) in found.iter().zip(drawn) {
-            let position = lengths[*sequence] - 1;
+    let mut tape = Tape::new(&PROMPTS);
+    let mut step = |runner: &mut Runner, feeds: &[Feed<'_>]| {
+        let drawn = tape.step(runner, model, feeds);
+        for (sequence, position, found) in &drawn {
             let expected = &reference.outputs[*sequence].logits[position * config.vocab_size..][..config.vocab_size];
             assert_close(&format!("{what}: decode {sequence} position {position}"), found, expected, largest);
         }
+        drawn.len()
     };
     // Sequences 1 and 2 begin to decode while the prompt of sequence 0 is still being read.
     let feeds: [&[(usize, usize, usize)]; 3] =
         [&[(0, 0, 5), (2, 0, 2)], &[(0, 5, 10), (1, 0, 1), (2, 2, 6)], &[(0, 10, 13)]];
-    for (step, feeds) in feeds.into_iter().enumerate() {
+    for (index, feeds) in feeds.into_iter().enumerate() {
         let feeds: Vec<_> = feeds
             .iter()
             .map(|&(sequence, position, end)| Feed {
@@ -184,42 +199,25 @@ fn check_decode(what: &str, model: &MorModel, num_splits: u32, reference: &Refer
                 sample: end == PROMPTS[sequence],
             })
             .collect();
-        runner.feed(model, &feeds).expect("runs");
-        let drawn: Vec<usize> = feeds.iter().filter(|feed| feed.sample).map(|feed| feed.sequence).collect();
-        drawn.iter().for_each(|&sequence| lengths[sequence] = PROMPTS[sequence]);
-        check_logits(&runner, false, &drawn, &lengths);
-        if step == 1 {
-            runner.decode(model, 64).expect("runs");
-            [1, 2].into_iter().for_each(|sequence| lengths[sequence] += 1);
-            check_logits(&runner, true, &[1, 2], &lengths);
+        let drawn = step(&mut runner, &feeds);
+        assert_eq!(drawn, feeds.iter().filter(|feed| feed.sample).count(), "{what}: prompts that ended");
+        if index == 1 {
+            step(&mut runner, &[]);
         }
     }
-    loop {
-        let mut running = Vec::new();
-        for (sequence, length) in lengths.iter_mut().enumerate() {
-            if *length == reference.tokens[sequence].len() {
-                runner.stop(model, sequence);
-            } else {
-                running.push(sequence);
-                *length += 1;
-            }
-        }
-        if running.is_empty() {
-            break;
-        }
-        runner.decode(model, 64).expect("runs");
-        check_logits(&runner, true, &running, &lengths);
+    // A token takes as many ticks as recursions at most, and one at least; each sequence has a bounded number left.
+    let most = reference.tokens.iter().map(Vec::len).max().unwrap_or(0) * config.num_recursions.max(1) + 2;
+    for _ in 0..most {
+        step(&mut runner, &[]);
     }
 
     let mut rows_by_recursion = vec![0; config.num_recursions];
     for (sequence, tokens) in reference.tokens.iter().enumerate() {
         let what = format!("{what}: decode {sequence}");
-        let outcomes = runner.outcomes(model, sequence, 0..tokens.len()).expect("reads").wait().expect("reads");
-        let depths: Vec<u32> = outcomes.iter().map(|outcome| outcome.depth).collect();
+        let depths = tape.depths(sequence);
         assert_eq!(depths, reference.outputs[sequence].depth, "{what}: depths");
-        let prompt = PROMPTS[sequence];
-        let drawn: Vec<u32> = outcomes[prompt - 1..tokens.len() - 1].iter().map(|o| o.next_token).collect();
-        assert_eq!(drawn, tokens[prompt..], "{what}: tokens");
+        let drawn = tape.tokens(sequence);
+        assert_eq!(drawn[..drawn.len() - 1], tokens[PROMPTS[sequence]..], "{what}: tokens");
 
         // K/V entries are the selected tokens, and bytes follow from them.
         let entries = runner.kv_entries(model, sequence).expect("reads");
@@ -244,8 +242,14 @@ fn check_decode(what: &str, model: &MorModel, num_splits: u32, reference: &Refer
             *rows += if runs_all { tokens.len() } else { count(r) } as u64;
         }
     }
-    if config.mode != Mode::Vanilla {
-        assert_eq!(runner.rows_processed(model).expect("reads"), rows_by_recursion, "{what}: rows processed");
+    let processed = runner.rows_processed(model).expect("reads");
+    match (config.mode, batching) {
+        (Mode::Vanilla, _) => {}
+        (_, Batching::Lockstep) => assert_eq!(processed, rows_by_recursion, "{what}: rows processed"),
+        (_, Batching::Depthwise) => {
+            let (found, expected): (u64, u64) = (processed.iter().sum(), rows_by_recursion.iter().sum());
+            assert_eq!(found, expected, "{what}: rows processed");
+        }
     }
 }
 
@@ -277,7 +281,11 @@ pub(crate) fn check_model(
         for (i, (found, want)) in forward.sequences.iter().zip(&reference.outputs).enumerate() {
             check_forward(&format!("{what}: forward {i}"), &config, found, want, &mut tally.largest);
         }
-        check_decode(&what, session.model(), num_splits, &reference, &mut tally.largest);
+        let model = session.model();
+        check_decode(&what, model, (Batching::Lockstep, num_splits), &reference, &mut tally.largest);
+        if model.batching() == Batching::Depthwise {
+            check_decode(&what, model, (Batching::Depthwise, num_splits), &reference, &mut tally.largest);
+        }
         return;
     }
     panic!("{name}: no seed of 200 has clear decisions");

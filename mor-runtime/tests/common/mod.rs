@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 pub(crate) mod batch;
+pub(crate) mod tape;
 
 use std::collections::BTreeMap;
 use std::path::Path;
