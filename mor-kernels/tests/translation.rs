@@ -1,5 +1,6 @@
 //! Every specialisation of every kernel in the languages of the backends, without a GPU: SPIR-V (checked by
-//! spirv-val), HLSL and MSL; to SPIR-V alone where it multiplies cooperative matrices. What runs on Vulkan must not break DX12 and Metal unseen.
+//! spirv-val), HLSL and MSL; SPIR-V alone where it multiplies cooperative matrices. What runs on Vulkan must not break
+//! DX12 and Metal unseen.
 
 mod common;
 
