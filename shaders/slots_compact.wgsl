@@ -1,7 +1,7 @@
-// slots_compact: one step of the life of a token in depth-wise batching: list the slots that leave, enter or run the block.
+// slots_compact: move the tokens of a depth-wise batch on: list the slots that leave, enter or run the block.
 // Math      EXIT: slots whose token has taken its last recursion. ENTER: free slots with a next row, which moves in.
-//           BLOCK: slots with a token that takes a recursion now, each at its own. AT: of these, the ones at `recursion`.
-//           Every list ascends by slot; a row of a list is its slot
+//           BLOCK: slots with a token that takes a recursion now, each at its own. AT: of these, the ones at
+//           `recursion`. Every list ascends by slot; a row of a list is its slot
 // Why       tokens at different depths share one pass through the block, and a slot that is left is filled in the same
 //           tick; counts, K/V slots and grids stay on the device
 // Shapes    S slots; rows, next_rows [S]; state [S] of (passes through the block, recursions that counted);
@@ -12,8 +12,8 @@
 //           7 next_rows write [ENTER]; 8 pages read [KV]; 9 kv_lengths write [KV_LENGTHS]; 10 kv_slots write [KV_SLOTS]
 // Grid      (1, 1, 1): one workgroup; each thread owns a run of consecutive slots
 // Spec      WORKGROUP_SIZE power of two: 4 * WORKGROUP_SIZE bytes of workgroup memory; EXIT, ENTER, BLOCK or AT;
-//           DECIDES: EXIT or BLOCK; IN_BLOCK: BLOCK or AT; RECURSIONS: IN_BLOCK or EXPERT; NUM_RECURSIONS; with DECIDES
-//           EXPERT, TOKEN or neither (all take all recursions); KV: the rows attend; KV_LENGTHS: KV but for EXIT;
+//           DECIDES: EXIT or BLOCK; IN_BLOCK: BLOCK or AT; RECURSIONS: IN_BLOCK with KV, or EXPERT; NUM_RECURSIONS;
+//           with DECIDES EXPERT, TOKEN or neither (all take all recursions); KV: the rows attend; KV_LENGTHS: KV but for EXIT;
 //           KV_SLOTS: the table lists keys, not pages (hybrid caches)
 // Limits    params.num_slots <= S; a sequence is its slot
 // Numerics  integers; a recursion is taken if its logit >= 0 (NaN does not pass) or its capacity is 1
@@ -111,7 +111,8 @@ fn physical(slot: u32, group: u32, index: u32) -> u32 {
 
 #if IN_BLOCK
 #if KV
-// Where the row stores its keys and values at recursion `r`, and which it attends to; `index` is its place in the group.
+// Where the row stores its keys and values at recursion `r`, and which it attends to; `index` is its place in the
+// group.
 fn place_in_cache(listed: ActiveRow, r: u32, index: u32) -> ActiveRow {
     var entry = listed;
     let groups = recursions[r];

@@ -142,9 +142,9 @@ enum Pending {
         workgroups: Workgroups,
     },
     Copy {
-        from: Tensor,
+        from: wgpu::Buffer,
         from_offset: u64,
-        to: Tensor,
+        to: wgpu::Buffer,
         to_offset: u64,
         bytes: u64,
     },
@@ -258,7 +258,8 @@ impl<'g> PlanBuilder<'g> {
     /// Records a copy of `bytes` bytes; it ends the compute pass, so hot plans have none.
     pub fn copy(&mut self, from: &Tensor, from_offset: u64, to: &Tensor, to_offset: u64, bytes: u64) {
         self.description.push(format!("copy {} -> {} ({bytes} bytes)", from.label(), to.label()));
-        self.pending.push(Pending::Copy { from: from.clone(), from_offset, to: to.clone(), to_offset, bytes });
+        let (from, to) = (from.buffer.clone(), to.buffer.clone());
+        self.pending.push(Pending::Copy { from, from_offset, to, to_offset, bytes });
     }
 
     /// Uploads the parameters and makes the bind groups.
@@ -275,7 +276,7 @@ impl<'g> PlanBuilder<'g> {
         for pending in self.pending {
             steps.push(match pending {
                 Pending::Copy { from, from_offset, to, to_offset, bytes } => {
-                    Step::Copy { from: from.buffer, from_offset, to: to.buffer, to_offset, bytes }
+                    Step::Copy { from, from_offset, to, to_offset, bytes }
                 }
                 Pending::Dispatch { label, kernel, entries, params, workgroups } => {
                     let mut group = vec![wgpu::BindGroupEntry {

@@ -110,7 +110,7 @@ pub struct SlotsCompactBindings<'a> {
     pub state: &'a Tensor,
     /// The plan's [`PlanBuilder::grid_table`].
     pub grids: &'a Tensor,
-    /// Uniform `[R]` of [`SlotRecursion`]; bound within the block and for expert choice.
+    /// Uniform `[R]` of [`SlotRecursion`]; bound where rows of the block attend and for expert choice.
     pub recursions: &'a Tensor,
     /// The list, written; its capacity is the number of slots looked at, the first of S.
     pub active: &'a RowSet,
@@ -179,7 +179,7 @@ impl SlotsCompact {
     }
 
     fn reads_recursions(&self) -> bool {
-        self.is_in_block() || self.rule == Some("EXPERT")
+        (self.is_in_block() && self.kv) || self.rule == Some("EXPERT")
     }
 
     fn counts_kv(&self) -> bool {
