@@ -9,11 +9,11 @@ use mor_kernels::epilogue::{Epilogue, LinearParams};
 use mor_kernels::ops::{
     AttentionDecode, AttentionDecodeBindings, AttentionDecodeParams, AttentionPrefill, AttentionPrefillBindings,
     AttentionPrefillParams, AttentionShape, DepthRule, EmbedTokens, EmbedTokensBindings, EmbedTokensParams, ExpertGate,
-    Hybrid, KvGroups, Linear, LinearBindings, LinearDecode, LinearDecodeBindings, Prologue, RmsNorm, RmsNormBindings,
-    RmsNormParams, RouterExpert, RouterExpertBindings, RouterExpertParams, RouterToken, RouterTokenBindings,
-    RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, SampleToken, SampleTokenBindings,
-    SampleTokenParams, Selection, SlotKv, SlotPhase, SlotRecursion, SlotsCompact, SlotsCompactBindings, TokenGate,
-    TokensCompact, TokensCompactBindings,
+    Hybrid, KvGroups, Linear, LinearBindings, LinearDecode, LinearDecodeBindings, LinearTile, Prologue, RmsNorm,
+    RmsNormBindings, RmsNormParams, RouterExpert, RouterExpertBindings, RouterExpertParams, RouterToken,
+    RouterTokenBindings, RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, SampleToken,
+    SampleTokenBindings, SampleTokenParams, Selection, SlotKv, SlotPhase, SlotRecursion, SlotsCompact,
+    SlotsCompactBindings, TokenGate, TokensCompact, TokensCompactBindings,
 };
 use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::{KvTable, NONE, PAGE_SIZE, RowSet};
@@ -56,6 +56,10 @@ pub enum Batching {
     /// A tick takes every token through one recursion, whichever is its next: continuous depth-wise batching.
     Depthwise,
 }
+
+/// Whether products may be of halves, on cooperative matrices. Not before whole models are shown to draw the same tokens
+/// with them: so far the kernels alone have been compared.
+const HALF_PRODUCTS: bool = false;
 
 /// Rows up to which the matrix-vector kernels serve; they also merge the splits of attention.
 pub const MAX_FEW_ROWS: usize = 8;
@@ -848,9 +852,11 @@ impl<'a> Recorder<'a> {
             Phase::Prefill => self.step.capacity.max(MAX_FEW_ROWS + 1),
         };
         let few_rows = max_rows <= MAX_FEW_ROWS;
+        let tile =
+            LinearTile::for_shape(plan.gpu().caps(), max_rows as u32, columns.end - columns.start, HALF_PRODUCTS);
         let x = match input {
-            // Many tiles of columns would each read whole rows again to norm them.
-            Input::Norm { x, weight } if self.phase == Phase::Prefill && !few_rows => {
+            // Of many rows, every tile of columns would read whole rows again to norm them.
+            Input::Norm { x, weight } if !few_rows && (self.phase == Phase::Prefill || !tile.fuses_norm()) => {
                 let norm = RmsNormParams { hidden_size: in_features, eps: params.eps };
                 let bindings = RmsNormBindings { rows, x, weight, y: &self.step.normed };
                 RmsNorm::default().record(plan, bindings, norm)?;
@@ -884,10 +890,8 @@ impl<'a> Recorder<'a> {
                 .record(plan, &bindings, &params)?;
             } else {
                 let shape = [max_rows as u32, num_outputs, in_features];
-                // Where numbers are stored as halves, they may be multiplied as halves.
-                let half_products = self.model.precision == Precision::F16;
                 let kinds = (prologue.kind(), epilogue.kind());
-                let kernel = Linear::for_shape(plan.gpu().caps(), shape, half_products, weight.dtype, kinds.0, kinds.1);
+                let kernel = Linear::for_shape(plan.gpu().caps(), shape, HALF_PRODUCTS, weight.dtype, kinds.0, kinds.1);
                 let bindings = LinearBindings { rows, weight: &shard.tensor, prologue, epilogue };
                 kernel.record(plan, &bindings, &params)?;
             }
