@@ -46,8 +46,11 @@
 
 mod error;
 pub mod kv_cache;
+mod page_pool;
+mod prefix_cache;
 pub mod runner;
 mod sampling;
+mod scheduler;
 mod session;
 mod text;
 
