@@ -18,6 +18,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Continue a prompt
     Generate(GenerateArgs),
+    /// Answer a file of requests, many at a time
+    Batch(BatchArgs),
     /// Run full sequences and write everything they compute
     Forward(ForwardArgs),
     /// Measure the likelihood of a text
@@ -87,6 +89,41 @@ pub(crate) struct GenerateArgs {
     /// Random weights of the shape in a config.json; only with --prompt-tokens or no prompt
     #[arg(long, value_name = "CONFIG", help_heading = "Benchmarks", conflicts_with = "model")]
     pub(crate) random_weights: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct BatchArgs {
+    /// JSON Lines: a request object per line with `prompt` or `prompt_tokens`, and any of `id`, `max_new_tokens`,
+    /// `temperature`, `top_k`, `top_p`, `min_p`, `repeat_penalty`, `seed`, `stop`, `ignore_eos`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input: PathBuf,
+    /// JSON Lines to write, an answer per line in the order of completion
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Go on with an output that an earlier run has begun: requests whose ids it holds are skipped
+    #[arg(long, conflicts_with = "force")]
+    pub(crate) resume: bool,
+    /// Replace an output that exists
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Sequences that decode at a time on each device
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one, allow_negative_numbers = true)]
+    pub(crate) concurrency: usize,
+    /// Adapters that share the work, by index or name [default: the best one]
+    #[arg(long, value_name = "IDX|NAME,...", value_delimiter = ',', env = "MOR_DEVICES")]
+    pub(crate) devices: Vec<String>,
+    /// K/V memory of each device in MiB [default: what all sequences can need, up to half of what is free]
+    #[arg(long, value_name = "MIB", value_parser = at_least_one, allow_negative_numbers = true)]
+    pub(crate) kv_memory: Option<usize>,
+    /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    pub(crate) dtype: DtypeArg,
+    /// Which recursions store keys and values [default: as the model's config says]
+    #[arg(long, value_enum)]
+    pub(crate) kv: Option<KvArg>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -160,14 +197,23 @@ pub(crate) struct DeviceArg {
 
 impl DeviceArg {
     pub(crate) fn selector(&self) -> DeviceSelector {
-        match self.device.as_deref().map(str::trim) {
-            // An empty environment variable is an unset one.
-            None | Some("") => DeviceSelector::Best,
-            Some(text) => match text.parse() {
-                Ok(index) => DeviceSelector::Index(index),
-                Err(_) => DeviceSelector::Name(text.to_owned()),
-            },
-        }
+        // An empty environment variable is an unset one.
+        self.device.as_deref().filter(|text| !text.trim().is_empty()).map_or(DeviceSelector::Best, device_selector)
+    }
+}
+
+impl BatchArgs {
+    pub(crate) fn selectors(&self) -> Vec<DeviceSelector> {
+        let named = self.devices.iter().filter(|text| !text.trim().is_empty());
+        let selectors: Vec<_> = named.map(|text| device_selector(text)).collect();
+        if selectors.is_empty() { vec![DeviceSelector::Best] } else { selectors }
+    }
+}
+
+fn device_selector(text: &str) -> DeviceSelector {
+    match text.trim().parse() {
+        Ok(index) => DeviceSelector::Index(index),
+        Err(_) => DeviceSelector::Name(text.trim().to_owned()),
     }
 }
 

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use mor_model::MorConfig;
-use mor_runtime::{Event, GenerateRequest, RuntimeError, SamplingParams, Session, Summary, TextStream, Tokenizer};
+use mor_runtime::{
+    Event, GenerateRequest, RuntimeError, SamplingParams, Session, SessionOptions, Summary, TextStream, Tokenizer,
+};
 use serde::Serialize;
 
 use crate::args::GenerateArgs;
@@ -82,7 +84,8 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     check_request(&prompt, args, &model, &config)?;
 
     let kv = args.kv.map(|kv| kv.strategy());
-    let mut session = model.load(args.device.selector(), args.dtype.precision(), kv)?;
+    let options = SessionOptions { precision: args.dtype.precision(), kv, ..SessionOptions::default() };
+    let mut session = model.load(args.device.selector(), options)?;
     let tokens = match (prompt, session.tokenizer()) {
         (Prompt::Tokens(tokens), _) => tokens,
         (Prompt::Text(text), _) if text.is_empty() => Vec::new(),

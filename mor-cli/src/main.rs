@@ -4,6 +4,7 @@
 //! of this program, 2 bad input (one sentence says what, where, what was expected and what to do), 130 interrupted.
 
 mod args;
+mod batch;
 mod devices;
 mod embedded;
 mod eval;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     };
     let result = match args.command {
         Command::Generate(args) => generate::run(&args),
+        Command::Batch(args) => batch::run(&args),
         Command::Forward(args) => forward::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),

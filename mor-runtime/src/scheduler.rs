@@ -36,6 +36,8 @@ pub(crate) struct SchedulerOptions {
     pub(crate) ticks_of_token: usize,
     /// Keep beginnings of sequences for others.
     pub(crate) share_prefixes: bool,
+    /// Number of the first sequence.
+    pub(crate) first_id: SequenceId,
 }
 
 /// A sequence is put into a slot.
@@ -49,12 +51,15 @@ pub(crate) struct Start {
     pub(crate) depths: Vec<u32>,
 }
 
-/// A page is copied before anything else runs.
+/// A K/V page to be copied, in all buffers of its class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Copy {
-    pub(crate) class: usize,
-    pub(crate) from: u32,
-    pub(crate) to: u32,
+pub struct PageCopy {
+    /// Class of both pages.
+    pub class: usize,
+    /// Page that is read.
+    pub from: u32,
+    /// Page that is written.
+    pub to: u32,
 }
 
 /// Entries of a slot's page table for a group, from the `first` on.
@@ -90,7 +95,7 @@ pub(crate) struct Step {
     pub(crate) stops: Vec<usize>,
     pub(crate) starts: Vec<Start>,
     pub(crate) page_writes: Vec<PageWrite>,
-    pub(crate) copies: Vec<Copy>,
+    pub(crate) copies: Vec<PageCopy>,
     pub(crate) entries: Vec<Entry>,
     /// Rows of a prefill step, slots ascending.
     pub(crate) chunks: Vec<Chunk>,
@@ -105,15 +110,15 @@ pub(crate) struct Step {
     reading: Vec<u64>,
 }
 
-/// A token whose results have arrived.
+/// A token that the device drew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Outcome {
-    /// Its position.
-    pub(crate) position: usize,
+pub struct Outcome {
+    /// Position of the token that was fed.
+    pub position: usize,
     /// Recursions it took.
-    pub(crate) depth: u32,
+    pub depth: u32,
     /// Token drawn after it.
-    pub(crate) next_token: u32,
+    pub next_token: u32,
 }
 
 /// What a step has brought for a sequence.
@@ -203,7 +208,7 @@ impl Scheduler {
             prefixes: options
                 .share_prefixes
                 .then(|| PrefixCache::new(options.layout.clone(), options.class_of_group.clone())),
-            next_id: 0,
+            next_id: options.first_id,
             num_admissions: 0,
             num_preemptions: 0,
             num_reused: 0,
@@ -243,6 +248,11 @@ impl Scheduler {
     /// Prompt and drawn tokens of a sequence.
     pub(crate) fn tokens(&self, id: SequenceId) -> &[u32] {
         self.sequences.get(&id).map_or(&[], |sequence| &sequence.tokens)
+    }
+
+    /// The number of the next sequence.
+    pub(crate) fn next_id(&self) -> SequenceId {
+        self.next_id
     }
 
     /// Pages of a running sequence, per group.
@@ -478,7 +488,7 @@ impl Scheduler {
         for (group, from) in prefix.partial.iter().enumerate() {
             let (Some(class), Some(from)) = (self.options.class_of_group[group], *from) else { continue };
             if fits {
-                step.copies.push(Copy { class, from, to: place.pages[group][shared[group]] });
+                step.copies.push(PageCopy { class, from, to: place.pages[group][shared[group]] });
             }
             self.pool.release(class, from);
         }
@@ -677,6 +687,7 @@ mod tests {
             ticks: 2,
             ticks_of_token: RECURSIONS,
             share_prefixes: true,
+            first_id: 0,
         }
     }
 
