@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use mor_kernels::caps::DeviceCaps;
 use mor_kernels::epilogue::{Epilogue, LinearParams};
 use mor_kernels::ops::{
     AttentionDecode, AttentionDecodeBindings, AttentionDecodeParams, AttentionPrefill, AttentionPrefillBindings,
@@ -46,6 +47,42 @@ pub enum Phase {
     },
     /// Many rows.
     Prefill,
+    /// Few or many rows of either kind, computed alike: every sum has an order of its own, which no other row and no
+    /// number of rows changes.
+    Invariant,
+}
+
+/// The kernels that multiply rows with a weight.
+#[derive(Clone, Copy, Debug)]
+enum Product {
+    /// [`LinearDecode`] for up to `max_rows` rows, norm and merge fused.
+    FewRows { max_rows: u32 },
+    /// [`Linear`]; `norm_apart`: after an [`RmsNorm`].
+    ManyRows { tile: LinearTile, norm_apart: bool },
+}
+
+impl Phase {
+    /// Parts into which [`AttentionDecode`] splits the keys; `None` where [`AttentionPrefill`] serves.
+    fn key_splits(self) -> Option<u32> {
+        match self {
+            Phase::Decode { num_splits } => Some(num_splits),
+            Phase::Invariant => Some(1),
+            Phase::Prefill => None,
+        }
+    }
+
+    /// The kernels for up to `max_rows` rows times `num_outputs` of the `weight_rows` rows of a weight.
+    fn product(self, caps: &DeviceCaps, max_rows: usize, num_outputs: u32, weight_rows: u32) -> Product {
+        let (max_rows, num_outputs) = match self {
+            // Neither how many rows a step has room for nor which part of the weight it needs may choose the tile.
+            Phase::Invariant => (INVARIANT_ROWS, weight_rows),
+            _ if max_rows <= MAX_FEW_ROWS => return Product::FewRows { max_rows: max_rows as u32 },
+            _ => (max_rows as u32, num_outputs),
+        };
+        let tile = LinearTile::for_shape(caps, max_rows, num_outputs, HALF_PRODUCTS);
+        // Of the rows of a prompt, every tile of columns would read whole rows again to norm them.
+        Product::ManyRows { tile, norm_apart: self == Phase::Prefill || !tile.fuses_norm() }
+    }
 }
 
 /// How a batch of decoding sequences goes through the recursions.
@@ -60,6 +97,10 @@ pub enum Batching {
 /// Whether products may be of halves, on cooperative matrices. Not before whole models are shown to draw the same tokens
 /// with them: so far the kernels alone have been compared.
 const HALF_PRODUCTS: bool = false;
+
+/// Rows that the tiles of [`Phase::Invariant`] are chosen for, whatever the number of rows: a batch of decoding sequences
+/// that is worth batching.
+const INVARIANT_ROWS: u32 = 64;
 
 /// Rows up to which the matrix-vector kernels serve; they also merge the splits of attention.
 pub const MAX_FEW_ROWS: usize = 8;
@@ -422,7 +463,8 @@ impl MorModel {
         }
     }
 
-    /// Records a tick of depth-wise batching over the slots of `step`, which was made for it: tokens that have taken
+    /// Records a tick of depth-wise batching over the slots of `step`, which was made for it, with the kernels of `phase`:
+    /// tokens that have taken
     /// their last recursion run the last layers and are replaced by the next of their sequence, these run the first
     /// layers, and all run the shared block once.
     ///
@@ -437,9 +479,8 @@ impl MorModel {
         step: &StepTensors,
         kv: &KvTensors,
         sample: &SampleTensors,
-        num_splits: u32,
+        phase: Phase,
     ) -> Result<()> {
-        let phase = Phase::Decode { num_splits };
         Recorder { model: self, step, kv, sample, phase, routing: Routing::Causal }.record_tick(plan)
     }
 }
@@ -756,8 +797,8 @@ impl<'a> Recorder<'a> {
             self.record_linear(plan, first, norm(input), (&weights.qkv_proj, q_dim..all_columns), qkv, base)?;
         }
 
-        let mixes = in_block && config.kv == KvStrategy::Hybrid;
-        let kv_table = if place.fallback_group.is_some() || mixes { KvTable::Slots } else { KvTable::Pages };
+        let is_shared = self.model.layout.recursion(layer).is_some();
+        let kv_table = if is_shared && config.kv == KvStrategy::Hybrid { KvTable::Slots } else { KvTable::Pages };
         let attended = self.record_attention(plan, rows, (k_cache, v_cache), kv_table)?;
 
         let all = |matrix: &Matrix| 0..matrix.num_rows as u32;
@@ -803,8 +844,8 @@ impl<'a> Recorder<'a> {
             KvTable::Slots => self.kv.slots.as_ref().expect("hybrid caches have a slot table"),
         };
         let q = &step.q;
-        match self.phase {
-            Phase::Decode { num_splits } => {
+        match self.phase.key_splits() {
+            Some(num_splits) => {
                 let stats = (num_splits > 1).then_some(&step.attention_stats);
                 let bindings = AttentionDecodeBindings {
                     rows,
@@ -825,7 +866,7 @@ impl<'a> Recorder<'a> {
                     None => Input::Compact { x: &step.attention },
                 })
             }
-            Phase::Prefill => {
+            None => {
                 let bindings = AttentionPrefillBindings { rows, q, keys, values, kv_table, out: &step.attention };
                 AttentionPrefill::new(shape).record(plan, bindings, AttentionPrefillParams { scale })?;
                 Ok(Input::Compact { x: &step.attention })
@@ -846,23 +887,21 @@ impl<'a> Recorder<'a> {
     ) -> Result<()> {
         let in_features = weight.in_features as u32;
         let max_rows = match self.phase {
-            Phase::Decode { .. } => self.step.capacity,
             // A prompt ends in one row.
             Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
             Phase::Prefill => self.step.capacity.max(MAX_FEW_ROWS + 1),
+            _ => self.step.capacity,
         };
-        let few_rows = max_rows <= MAX_FEW_ROWS;
-        let tile =
-            LinearTile::for_shape(plan.gpu().caps(), max_rows as u32, columns.end - columns.start, HALF_PRODUCTS);
-        let x = match input {
-            // Of many rows, every tile of columns would read whole rows again to norm them.
-            Input::Norm { x, weight } if !few_rows && (self.phase == Phase::Prefill || !tile.fuses_norm()) => {
+        let num_outputs = columns.end - columns.start;
+        let product = self.phase.product(plan.gpu().caps(), max_rows, num_outputs, weight.num_rows as u32);
+        let x = match (input, product) {
+            (Input::Norm { x, weight }, Product::ManyRows { norm_apart: true, .. }) => {
                 let norm = RmsNormParams { hidden_size: in_features, eps: params.eps };
                 let bindings = RmsNormBindings { rows, x, weight, y: &self.step.normed };
                 RmsNorm::default().record(plan, bindings, norm)?;
                 Input::Compact { x: &self.step.normed }
             }
-            other => other,
+            _ => input,
         };
         for shard in &weight.shards {
             let first_output = shard.first_row as u32;
@@ -877,23 +916,19 @@ impl<'a> Recorder<'a> {
                 Input::Norm { x, weight } => Prologue::Norm { x, weight },
                 Input::Merge { partial, stats, num_splits } => Prologue::Merge { partial, stats, num_splits },
             };
-            if few_rows {
-                let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
-                LinearDecode::new(
-                    plan.gpu().caps(),
-                    in_features,
-                    weight.dtype,
-                    prologue.kind(),
-                    epilogue.kind(),
-                    max_rows as u32,
-                )
-                .record(plan, &bindings, &params)?;
-            } else {
-                let shape = [max_rows as u32, num_outputs, in_features];
-                let kinds = (prologue.kind(), epilogue.kind());
-                let kernel = Linear::for_shape(plan.gpu().caps(), shape, HALF_PRODUCTS, weight.dtype, kinds.0, kinds.1);
-                let bindings = LinearBindings { rows, weight: &shard.tensor, prologue, epilogue };
-                kernel.record(plan, &bindings, &params)?;
+            match product {
+                Product::FewRows { max_rows } => {
+                    let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
+                    let kinds = (prologue.kind(), epilogue.kind());
+                    LinearDecode::new(plan.gpu().caps(), in_features, weight.dtype, kinds.0, kinds.1, max_rows)
+                        .record(plan, &bindings, &params)?;
+                }
+                Product::ManyRows { tile, .. } => {
+                    let bindings = LinearBindings { rows, weight: &shard.tensor, prologue, epilogue };
+                    let (prologue, epilogue) = (prologue.kind(), epilogue.kind());
+                    Linear { in_features, weight_dtype: weight.dtype, prologue, epilogue, tile }
+                        .record(plan, &bindings, &params)?;
+                }
             }
         }
         Ok(())

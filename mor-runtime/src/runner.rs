@@ -134,6 +134,11 @@ pub struct RunnerOptions {
     /// K/V pages per class of [`page_classes`](crate::kv_cache::page_classes); tables are then written by
     /// [`Runner::write_pages`]. `None`: each slot owns the pages of its longest sequence.
     pub pages_in_class: Option<Vec<usize>>,
+    /// Computes a token to the same bits whatever it shares its steps with: logits, routing, keys and values depend
+    /// neither on other sequences nor on slots, chunks, or whether it came through prefill, decode steps or ticks. Costs
+    /// prefill its tiles of keys and few sequences their kernels of few rows and the splitting of keys. Without it, such
+    /// circumstances change the order of sums, and results by rounding: see [`Runner::ROUNDING`].
+    pub batch_invariant: bool,
 }
 
 #[derive(Debug)]
@@ -154,11 +159,16 @@ pub struct Runner {
     prefill: Option<Step>,
     prefill_rows: usize,
     key_splits: Option<u32>,
+    batch_invariant: bool,
 }
 
 impl Runner {
     /// Most ticks of one submit: what the ring of results holds.
     pub const MAX_TICKS: usize = SampleToken::RESULTS as usize - 1;
+
+    /// How far a logit may lie from what it is in another batch, relative to the largest of its row, unless
+    /// [`RunnerOptions::batch_invariant`].
+    pub const ROUNDING: f32 = 1e-4;
 
     /// Allocates caches and streams.
     ///
@@ -191,8 +201,17 @@ impl Runner {
             // The drawn tokens are the next step's rows; no copy stands between.
             decode_tensors.rows = sample.next_rows.clone();
         }
-        let (decode, prefill, prefill_rows) = (BTreeMap::new(), None, options.prefill_rows);
-        Ok(Self { kv, sample, batching, decode_tensors, decode, prefill, prefill_rows, key_splits: None })
+        Ok(Self {
+            kv,
+            sample,
+            batching,
+            decode_tensors,
+            decode: BTreeMap::new(),
+            prefill: None,
+            prefill_rows: options.prefill_rows,
+            key_splits: None,
+            batch_invariant: options.batch_invariant,
+        })
     }
 
     /// Longest sequence.
@@ -217,7 +236,7 @@ impl Runner {
 
     /// Splits the keys of every decode step into this many parts (a power of two up to
     /// [`AttentionDecode::MAX_SPLITS`]) whatever the context's length; `None` lets the length decide. More than
-    /// [`MAX_FEW_ROWS`] slots split nothing. The result does not depend on it: for tests and measurements.
+    /// [`MAX_FEW_ROWS`] slots split nothing, nor does a batch-invariant runner. The result does not depend on it: for tests and measurements.
     pub fn set_key_splits(&mut self, key_splits: Option<u32>) {
         self.key_splits = key_splits.map(|splits| splits.next_power_of_two().clamp(1, AttentionDecode::MAX_SPLITS));
     }
@@ -352,7 +371,7 @@ impl Runner {
         // Few sizes, so that few plans exist.
         let num_slots = num_slots.next_power_of_two().min(self.num_slots());
         let num_splits = match self.key_splits {
-            _ if num_slots > MAX_FEW_ROWS => 1,
+            _ if num_slots > MAX_FEW_ROWS || self.batch_invariant => 1,
             Some(splits) => splits.min(self.decode_tensors.max_key_splits(num_slots)),
             None => {
                 let (shape, caps) = (model.attention_shape(), model.gpu().caps());
@@ -365,13 +384,14 @@ impl Runner {
         }
         let tensors = self.decode_tensors.limited_to(num_slots);
         let mut plan = PlanBuilder::new(model.gpu())?;
+        let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Decode { num_splits } };
         match self.batching {
             Batching::Lockstep => {
-                let how = (Phase::Decode { num_splits }, Routing::Causal, LogitRows::Sampled);
+                let how = (phase, Routing::Causal, LogitRows::Sampled);
                 model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
             }
             Batching::Depthwise => {
-                model.record_tick(&mut plan, &tensors, &self.kv.tensors, &self.sample, num_splits)?;
+                model.record_tick(&mut plan, &tensors, &self.kv.tensors, &self.sample, phase)?;
             }
         }
         let plan = Arc::new(plan.finish()?);
@@ -397,7 +417,8 @@ impl Runner {
     fn prepare_prefill(&mut self, model: &MorModel) -> Result<()> {
         if self.prefill.is_none() {
             let tensors = model.step_tensors(self.prefill_rows, self.num_slots(), None)?;
-            let how = (Phase::Prefill, Routing::Causal, LogitRows::Sampled);
+            let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Prefill };
+            let how = (phase, Routing::Causal, LogitRows::Sampled);
             let mut plan = PlanBuilder::new(model.gpu())?;
             model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
             self.prefill = Some(Step { plan: Arc::new(plan.finish()?), tensors });

@@ -500,6 +500,7 @@ impl Session {
                 prefill_rows: self.chunk.most,
                 batching: None,
                 pages_in_class: None,
+                batch_invariant: false,
             };
             self.runner = Some(Runner::new(&self.model, &options)?);
         }

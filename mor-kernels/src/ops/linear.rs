@@ -258,20 +258,6 @@ impl LinearTile {
 }
 
 impl Linear {
-    /// The variant for up to `max_rows` rows at once of `num_outputs` columns from `in_features` inputs, on a device with
-    /// `caps` and with `half_products` as [`LinearTile::for_shape`] takes it.
-    pub fn for_shape(
-        caps: &DeviceCaps,
-        [max_rows, num_outputs, in_features]: [u32; 3],
-        half_products: bool,
-        weight_dtype: DType,
-        prologue: PrologueKind,
-        epilogue: EpilogueKind,
-    ) -> Self {
-        let tile = LinearTile::for_shape(caps, max_rows, num_outputs, half_products);
-        Self { in_features, weight_dtype, prologue, epilogue, tile }
-    }
-
     /// Records the kernel over all active rows.
     ///
     /// # Errors
