@@ -19,7 +19,7 @@ use mor_kernels::ops::{
 use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::{KvTable, NONE, PAGE_SIZE, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
-use mor_kernels::{Gpu, Result};
+use mor_kernels::{Gpu, KernelError, Result};
 
 use crate::device_weights::{DeviceWeights, LayerWeights, Matrix, Precision, RouterWeights, device_head_dim};
 use crate::{
@@ -240,6 +240,38 @@ pub struct MorModel {
     kv_layout: KvLayout,
     precision: Precision,
     weights: DeviceWeights,
+    script: Option<Script>,
+}
+
+/// Routing by draws in place of an expert-choice model's routers, for measurements alone: the routers of random weights
+/// mean nothing, and what a token computes depends on its depth. A token that has come as far as recursion r takes it with
+/// probability `keep[r]`, whatever the capacity. Routers still run and gate, so the cost is that of the model.
+///
+/// Draws depend on the seed, the token's position, its sequence's slot and the recursion, on nothing that was computed.
+/// Top-k routing of full sequences does not follow them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScriptedRouter {
+    /// Seed of the draws.
+    pub seed: u64,
+    /// Per recursion, the share of the tokens that have taken all recursions before it.
+    pub keep: Vec<f64>,
+}
+
+impl ScriptedRouter {
+    /// Depths as the capacities give them: a share of `capacity[r]` of all tokens takes recursion r, so the mean depth is
+    /// the sum of the capacities.
+    pub fn by_capacity(config: &MorConfig, seed: u64) -> Self {
+        let before = std::iter::once(&1.0).chain(&config.capacity);
+        Self { seed, keep: config.capacity.iter().zip(before).map(|(capacity, before)| capacity / before).collect() }
+    }
+}
+
+/// A [`ScriptedRouter`] on the device.
+#[derive(Clone, Debug)]
+struct Script {
+    seed: u64,
+    /// `[R]` f32.
+    keep: Tensor,
 }
 
 /// Where a layer's output goes.
@@ -273,7 +305,33 @@ impl MorModel {
             RouterToken::check_recursions(config.num_recursions as u32)?;
         }
         let weights = DeviceWeights::upload(gpu, checkpoint, precision, progress)?;
-        Ok(Self { gpu: gpu.clone(), config, layout, kv_layout, precision, weights })
+        Ok(Self { gpu: gpu.clone(), config, layout, kv_layout, precision, weights, script: None })
+    }
+
+    /// The model, routed by a script from the steps on that are recorded with it: for measurements.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if the model is not one of expert choice, or the script has
+    /// not one share between 0 and 1 for every recursion.
+    pub fn with_scripted_router(mut self, script: &ScriptedRouter) -> Result<Self> {
+        let unfit = |what, found, expected| Err(KernelError::Shape { kernel: "router_expert", what, found, expected });
+        if self.config.mode != Mode::Expert {
+            return unfit("mode", format!("{:?}", self.config.mode), "Expert, to follow a script".to_owned());
+        }
+        let num_recursions = self.config.num_recursions;
+        if script.keep.len() != num_recursions || !script.keep.iter().all(|keep| (0.0..=1.0).contains(keep)) {
+            let expected = format!("{num_recursions} shares from 0 to 1, one a recursion");
+            return unfit("keep", format!("{:?}", script.keep), expected);
+        }
+        let keep: Vec<f32> = script.keep.iter().map(|keep| *keep as f32).collect();
+        let keep = Tensor::from_slice(&self.gpu, "keep", DType::F32, &[num_recursions], &keep)?;
+        self.script = Some(Script { seed: script.seed, keep });
+        Ok(self)
+    }
+
+    /// Whether every token that comes as far as recursion `r` takes it.
+    fn takes_all(&self, r: usize) -> bool {
+        self.script.is_none() && self.config.capacity.get(r).is_none_or(|capacity| *capacity >= 1.0)
     }
 
     /// The device.
@@ -414,7 +472,7 @@ impl MorModel {
                 SlotRecursion {
                     write_group: place.write_group.map_or(NONE, |group| group as u32),
                     read_group: place.read_group as u32,
-                    always: config.capacity.get(r).is_none_or(|capacity| *capacity >= 1.0).into(),
+                    always: self.takes_all(r).into(),
                     reserved: 0,
                 }
             })
@@ -564,7 +622,7 @@ impl<'a> Recorder<'a> {
                 match self.routing {
                     Routing::Causal => {
                         let decision = step.aux_logits.get(r).unwrap_or(&step.router_logits[r]);
-                        Selection::Expert { decision, always: config.capacity[r] >= 1.0, keep_all }
+                        Selection::Expert { decision, always: self.model.takes_all(r), keep_all }
                     }
                     Routing::TopK => Selection::Expert { decision: &step.topk_decision, always: false, keep_all },
                 }
@@ -964,20 +1022,27 @@ impl<'a> Recorder<'a> {
         };
         let mut score = |router: &RouterWeights, temp: f64, logits: &Tensor, gates: Option<&Tensor>| {
             let input = self.record_router_hidden(plan, rows, router.hidden.get(r), (1.0 / temp) as f32)?;
+            // The auxiliary router decides where there is one.
+            let script = self.model.script.as_ref().filter(|_| gates.is_none() || routers.aux.is_none());
             let kernel = RouterExpert {
                 gate,
                 weight_dtype: router.output.dtype(),
                 x_by_row: input.by_row,
                 logit_only: gates.is_none(),
+                scripted: script.is_some(),
                 ..RouterExpert::default()
             };
-            let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates };
+            let keep = script.map(|script| &script.keep);
+            let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates, keep };
+            let seed = script.map_or(0, |script| script.seed);
             let num_recursions = config.num_recursions as u32;
             let params = RouterExpertParams {
                 in_features: router.output.num_elems() as u32 / num_recursions,
                 input_scale: input.scale,
                 alpha: config.alpha as f32,
                 num_recursions,
+                seed_low: seed as u32,
+                seed_high: (seed >> 32) as u32,
             };
             kernel.record(plan, bindings, params)
         };

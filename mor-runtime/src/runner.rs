@@ -11,7 +11,9 @@ use mor_kernels::plan::{Plan, PlanBuilder};
 use mor_kernels::rows::{ActiveRow, NONE, ROW_ACTIVE, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
 use mor_kernels::submit::{Readback, Submission};
 use mor_kernels::tensor::{DType, Tensor};
-use mor_model::{Batching, LogitRows, MAX_FEW_ROWS, Mode, MorModel, Phase, Routing, SampleTensors, StepTensors};
+use mor_model::{
+    Batching, LogitRows, MAX_FEW_ROWS, Mode, MorModel, Phase, Precision, Routing, SampleTensors, StepTensors,
+};
 
 use crate::kv_cache::KvCache;
 
@@ -137,7 +139,7 @@ pub struct RunnerOptions {
     /// Computes a token to the same bits whatever it shares its steps with: logits, routing, keys and values depend
     /// neither on other sequences nor on slots, chunks, or whether it came through prefill, decode steps or ticks. Costs
     /// prefill its tiles of keys and few sequences their kernels of few rows and the splitting of keys. Without it, such
-    /// circumstances change the order of sums, and results by rounding: see [`Runner::ROUNDING`].
+    /// circumstances change the order of sums, and results by rounding: see [`Runner::rounding`].
     pub batch_invariant: bool,
 }
 
@@ -166,9 +168,19 @@ impl Runner {
     /// Most ticks of one submit: what the ring of results holds.
     pub const MAX_TICKS: usize = SampleToken::RESULTS as usize - 1;
 
-    /// How far a logit may lie from what it is in another batch, relative to the largest of its row, unless
-    /// [`RunnerOptions::batch_invariant`].
-    pub const ROUNDING: f32 = 1e-4;
+    /// How far a logit may lie from what it is in another batch, relative to the largest of its row, unless the runner is
+    /// batch-invariant.
+    ///
+    /// In f32 only the order of sums differs: 1.4e-6 at most in models of 5M to 135M parameters, some twenty units of
+    /// rounding. With K/V in f16 such a difference may turn the last bit of a key or value, a unit of 4.9e-4 that
+    /// attention averages: 2e-4 at most. The bounds leave room for deeper models and longer contexts. A token with a
+    /// smaller lead, or routed by a smaller distance, may become another, and what follows it differs freely.
+    pub const fn rounding(precision: Precision) -> f32 {
+        match precision {
+            Precision::F32 => 1e-5,
+            Precision::F16 => 2e-3,
+        }
+    }
 
     /// Allocates caches and streams.
     ///
