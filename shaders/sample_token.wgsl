@@ -19,6 +19,7 @@
 //           et al. 2024 (arXiv 2407.01082); Gumbel-max: Gumbel 1954; pcg4d: Jarzynski and Olano 2020 (JCGT 9.3)
 #import shared/rows
 #import shared/order_key
+#import shared/pcg4d
 #import shared/radix_select
 
 struct Params {
@@ -232,20 +233,6 @@ fn keep_top(source: Source, before: Candidates, count: u32, mass: f32, thread: u
         threshold = (threshold << 8u) | found.x;
     }
     return Candidates(max(candidates.threshold, threshold), candidates.num_listed);
-}
-
-fn pcg4d(seed: vec4<u32>) -> vec4<u32> {
-    var v = seed * 1664525u + 1013904223u;
-    v.x += v.y * v.w;
-    v.y += v.z * v.x;
-    v.z += v.x * v.y;
-    v.w += v.y * v.z;
-    v ^= v >> vec4<u32>(16u);
-    v.x += v.y * v.w;
-    v.y += v.z * v.x;
-    v.z += v.x * v.y;
-    v.w += v.y * v.z;
-    return v;
 }
 
 // A sample of the Gumbel distribution: -log(-log(1 - u)), u = (bits + 1/2) / 2^32 strictly between 0 and 1. Winners

@@ -154,11 +154,9 @@ fn main(@builtin(local_invocation_index) thread: u32) {
                     entry.kv_len = slot + 1u;
                 }
 #if KV_SLOTS
-                if params.first_hybrid_group == NONE {
-                    entry.kv_table = (row.sequence * params.num_groups + params.write_group) * params.max_positions;
-                    slots[entry.kv_table + row.position] = entry.kv_slot;
-                    entry.kv_len = row.position + 1u;
-                }
+                entry.kv_table = (row.sequence * params.num_groups + params.write_group) * params.max_positions;
+                slots[entry.kv_table + row.position] = entry.kv_slot;
+                entry.kv_len = row.position + 1u;
 #endif
             }
 #endif

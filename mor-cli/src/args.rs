@@ -80,6 +80,9 @@ pub(crate) struct GenerateArgs {
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
+    /// Compute each sequence to the same bits whatever runs beside it; slower
+    #[arg(long)]
+    pub(crate) batch_invariant: bool,
     /// Mark each token with its depth: by colour in a terminal, else as token(depth)
     #[arg(long)]
     pub(crate) show_depth: bool,
@@ -115,6 +118,9 @@ pub(crate) struct BatchArgs {
     /// Adapters that share the work, by index or name [default: the best one]
     #[arg(long, value_name = "IDX|NAME,...", value_delimiter = ',', env = "MOR_DEVICES")]
     pub(crate) devices: Vec<String>,
+    /// Compute each sequence to the same bits whatever runs beside it; slower
+    #[arg(long)]
+    pub(crate) batch_invariant: bool,
     /// K/V memory of each device in MiB [default: what all sequences can need, up to half of what is free]
     #[arg(long, value_name = "MIB", value_parser = at_least_one, allow_negative_numbers = true)]
     pub(crate) kv_memory: Option<usize>,

@@ -105,6 +105,7 @@ pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
     let batch = BatchOptions {
         max_sequences: args.concurrency,
         kv_bytes: args.kv_memory.map(|mib| (mib as u64) << 20),
+        batch_invariant: args.batch_invariant,
         ..BatchOptions::default()
     };
     let mut sessions = Vec::new();

@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use mor_model::MorConfig;
 use mor_runtime::{
-    Event, GenerateRequest, RuntimeError, SamplingParams, Session, SessionOptions, Summary, TextStream, Tokenizer,
+    BatchOptions, Event, GenerateRequest, RuntimeError, SamplingParams, Session, SessionOptions, Summary, TextStream,
+    Tokenizer,
 };
 use serde::Serialize;
 
@@ -84,7 +85,8 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     check_request(&prompt, args, &model, &config)?;
 
     let kv = args.kv.map(|kv| kv.strategy());
-    let options = SessionOptions { precision: args.dtype.precision(), kv, ..SessionOptions::default() };
+    let batch = BatchOptions { batch_invariant: args.batch_invariant, ..BatchOptions::default() };
+    let options = SessionOptions { precision: args.dtype.precision(), kv, batch, ..SessionOptions::default() };
     let mut session = model.load(args.device.selector(), options)?;
     let tokens = match (prompt, session.tokenizer()) {
         (Prompt::Tokens(tokens), _) => tokens,

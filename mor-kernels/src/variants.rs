@@ -212,9 +212,9 @@ fn add_routers(list: &mut List) {
     for weight_dtype in WEIGHT_DTYPES {
         for x_by_row in [false, true] {
             for gate in [ExpertGate::Sigmoid, ExpertGate::Tanh, ExpertGate::None] {
-                for logit_only in [false, true] {
-                    let kernel = RouterExpert { gate, weight_dtype, x_by_row, logit_only, ..RouterExpert::default() };
-                    list.add(&kernel);
+                for (logit_only, scripted) in [(false, false), (true, false), (false, true), (true, true)] {
+                    let kernel = RouterExpert::default();
+                    list.add(&RouterExpert { gate, weight_dtype, x_by_row, logit_only, scripted, ..kernel });
                 }
             }
             for num_recursions in [2, 3, 4, 16] {

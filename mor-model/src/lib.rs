@@ -47,7 +47,9 @@ pub use config::{Balancing, Gating, KvStrategy, Mode, MorConfig, RouterFunc, Rou
 pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
-pub use model::{Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, Phase, Routing, SampleTensors, StepTensors};
+pub use model::{
+    Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, Phase, Routing, SampleTensors, ScriptedRouter, StepTensors,
+};
 pub use sharing::{EffectiveLayer, LayerLayout};
 pub use weights::{
     Checkpoint, Dtype, LayerTensor, LayerTensors, ParameterCounts, RouterTensors, TensorId, TensorName, TensorView,

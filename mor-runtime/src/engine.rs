@@ -26,6 +26,7 @@ pub(crate) struct EngineOptions {
     pub(crate) prefill_rows: usize,
     pub(crate) batching: Option<Batching>,
     pub(crate) share_prefixes: bool,
+    pub(crate) batch_invariant: bool,
     /// Number of the first sequence.
     pub(crate) first_id: SequenceId,
 }
@@ -177,6 +178,7 @@ impl Engine {
                 prefill_rows: options.prefill_rows,
                 batching: options.batching,
                 pages_in_class: Some(options.pages_in_class.clone()),
+                batch_invariant: options.batch_invariant,
             },
         )?;
         // A device of unknown speed starts with short submits.

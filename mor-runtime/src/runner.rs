@@ -11,7 +11,9 @@ use mor_kernels::plan::{Plan, PlanBuilder};
 use mor_kernels::rows::{ActiveRow, NONE, ROW_ACTIVE, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
 use mor_kernels::submit::{Readback, Submission};
 use mor_kernels::tensor::{DType, Tensor};
-use mor_model::{Batching, LogitRows, MAX_FEW_ROWS, Mode, MorModel, Phase, Routing, SampleTensors, StepTensors};
+use mor_model::{
+    Batching, LogitRows, MAX_FEW_ROWS, Mode, MorModel, Phase, Precision, Routing, SampleTensors, StepTensors,
+};
 
 use crate::kv_cache::KvCache;
 pub use crate::scheduler::{Outcome, PageCopy};
@@ -113,6 +115,11 @@ pub struct RunnerOptions {
     /// K/V pages per class of [`page_classes`](crate::kv_cache::page_classes); tables are then written by
     /// [`Runner::write_pages`]. `None`: each slot owns the pages of its longest sequence.
     pub pages_in_class: Option<Vec<usize>>,
+    /// Computes a token to the same bits whatever it shares its steps with: logits, routing, keys and values depend
+    /// neither on other sequences nor on slots, chunks, or whether it came through prefill, decode steps or ticks. Costs
+    /// prefill its tiles of keys and few sequences their kernels of few rows and the splitting of keys. Without it, such
+    /// circumstances change the order of sums, and results by rounding: see [`Runner::rounding`].
+    pub batch_invariant: bool,
 }
 
 /// Runs steps of a model over a fixed number of slots.
@@ -129,6 +136,7 @@ pub struct Runner {
     prefill: BTreeMap<usize, Arc<Plan>>,
     prefill_rows: usize,
     key_splits: Option<u32>,
+    batch_invariant: bool,
 }
 
 impl Runner {
@@ -137,6 +145,20 @@ impl Runner {
 
     /// Rows that prefill plans are made for, besides the most.
     const PREFILL_SIZES: [usize; 3] = [32, 128, 512];
+
+    /// How far a logit may lie from what it is in another batch, relative to the largest of its row, unless the runner is
+    /// batch-invariant.
+    ///
+    /// In f32 only the order of sums differs: 1.4e-6 at most in models of 5M to 135M parameters, some twenty units of
+    /// rounding. With K/V in f16 such a difference may turn the last bit of a key or value, a unit of 4.9e-4 that
+    /// attention averages: 2e-4 at most. The bounds leave room for deeper models and longer contexts. A token with a
+    /// smaller lead, or routed by a smaller distance, may become another, and what follows it differs freely.
+    pub const fn rounding(precision: Precision) -> f32 {
+        match precision {
+            Precision::F32 => 1e-5,
+            Precision::F16 => 2e-3,
+        }
+    }
 
     /// Allocates caches and streams.
     ///
@@ -179,6 +201,7 @@ impl Runner {
             prefill: BTreeMap::new(),
             prefill_rows: options.prefill_rows,
             key_splits: None,
+            batch_invariant: options.batch_invariant,
         })
     }
 
@@ -204,7 +227,7 @@ impl Runner {
 
     /// Splits the keys of every decode step into this many parts (a power of two up to
     /// [`AttentionDecode::MAX_SPLITS`]) whatever the context's length; `None` lets the length decide. More than
-    /// [`MAX_FEW_ROWS`] slots split nothing. The result does not depend on it: for tests and measurements.
+    /// [`MAX_FEW_ROWS`] slots split nothing, nor does a batch-invariant runner. The result does not depend on it: for tests and measurements.
     pub fn set_key_splits(&mut self, key_splits: Option<u32>) {
         self.key_splits = key_splits.map(|splits| splits.next_power_of_two().clamp(1, AttentionDecode::MAX_SPLITS));
     }
@@ -341,7 +364,7 @@ impl Runner {
         // Few sizes, so that few plans exist.
         let num_slots = num_slots.next_power_of_two().min(self.num_slots());
         let num_splits = match self.key_splits {
-            _ if num_slots > MAX_FEW_ROWS => 1,
+            _ if num_slots > MAX_FEW_ROWS || self.batch_invariant => 1,
             Some(splits) => splits.min(self.decode_tensors.max_key_splits(num_slots)),
             None => {
                 let (shape, caps) = (model.attention_shape(), model.gpu().caps());
@@ -354,13 +377,14 @@ impl Runner {
         }
         let tensors = self.decode_tensors.limited_to(num_slots);
         let mut plan = PlanBuilder::new(model.gpu())?;
+        let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Decode { num_splits } };
         match self.batching {
             Batching::Lockstep => {
-                let how = (Phase::Decode { num_splits }, Routing::Causal, LogitRows::Sampled);
+                let how = (phase, Routing::Causal, LogitRows::Sampled);
                 model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
             }
             Batching::Depthwise => {
-                model.record_tick(&mut plan, &tensors, &self.kv.tensors, &self.sample, num_splits)?;
+                model.record_tick(&mut plan, &tensors, &self.kv.tensors, &self.sample, phase)?;
             }
         }
         let plan = Arc::new(plan.finish()?);
@@ -399,7 +423,8 @@ impl Runner {
         if let Some(plan) = self.prefill.get(&size) {
             return Ok((Arc::clone(plan), tensors));
         }
-        let how = (Phase::Prefill, Routing::Causal, LogitRows::Sampled);
+        let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Prefill };
+        let how = (phase, Routing::Causal, LogitRows::Sampled);
         let mut plan = PlanBuilder::new(model.gpu())?;
         model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
         let plan = Arc::new(plan.finish()?);

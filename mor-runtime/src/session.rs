@@ -16,6 +16,8 @@ use crate::engine::{Engine, EngineOptions, Statistics};
 use crate::error::{Result, RuntimeError};
 use crate::event::{Event, SequenceHandle};
 use crate::kv_cache::{kv_bytes, pages_for_all};
+#[cfg(doc)]
+use crate::runner::RunnerOptions;
 use crate::runner::{Capture, Captured, Evaluator, Feed};
 use crate::sampling::GenerateRequest;
 use crate::text::Tokenizer;
@@ -88,6 +90,8 @@ pub struct BatchOptions {
     pub batching: Option<Batching>,
     /// Most rows of a prefill step.
     pub prefill_rows: usize,
+    /// Computes a sequence to the same bits whatever runs beside it; see [`RunnerOptions::batch_invariant`].
+    pub batch_invariant: bool,
 }
 
 impl Default for BatchOptions {
@@ -100,6 +104,7 @@ impl Default for BatchOptions {
             share_prefixes: true,
             batching: None,
             prefill_rows: 512,
+            batch_invariant: false,
         }
     }
 }
@@ -562,6 +567,7 @@ impl Session {
                 prefill_rows: self.batch.prefill_rows,
                 batching: self.batch.batching,
                 share_prefixes: self.batch.share_prefixes,
+                batch_invariant: self.batch.batch_invariant,
                 first_id: self.next_id,
             },
         )?;
