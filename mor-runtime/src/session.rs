@@ -197,7 +197,7 @@ impl Session {
         };
         let model = MorModel::load(&gpu, &checkpoint, precision, &mut progress)?;
         let load_ms = start.elapsed().as_secs_f64() * 1e3;
-        Ok(Self { tokenizer, load_ms, batch: options.batch, ..Self::around(model) })
+        Ok(Self { tokenizer, load_ms, batch: options.batch, ..Self::from_model(model) })
     }
 
     /// Loads a checkpoint onto a device that is open already; without a tokenizer.
@@ -205,10 +205,11 @@ impl Session {
     /// # Errors
     /// [`RuntimeError::Kernel`] if the device refuses a buffer.
     pub fn on_gpu(gpu: Gpu, checkpoint: &Checkpoint, precision: Precision) -> Result<Self> {
-        Ok(Self::around(MorModel::load(&gpu, checkpoint, precision, &mut |_| {})?))
+        Ok(Self::from_model(MorModel::load(&gpu, checkpoint, precision, &mut |_| {})?))
     }
 
-    fn around(model: MorModel) -> Self {
+    /// A session of a model that is on a device already; without a tokenizer.
+    pub fn from_model(model: MorModel) -> Self {
         let (tokenizer, engine, evaluator, batch) = (None, None, None, BatchOptions::default());
         Self { model, tokenizer, batch, engine, next_id: 0, evaluator, load_ms: 0.0 }
     }
