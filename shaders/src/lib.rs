@@ -31,6 +31,7 @@ shaders![
     "shared/radix_select",
     "shared/reduce",
     "shared/rows",
+    "shared/scan",
     "shared/weights",
     "slots_compact",
     "tokens_compact",
