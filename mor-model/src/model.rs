@@ -71,15 +71,22 @@ impl Phase {
         }
     }
 
-    /// The kernels for up to `max_rows` rows times `num_outputs` of the `weight_rows` rows of a weight.
-    fn product(self, caps: &DeviceCaps, max_rows: usize, num_outputs: u32, weight_rows: u32) -> Product {
+    /// The kernels for up to `max_rows` rows times `num_outputs` of the `weight_rows` rows of a weight. Products of
+    /// halves, on cooperative matrices, are for models that are stored as such.
+    fn product(
+        self,
+        caps: &DeviceCaps,
+        precision: Precision,
+        max_rows: usize,
+        (num_outputs, weight_rows): (u32, u32),
+    ) -> Product {
         let (max_rows, num_outputs) = match self {
             // Neither how many rows a step has room for nor which part of the weight it needs may choose the tile.
             Phase::Invariant => (INVARIANT_ROWS, weight_rows),
             _ if max_rows <= MAX_FEW_ROWS => return Product::FewRows { max_rows: max_rows as u32 },
             _ => (max_rows as u32, num_outputs),
         };
-        let tile = LinearTile::for_shape(caps, max_rows, num_outputs, HALF_PRODUCTS);
+        let tile = LinearTile::for_shape(caps, max_rows, num_outputs, precision == Precision::F16);
         // Of the rows of a prompt, every tile of columns would read whole rows again to norm them.
         Product::ManyRows { tile, norm_apart: self == Phase::Prefill || !tile.fuses_norm() }
     }
@@ -93,10 +100,6 @@ pub enum Batching {
     /// A tick takes every token through one recursion, whichever is its next: continuous depth-wise batching.
     Depthwise,
 }
-
-/// Whether products may be of halves, on cooperative matrices. Not before whole models are shown to draw the same tokens
-/// with them: so far the kernels alone have been compared.
-const HALF_PRODUCTS: bool = false;
 
 /// Rows that the tiles of [`Phase::Invariant`] are chosen for, whatever the number of rows: a batch of decoding sequences
 /// that is worth batching.
@@ -951,7 +954,8 @@ impl<'a> Recorder<'a> {
             _ => self.step.capacity,
         };
         let num_outputs = columns.end - columns.start;
-        let product = self.phase.product(plan.gpu().caps(), max_rows, num_outputs, weight.num_rows as u32);
+        let rows_of_weight = (num_outputs, weight.num_rows as u32);
+        let product = self.phase.product(plan.gpu().caps(), self.model.precision, max_rows, rows_of_weight);
         let x = match (input, product) {
             (Input::Norm { x, weight }, Product::ManyRows { norm_apart: true, .. }) => {
                 let norm = RmsNormParams { hidden_size: in_features, eps: params.eps };
