@@ -3,8 +3,9 @@
 //           attention partials; then shared/epilogue.wgsl
 // Why       the weights are the traffic: they are fetched to registers before the activation is staged, each is
 //           read once for ROWS rows, and every fusion saves a dependent dispatch. A software rasteriser reads a buffer
-//           lane by lane but gathers texels, and a barrier costs it more than a product: there (TEXELS) w is a
-//           texture, LANES lanes hold the activation and share each output in turn, nothing is staged
+//           lane by lane but texels whole, and a barrier costs it more than a product: there (TEXELS) w is a storage
+//           texture (a sampled one pays for levels), LANES lanes hold the activation and share each pair of outputs
+//           in turn, nothing is staged
 // Shapes    active_rows [n]; w [O, K] units of 8; x compact [n, K], stream [T, K] (X_BY_ROW) or partials [n, H, S, hd]
 //           (MERGE); norm_weight [K]; stats [n, H, S] (max, sum); outputs as the epilogue says
 // Bindings  0 params uniform; 1 active_rows read; 2 w read [!TEXELS]; 2 w_texels texture [TEXELS]; 3 x read;
