@@ -3,8 +3,9 @@
 //           attention partials; then shared/epilogue.wgsl
 // Why       the weights are the traffic: they are fetched to registers before the activation is staged, each is
 //           read once for ROWS rows, and every fusion saves a dependent dispatch. A software rasteriser reads a buffer
-//           lane by lane but gathers texels, and a barrier costs it more than a product: there (TEXELS) w is a
-//           texture, LANES lanes hold the activation and share each output in turn, nothing is staged
+//           lane by lane but texels whole, and a barrier costs it more than a product: there (TEXELS) w is a storage
+//           texture (a sampled one pays for levels), LANES lanes hold the activation and share each pair of outputs
+//           in turn, nothing is staged
 // Shapes    active_rows [n]; w [O, K] units of 8; x compact [n, K], stream [T, K] (X_BY_ROW) or partials [n, H, S, hd]
 //           (MERGE); norm_weight [K]; stats [n, H, S] (max, sum); outputs as the epilogue says
 // Bindings  0 params uniform; 1 active_rows read; 2 w read [!TEXELS]; 2 w_texels texture [TEXELS]; 3 x read;
@@ -43,7 +44,7 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
 #if TEXELS
-@group(0) @binding(2) var w_texels: texture_2d<u32>;
+@group(0) @binding(2) var w_texels: texture_storage_2d<rgba32uint, read>;
 #else
 @group(0) @binding(2) var<storage, read> w: array<WeightUnit>;
 #endif
@@ -74,7 +75,7 @@ var<workgroup> lane_scratch: array<f32, THREADS>;
 
 #if TEXELS
 fn texel(at: u32) -> vec4<u32> {
-    return textureLoad(w_texels, vec2<u32>(at % TEXEL_ROW, at / TEXEL_ROW), 0);
+    return textureLoad(w_texels, vec2<u32>(at % TEXEL_ROW, at / TEXEL_ROW));
 }
 
 fn load_weights(unit: u32) -> mat2x4<f32> {
@@ -94,7 +95,14 @@ fn padded(c: u32) -> u32 {
 
 #if SUBGROUP
 fn lane_sum(value: f32, thread: u32, lane: u32) -> f32 {
-#if SUBGROUP_EXACT
+#if TEXELS
+    // A software rasteriser adds and shuffles lane by lane but broadcasts in one instruction.
+    var sum = 0.0;
+#repeat giver LANES
+    sum += subgroupBroadcast(value, giver);
+#endrepeat
+    return sum;
+#elif SUBGROUP_EXACT
     return subgroupAdd(value);
 #else
     // Counted steps, not a halving variable: compilers unroll only the former.
@@ -216,21 +224,28 @@ fn main(
                     }
                 }
             }
-            for (var o = 0u; o < 2u * LANES; o++) {
-                let row = min(2u * (workgroup.x * PAIRS + block) + o, last_row) * UNITS;
-                var partial: array<f32, ROWS>;
+            for (var pair = 0u; pair < LANES; pair++) {
+                let output = 2u * (workgroup.x * PAIRS + block + pair);
+                let row = min(output, last_row) * UNITS;
+                let next_row = min(output + 1u, last_row) * UNITS;
+                var partial: array<vec2<f32>, ROWS>;
                 for (var m = 0u; m < ROWS; m++) {
-                    partial[m] = 0.0;
+                    partial[m] = vec2<f32>();
                 }
                 for (var h = 0u; h < STEPS; h++) {
-                    let weights = load_weights(row + min(base + h * LANES + lane, UNITS - 1u));
+                    let unit = min(base + h * LANES + lane, UNITS - 1u);
+                    let a = load_weights(row + unit);
+                    let b = load_weights(next_row + unit);
                     for (var m = 0u; m < ROWS; m++) {
-                        partial[m] += dot(weights[0], low[m][h]) + dot(weights[1], high[m][h]);
+                        partial[m] += vec2<f32>(
+                            dot(a[0], low[m][h]) + dot(a[1], high[m][h]),
+                            dot(b[0], low[m][h]) + dot(b[1], high[m][h]),
+                        );
                     }
                 }
-                let own = vec2<bool>(o == 2u * lane, o == 2u * lane + 1u);
                 for (var m = 0u; m < ROWS; m++) {
-                    sums[m] += select(vec2<f32>(), vec2<f32>(lane_sum(partial[m], thread, lane)), own);
+                    let sum = vec2<f32>(lane_sum(partial[m].x, thread, lane), lane_sum(partial[m].y, thread, lane));
+                    sums[m] += select(vec2<f32>(), sum, pair == lane);
                 }
             }
         }
