@@ -134,7 +134,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Options {
 
 /// Time by kernel of a decode step, each dispatch in a pass of its own.
 fn print_profile(session: &mut Session, context: usize) {
-    let profile = session.profile_decode(context).unwrap_or_else(|error| panic!("{error}"));
+    let profile = session.profile_decode(1, context).unwrap_or_else(|error| panic!("{error}"));
     eprintln!("decode step: device {:.1} us, host {:.1} us", profile.device_micros, profile.host_micros);
     let mut by_kernel: std::collections::BTreeMap<&str, (usize, f64)> = std::collections::BTreeMap::new();
     for (label, micros) in profile.dispatches {

@@ -28,6 +28,15 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// List the adapters of this machine
     Devices(DevicesArgs),
+    /// Measure
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Tokens a second of many sequences, against models of the same depth without recursions
+    Throughput(ThroughputArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -194,6 +203,78 @@ pub(crate) struct DevicesArgs {
     pub(crate) json: bool,
 }
 
+/// The protocol of the paper: no prompt, lengths from a normal distribution, many more requests than slots.
+#[derive(Debug, clap::Args)]
+#[command(group = ArgGroup::new("what").required(true))]
+pub(crate) struct ThroughputArgs {
+    /// config.json of an expert-choice middle_cycle model; it and the models it is compared with get random weights
+    #[arg(long, value_name = "CONFIG", group = "what")]
+    pub(crate) config: Option<PathBuf>,
+    /// Folder of such a model, which is compared with itself: modes mor-lockstep and mor-depthwise
+    #[arg(long, value_name = "DIR", group = "what")]
+    pub(crate) model: Option<PathBuf>,
+    /// What to run [default: all there are]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub(crate) modes: Vec<ModeArg>,
+    /// Sequences that decode at a time; max is the most that fit the memory in every mode, up to 1024
+    #[arg(long, value_name = "N|max", value_delimiter = ',', value_parser = slots, default_value = "32,128,max")]
+    pub(crate) slots: Vec<SlotsArg>,
+    /// Sequences, all there from the start; more than slots [default: 4 a slot]
+    #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true)]
+    pub(crate) requests: Option<usize>,
+    /// Mean of the new tokens of a sequence, which are normally distributed within 1 and what the context leaves
+    #[arg(long, value_name = "N", default_value_t = 256.0, value_parser = not_negative, allow_negative_numbers = true)]
+    pub(crate) mean_new: f64,
+    /// Their standard deviation
+    #[arg(long, value_name = "N", default_value_t = 64.0, value_parser = not_negative, allow_negative_numbers = true)]
+    pub(crate) std_new: f64,
+    /// Seed of weights, lengths, depths and tokens
+    #[arg(long, value_name = "S", default_value_t = 0, allow_negative_numbers = true)]
+    pub(crate) seed: u64,
+    /// Recursions that a token takes: as its routers say, or drawn so that recursion r takes the share of all tokens that
+    /// the config's capacity gives it [default: model with --model, capacities with --config]
+    #[arg(long, value_enum)]
+    pub(crate) depths: Option<DepthsArg>,
+    /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    pub(crate) dtype: DtypeArg,
+    #[command(flatten)]
+    pub(crate) device: DeviceArg,
+    /// Markdown tables, or one JSON object
+    #[arg(short, long, value_enum, default_value_t = FormatArg::Md)]
+    pub(crate) output: FormatArg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ModeArg {
+    /// All weights distinct, the same depth
+    Vanilla,
+    /// Every token takes all recursions
+    Recursive,
+    /// Routed; a step takes every token through all its recursions and lasts as long as the deepest
+    MorLockstep,
+    /// Routed; a tick takes every token through one recursion
+    MorDepthwise,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SlotsArg {
+    Count(usize),
+    Max,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DepthsArg {
+    Model,
+    Capacities,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatArg {
+    Md,
+    Json,
+}
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct DeviceArg {
     /// Adapter by its index in `mor devices` or a part of its name [default: the best]
@@ -298,6 +379,18 @@ fn token_list(text: &str) -> Result<TokenList, String> {
 
 fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&count| count > 0).ok_or_else(|| "expected a whole number, 1 or more".to_owned())
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0);
+    number.ok_or_else(|| "expected a number, 0 or more".to_owned())
+}
+
+fn slots(text: &str) -> Result<SlotsArg, String> {
+    match text {
+        "max" => Ok(SlotsArg::Max),
+        text => at_least_one(text).map(SlotsArg::Count).map_err(|expected| format!("{expected}, or max")),
+    }
 }
 
 fn document_range(text: &str) -> Result<Range<usize>, String> {

@@ -82,15 +82,20 @@ impl Model {
         })
     }
 
-    /// Loads it onto a device, with a progress bar where that takes a while.
+    /// Loads it onto a device.
     pub(crate) fn load(&self, device: DeviceSelector, options: SessionOptions) -> anyhow::Result<Session> {
-        let was_chosen = device != DeviceSelector::Best;
-        let gpu = GpuOptions { device, ..options.gpu };
-        let options = SessionOptions { gpu, on_load: Some(Box::new(progress_bar())), ..options };
-        let session = Session::load(self.source()?, options)?;
-        warn_of_software(session.device(), was_chosen);
-        Ok(session)
+        load(self.source()?, device, options)
     }
+}
+
+/// Loads a model onto a device, with a progress bar where that takes a while.
+pub(crate) fn load(source: ModelSource, device: DeviceSelector, options: SessionOptions) -> anyhow::Result<Session> {
+    let was_chosen = device != DeviceSelector::Best;
+    let gpu = GpuOptions { device, ..options.gpu };
+    let options = SessionOptions { gpu, on_load: Some(Box::new(progress_bar())), ..options };
+    let session = Session::load(source, options)?;
+    warn_of_software(session.device(), was_chosen);
+    Ok(session)
 }
 
 /// A callback that draws the upload on standard error. indicatif draws nothing where that is no terminal.

@@ -48,7 +48,8 @@ pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
 pub use model::{
-    Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, Phase, Routing, SampleTensors, ScriptedRouter, StepTensors,
+    Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, PARTS, Phase, Routing, SampleTensors, ScriptedRouter,
+    StepTensors,
 };
 pub use sharing::{EffectiveLayer, LayerLayout};
 pub use weights::{

@@ -108,6 +108,13 @@ const INVARIANT_ROWS: u32 = 64;
 /// Rows up to which the matrix-vector kernels serve; they also merge the splits of attention.
 pub const MAX_FEW_ROWS: usize = 8;
 
+/// The parts of a step or tick, as [`PlanBuilder::part`] is told: embedding and unshared first layer, the layers between with
+/// their routers, unshared last layer with head and draw. Of a vanilla model the layers in the same places.
+pub const PARTS: [&str; 3] = ["prelude", "block", "coda"];
+const PRELUDE: &str = PARTS[0];
+const BLOCK: &str = PARTS[1];
+const CODA: &str = PARTS[2];
+
 /// The rows whose logits a step computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogitRows {
@@ -513,7 +520,9 @@ impl MorModel {
     ) -> Result<()> {
         let (phase, routing, logit_rows) = how;
         let recorder = Recorder { model: self, step, kv, sample, phase, routing };
+        plan.part(PRELUDE);
         let stream = recorder.record_layers(plan, after_recursion)?;
+        plan.part(CODA);
         match logit_rows {
             LogitRows::Sampled => {
                 recorder.record_set(plan, Selection::Sample, 0, &step.sampled, None)?;
@@ -575,6 +584,7 @@ impl<'a> Recorder<'a> {
                 self.record_set(plan, Selection::Fixed, 0, &step.all, Some(UNSHARED_GROUP))?;
                 self.record_embedding(plan, &step.layer_out)?;
                 for l in 0..=last {
+                    plan.part(self.part_of(l));
                     self.record_layer(plan, l, &step.all, &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
                 }
                 Ok(&step.layer_out)
@@ -586,6 +596,7 @@ impl<'a> Recorder<'a> {
                 }
                 self.record_embedding(plan, &step.layer_out)?;
                 for l in 0..=last {
+                    plan.part(self.part_of(l));
                     let set = self.model.layout.recursion(l).map_or(&step.all, |r| &step.recursions[r as usize]);
                     self.record_layer(plan, l, set, &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
                 }
@@ -599,10 +610,12 @@ impl<'a> Recorder<'a> {
                 } else {
                     self.record_embedding(plan, &step.hidden)?;
                 }
+                plan.part(BLOCK);
                 for r in 0..config.num_recursions {
                     self.record_recursion(plan, r)?;
                     after_recursion(plan, r);
                 }
+                plan.part(CODA);
                 if config.sharing == SharingStrategy::MiddleCycle {
                     self.record_layer(plan, last, &step.all, &step.hidden, LayerEnd::Stream(&step.layer_out))?;
                     Ok(&step.layer_out)
@@ -610,6 +623,16 @@ impl<'a> Recorder<'a> {
                     Ok(&step.hidden)
                 }
             }
+        }
+    }
+
+    /// The part that layer `l` belongs to.
+    fn part_of(&self, l: usize) -> &'static str {
+        match l {
+            _ if self.model.layout.recursion(l).is_some() => BLOCK,
+            0 => PRELUDE,
+            l if l + 1 == self.config().num_hidden_layers => CODA,
+            _ => BLOCK,
         }
     }
 
@@ -672,6 +695,7 @@ impl<'a> Recorder<'a> {
             Mode::Vanilla | Mode::Recursive => DepthRule::Fixed,
         };
 
+        plan.part(CODA);
         self.record_slots(plan, SlotPhase::Exit(rule), &step.sampled, middle)?;
         let mut stream = &step.hidden;
         if middle {
@@ -682,6 +706,7 @@ impl<'a> Recorder<'a> {
         self.record_head(plan, stream, &step.sampled)?;
         self.record_draw(plan)?;
 
+        plan.part(PRELUDE);
         self.record_slots(plan, SlotPhase::Enter { next_rows: &self.sample.next_rows }, all, middle)?;
         if middle {
             self.record_embedding(plan, &step.layer_out)?;
@@ -700,6 +725,7 @@ impl<'a> Recorder<'a> {
             Mode::Vanilla | Mode::Recursive => {}
         }
 
+        plan.part(BLOCK);
         self.record_slots(plan, SlotPhase::Block(rule), block, true)?;
         if config.kv == KvStrategy::Sharing {
             // Those that store keys and values.

@@ -10,15 +10,15 @@ use mor_kernels::ops::GpuSampling;
 use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_SAMPLE, Row};
 use mor_kernels::submit::Submission;
 use mor_kernels::timing;
-use mor_model::{Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
+use mor_model::{
+    Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing, ScriptedRouter,
+};
 
 use crate::engine::{Engine, EngineOptions, Statistics};
 use crate::error::{Result, RuntimeError};
 use crate::event::{Event, SequenceHandle};
-use crate::kv_cache::{kv_bytes, pages_for_all};
-#[cfg(doc)]
-use crate::runner::RunnerOptions;
-use crate::runner::{Capture, Captured, Evaluator, Feed};
+use crate::kv_cache::{PageClass, kv_bytes, page_classes, pages_for_all};
+use crate::runner::{Capture, Captured, Evaluator, Feed, Runner, RunnerOptions, Work};
 use crate::sampling::GenerateRequest;
 use crate::text::Tokenizer;
 
@@ -155,6 +155,8 @@ pub struct DecodeProfile {
     pub device_micros: f64,
     /// Host time to record and submit a step.
     pub host_micros: f64,
+    /// Device time of each of the [`PARTS`](mor_model::PARTS) of a step among others like it, in the order in which they run.
+    pub parts: Vec<(&'static str, f64)>,
     /// Kernel name and device time of every dispatch, each in a pass of its own; more than `device_micros` in all.
     pub dispatches: Vec<(&'static str, f64)>,
 }
@@ -220,9 +222,27 @@ impl Session {
     /// [`RuntimeError::Parameter`] for sizes of nothing.
     pub fn with_batch(mut self, batch: BatchOptions) -> Result<Self> {
         batch.validate()?;
-        (self.next_id, self.engine) = (self.engine.map_or(self.next_id, |engine| engine.next_id()), None);
+        self.forget_engine();
         self.batch = batch;
         Ok(self)
+    }
+
+    /// The session with depths that are drawn from a script, for measurements.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Kernel`] as [`MorModel::with_scripted_router`].
+    pub fn with_scripted_router(mut self, script: &ScriptedRouter) -> Result<Self> {
+        self.forget_engine();
+        self.evaluator = None;
+        self.model = self.model.with_scripted_router(script)?;
+        Ok(self)
+    }
+
+    /// Gives caches and plans up; sequences under way are lost.
+    fn forget_engine(&mut self) {
+        if let Some(engine) = self.engine.take() {
+            self.next_id = engine.next_id();
+        }
     }
 
     /// The model's configuration.
@@ -265,36 +285,96 @@ impl Session {
         Ok(runner.decode_plan(&self.model, 1, context)?.num_dispatches())
     }
 
-    /// Where the time of a decode step goes, at about half of `context` positions. Not while sequences run.
+    /// Records the plans of all decode steps of up to [`Session::max_sequences`] sequences and `context` positions, so that
+    /// nothing compiles while sequences run.
     ///
     /// # Errors
-    /// [`RuntimeError::Kernel`] if the device writes no timestamps.
-    pub fn profile_decode(&mut self, context: usize) -> Result<DecodeProfile> {
-        const REPETITIONS: u32 = 32;
-        self.reserve(context.max(2 * REPETITIONS as usize + 8))?;
+    /// As [`Session::decode_dispatches`].
+    pub fn prepare_decode(&mut self, context: usize) -> Result<()> {
+        self.reserve(context)?;
+        let most = self.batch.max_sequences;
         let runner = self.engine.as_mut().expect("reserved above").runner_mut();
-        let gpu = self.model.gpu();
-        let row = Row { token: 1, position: context as u32 / 2, sequence: 0, flags: ROW_ACTIVE | ROW_SAMPLE };
-        let plan = &*runner.decode_plan(&self.model, 1, context)?;
-        // Once to warm up: a clock that has fallen takes long to rise.
-        let mut device_micros = f64::INFINITY;
-        for _ in 0..4 {
-            runner.set_next_row(&self.model, row);
-            device_micros = device_micros.min(timing::device_micros(gpu, plan, REPETITIONS)?);
+        let fewer = std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|n| *n < most);
+        for num_slots in fewer.chain([most]) {
+            runner.prepare(&self.model, 0, num_slots, context)?;
         }
-        runner.set_next_row(&self.model, row);
+        self.model.gpu().wait_idle()?;
+        Ok(())
+    }
+
+    /// Where the time of a decode step or tick of `num_sequences` sequences goes, from about half of `context` positions on.
+    /// Caches are made anew for it; sequences under way are lost.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Kernel`] if the device writes no timestamps, or refuses the caches.
+    pub fn profile_decode(&mut self, num_sequences: usize, context: usize) -> Result<DecodeProfile> {
+        /// Of one measurement. Some sequences get ahead of others.
+        const TICKS: usize = 32;
+        const TICKS_PER_SUBMIT: usize = 2;
+        self.forget_engine();
+        let (model, gpu) = (&self.model, self.model.gpu());
+        let middle = (context / 2).max(1);
+        let options = RunnerOptions {
+            num_slots: num_sequences,
+            max_positions: 2 * middle + 8 * TICKS,
+            prefill_rows: 16,
+            batching: self.batch.batching,
+            pages_in_class: None,
+            batch_invariant: self.batch.batch_invariant,
+        };
+        let mut runner = Runner::new(model, &options)?;
+        let tick = |runner: &mut Runner, ticks| -> Result<usize> {
+            let work = Work { ticks, max_context: context, ..Work::default() };
+            let reply = runner.submit(model, &work)?.wait()?;
+            Ok((0..num_sequences).map(|slot| reply.drawn(slot, 0).count()).sum())
+        };
+        // Sequences start one after the other, lest their tokens go through the recursions in step.
+        let period = model.config().num_recursions;
+        for turn in 0..period {
+            for slot in (turn..num_sequences).step_by(period) {
+                let limit = options.max_positions as u32;
+                let sampling = GpuSampling { temperature: 1.0, seed_low: slot as u32, limit, ..GpuSampling::default() };
+                runner.start(model, slot, &sampling, [], None);
+                let flags = ROW_ACTIVE | ROW_SAMPLE;
+                runner.set_next_row(model, Row { token: 1, position: 0, sequence: slot as u32, flags });
+            }
+            tick(&mut runner, 1)?;
+        }
+        // No token takes more than a tick a recursion, and one to be drawn.
+        for _ in 0..(period + 1) * middle {
+            if tick(&mut runner, TICKS_PER_SUBMIT)? >= num_sequences * middle {
+                break;
+            }
+        }
+        let plan = &*runner.decode_plan(model, num_sequences, context)?;
+        let device_micros = timing::device_micros(gpu, plan, TICKS as u32)?;
+        let parts = timing::parts(gpu, plan, TICKS as u32)?;
         let start = Instant::now();
-        for _ in 0..REPETITIONS {
+        for _ in 0..TICKS {
             let mut submission = Submission::new(gpu);
             submission.plan(plan);
             submission.submit();
         }
-        let host_micros = start.elapsed().as_secs_f64() * 1e6 / f64::from(REPETITIONS);
+        let host_micros = start.elapsed().as_secs_f64() * 1e6 / TICKS as f64;
         gpu.wait_idle()?;
-        runner.set_next_row(&self.model, row);
         let dispatches = timing::profile(gpu, plan, 10)?;
-        runner.stop(&self.model, 0);
-        Ok(DecodeProfile { device_micros, host_micros, dispatches })
+        Ok(DecodeProfile { device_micros, host_micros, parts, dispatches })
+    }
+
+    /// How many sequences of `context` tokens can run at a time: their K/V entries and activations must fit what `others`
+    /// bytes and the weights leave of the adapter's memory, and each buffer a binding. `None` if the backend does not tell
+    /// how much memory there is.
+    pub fn sequences_that_fit(&self, context: usize, others: u64) -> Option<usize> {
+        let (model, gpu) = (&self.model, self.model.gpu());
+        let taken = others + model.weights().num_bytes();
+        // A tenth is for the driver and other programs.
+        let left = (gpu.summary().memory_bytes?.saturating_sub(taken)) / 10 * 9;
+        let pages = pages_for_all(model, 1, context);
+        let of_memory = left / (kv_bytes(model, &pages) + model.step_bytes(1, 1));
+        let page = |class: &PageClass| class.page_bytes / (2 * class.buffers.len() as u64);
+        let largest = page_classes(model).iter().zip(&pages).map(|(class, pages)| page(class) * *pages as u64).max();
+        let of_binding = gpu.caps().max_storage_binding_bytes / largest.unwrap_or(1).max(1);
+        Some(of_memory.min(of_binding) as usize)
     }
 
     /// Takes a sequence in. It runs while [`Session::step`] is called, beside others.
@@ -540,8 +620,7 @@ impl Session {
                 let (needed, available) = never_fits.unwrap_or_default();
                 return Err(RuntimeError::NeverFits { context, positions: engine.max_positions(), needed, available });
             }
-            self.next_id = engine.next_id();
-            self.engine = None;
+            self.forget_engine();
         }
         let (config, num_slots) = (self.model.config(), self.batch.max_sequences);
         let longest = self.max_context();
