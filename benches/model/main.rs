@@ -36,6 +36,8 @@ fn bench(name: &str, source: &ModelSource, options: &Options) {
     let mut session_options = SessionOptions::default();
     session_options.gpu.device = options.device.clone();
     session_options.precision = options.precision;
+    // Every run shall read its prompt.
+    session_options.batch.share_prefixes = false;
     let mut session = Session::load(source.clone(), session_options).unwrap_or_else(|error| panic!("{name}: {error}"));
     let vocab_size = session.config().vocab_size as u32;
     let request = GenerateRequest {

@@ -148,22 +148,24 @@ pub(crate) struct PageUse {
     pub(crate) pages: usize,
 }
 
+/// A sequence that has not ended.
 #[derive(Debug)]
 struct Sequence {
     /// Prompt and drawn tokens.
     tokens: Vec<u32>,
-    /// Recursions of the tokens with entries in the slot's pages, as far as they are known.
-    depths: Vec<u32>,
     /// Tokens at which it ends.
     limit: usize,
-    place: Option<Place>,
 }
 
-/// A sequence's stay in a slot.
+/// A sequence in a slot.
 #[derive(Debug)]
-struct Place {
-    slot: usize,
+struct Running {
+    id: SequenceId,
+    sequence: Sequence,
+    /// Number of its admission: results of an earlier stay are not its own.
     admission: u64,
+    /// Recursions of the tokens with entries in its pages, as far as they are known.
+    depths: Vec<u32>,
     /// Tokens that prefill steps read, those of a shared beginning included.
     to_read: usize,
     /// Of these, the ones that planned steps have read.
@@ -184,9 +186,10 @@ struct Place {
 #[derive(Debug)]
 pub(crate) struct Scheduler {
     options: SchedulerOptions,
-    sequences: BTreeMap<SequenceId, Sequence>,
-    /// Sequences in slots.
-    slots: Vec<Option<SequenceId>>,
+    waiting: BTreeMap<SequenceId, Sequence>,
+    slots: Vec<Option<Running>>,
+    /// Slots of the sequences that have one.
+    slot_of: BTreeMap<SequenceId, usize>,
     pool: PagePool,
     prefixes: Option<PrefixCache>,
     next_id: SequenceId,
@@ -202,8 +205,9 @@ pub(crate) struct Scheduler {
 impl Scheduler {
     pub(crate) fn new(options: SchedulerOptions) -> Self {
         Self {
-            sequences: BTreeMap::new(),
-            slots: vec![None; options.num_slots],
+            waiting: BTreeMap::new(),
+            slots: (0..options.num_slots).map(|_| None).collect(),
+            slot_of: BTreeMap::new(),
             pool: PagePool::new(&options.pages_in_class),
             prefixes: options
                 .share_prefixes
@@ -233,21 +237,23 @@ impl Scheduler {
         debug_assert!(!tokens.is_empty() && limit >= tokens.len() && self.never_fits(limit).is_none());
         let id = self.next_id;
         self.next_id += 1;
-        self.sequences.insert(id, Sequence { tokens, depths: Vec::new(), limit, place: None });
+        self.waiting.insert(id, Sequence { tokens, limit });
         id
     }
 
     /// Forgets a sequence; its pages are free for what is planned from now on. `on_device`: it still runs there.
     pub(crate) fn finish(&mut self, id: SequenceId, on_device: bool) {
-        let Some(mut sequence) = self.sequences.remove(&id) else { return };
-        if let Some(place) = sequence.place.take() {
-            self.vacate(&sequence, place, on_device);
+        if self.waiting.remove(&id).is_none()
+            && let Some(slot) = self.slot_of.get(&id)
+        {
+            self.vacate(*slot, on_device);
         }
     }
 
     /// Prompt and drawn tokens of a sequence.
     pub(crate) fn tokens(&self, id: SequenceId) -> &[u32] {
-        self.sequences.get(&id).map_or(&[], |sequence| &sequence.tokens)
+        let running = || self.running(id).map(|running| &running.sequence);
+        self.waiting.get(&id).or_else(running).map_or(&[], |sequence| &sequence.tokens)
     }
 
     /// The number of the next sequence.
@@ -257,14 +263,16 @@ impl Scheduler {
 
     /// Pages of a running sequence, per group.
     pub(crate) fn pages(&self, id: SequenceId) -> &[Vec<u32>] {
-        let place = self.sequences.get(&id).and_then(|sequence| sequence.place.as_ref());
-        place.map_or(&[], |place| &place.pages)
+        self.running(id).map_or(&[], |running| &running.pages)
+    }
+
+    fn running(&self, id: SequenceId) -> Option<&Running> {
+        self.slot_of.get(&id).and_then(|slot| self.slots[*slot].as_ref())
     }
 
     /// Sequences that have not ended: (in slots, waiting).
     pub(crate) fn num_sequences(&self) -> (usize, usize) {
-        let running = self.slots.iter().flatten().count();
-        (running, self.sequences.len() - running)
+        (self.slot_of.len(), self.waiting.len())
     }
 
     /// Times that a sequence gave up its slot because pages ran out.
@@ -297,11 +305,11 @@ impl Scheduler {
         let total = self.pool.num_pages(class);
         let mut found = PageUse { total, held: total - self.pool.num_free(class), ..PageUse::default() };
         let mut held: Vec<u32> = Vec::new();
-        for place in self.sequences.values().filter_map(|sequence| sequence.place.as_ref()) {
+        for running in self.slots.iter().flatten() {
             for (group, of) in self.options.class_of_group.iter().enumerate() {
                 if *of == Some(class) {
-                    found.entries += place.entries[group];
-                    held.extend(&place.pages[group]);
+                    found.entries += running.entries[group];
+                    held.extend(&running.pages[group]);
                 }
             }
         }
@@ -339,80 +347,87 @@ impl Scheduler {
         depths: &[u32],
         drawn: &dyn Fn(usize, usize) -> Vec<Outcome>,
     ) -> Vec<Progress> {
-        let mut progress: BTreeMap<SequenceId, Progress> = BTreeMap::new();
+        let mut progress: Vec<Progress> = Vec::new();
         let layout = &self.options.layout;
-        let count = |sequence: &mut Sequence, new: &[u32]| {
-            let place = sequence.place.as_mut().expect("results are those of its stay");
-            for (group, entries) in place.entries.iter_mut().enumerate() {
-                *entries += new.iter().filter(|depth| layout.group_holds(group, **depth)).count();
-            }
-            sequence.depths.extend_from_slice(new);
-        };
+        let mut of_slot = vec![None; self.slots.len()];
         let mut rest = depths;
         for (chunk, admission) in step.chunks.iter().zip(&step.reading) {
             let (own, others) = rest.split_at(chunk.len);
             rest = others;
-            let Some(sequence) = staying(&mut self.sequences, chunk.id, *admission) else { continue };
-            count(sequence, own);
-            let new = Progress { id: chunk.id, position: chunk.position, depths: own.to_vec(), outcomes: Vec::new() };
-            progress.insert(chunk.id, new);
+            let Some(running) = staying(&mut self.slots, chunk.slot, *admission) else { continue };
+            running.count(layout, own);
+            of_slot[chunk.slot] = Some(progress.len());
+            let (id, position) = (chunk.id, chunk.position);
+            progress.push(Progress { id, position, depths: own.to_vec(), outcomes: Vec::new() });
         }
         for (slot, id, admission) in &step.decoding {
-            let Some(sequence) = staying(&mut self.sequences, *id, *admission) else { continue };
-            sequence.place.as_mut().expect("it stays").ticks_ahead -= step.ticks;
-            let outcomes = drawn(*slot, sequence.depths.len());
+            let Some(running) = staying(&mut self.slots, *slot, *admission) else { continue };
+            running.ticks_ahead -= step.ticks;
+            let outcomes = drawn(*slot, running.depths.len());
             for outcome in &outcomes {
-                count(sequence, &[outcome.depth]);
-                sequence.tokens.push(outcome.next_token);
+                running.count(layout, &[outcome.depth]);
+                running.sequence.tokens.push(outcome.next_token);
             }
-            let none = || Progress { id: *id, position: 0, depths: Vec::new(), outcomes: Vec::new() };
-            if !outcomes.is_empty() {
-                progress.entry(*id).or_insert_with(none).outcomes = outcomes;
+            match of_slot[*slot] {
+                Some(index) => progress[index].outcomes = outcomes,
+                None if outcomes.is_empty() => {}
+                None => {
+                    of_slot[*slot] = Some(progress.len());
+                    progress.push(Progress { id: *id, position: 0, depths: Vec::new(), outcomes });
+                }
             }
         }
-        for (id, progress) in &progress {
-            self.settle(*id, !progress.depths.is_empty());
+        for (slot, index) in of_slot.into_iter().enumerate() {
+            if let Some(index) = index {
+                self.settle(slot, !progress[index].depths.is_empty());
+            }
         }
-        progress.into_values().collect()
+        progress.sort_unstable_by_key(|progress| progress.id);
+        progress
     }
 
     /// Gives back the pages that a sequence will not need, now that more of its depths are known; what it `has_read` is kept
     /// for others.
-    fn settle(&mut self, id: SequenceId, has_read: bool) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        let limit = sequence.limit;
-        let Some(place) = &mut sequence.place else { return };
-        let unknown = place.read.saturating_sub(sequence.depths.len());
+    fn settle(&mut self, slot: usize, has_read: bool) {
+        let Some(running) = &mut self.slots[slot] else { return };
         for (group, class) in self.options.class_of_group.iter().enumerate() {
             let Some(class) = *class else { continue };
-            let needed = pages_for(place.bound(group, unknown, limit, self.options.ticks));
-            while place.pages[group].len() > needed {
-                self.pool.release(class, place.pages[group].pop().expect("it has more than needed"));
+            let needed = pages_for(running.bound(group, self.options.ticks));
+            while running.pages[group].len() > needed {
+                self.pool.release(class, running.pages[group].pop().expect("it has more than needed"));
                 self.is_short = false;
             }
         }
         if let Some(prefixes) = &mut self.prefixes
             && has_read
         {
-            let (tokens, depths) = (&sequence.tokens, &sequence.depths);
-            place.kept = prefixes.insert(place.kept, tokens, depths, &place.pages, &mut self.pool);
+            let tokens = &running.sequence.tokens;
+            running.kept = prefixes.insert(running.kept, tokens, &running.depths, &running.pages, &mut self.pool);
         }
     }
 
     /// Takes a sequence out of its slot.
-    fn vacate(&mut self, sequence: &Sequence, place: Place, on_device: bool) {
+    fn vacate(&mut self, slot: usize, on_device: bool) -> Option<Running> {
+        let running = self.slots[slot].take()?;
+        self.slot_of.remove(&running.id);
         if let Some(prefixes) = &mut self.prefixes {
-            prefixes.insert(place.kept, &sequence.tokens, &sequence.depths, &place.pages, &mut self.pool);
+            let tokens = &running.sequence.tokens;
+            prefixes.insert(running.kept, tokens, &running.depths, &running.pages, &mut self.pool);
         }
-        for (pages, class) in place.pages.iter().zip(&self.options.class_of_group) {
+        self.release(&running.pages);
+        self.is_short = false;
+        if on_device {
+            self.stops.push(slot);
+        }
+        Some(running)
+    }
+
+    /// Gives pages back, listed per group.
+    fn release(&mut self, pages: &[Vec<u32>]) {
+        for (pages, class) in pages.iter().zip(&self.options.class_of_group) {
             if let Some(class) = *class {
                 pages.iter().for_each(|page| self.pool.release(class, *page));
             }
-        }
-        self.slots[place.slot] = None;
-        self.is_short = false;
-        if on_device {
-            self.stops.push(place.slot);
         }
     }
 
@@ -428,21 +443,25 @@ impl Scheduler {
 
     /// Puts waiting sequences into free slots, the oldest first, as long as there are pages for their prompts.
     fn admit(&mut self, step: &mut Step) {
-        while let Some(slot) = self.slots.iter().position(Option::is_none) {
-            let waiting = self.sequences.iter().find(|(_, sequence)| sequence.place.is_none());
-            let Some((&id, _)) = waiting else { return };
-            // The first try may fail for the page of a beginning that it holds to copy; then that has been given up.
-            let has_room = !self.is_short && (self.start(id, slot, step) || self.start(id, slot, step));
-            if !has_room {
-                // Younger ones that might fit wait too, or a large one would never have its turn.
-                self.is_short = true;
+        while !self.is_short
+            && let Some((id, sequence)) = self.waiting.pop_first()
+        {
+            let Some(slot) = self.slots.iter().position(Option::is_none) else {
+                self.waiting.insert(id, sequence);
                 return;
+            };
+            // The first try may fail for the page of a beginning that it holds to copy; then that has been given up.
+            let started = self.start(id, sequence, slot, step);
+            if let Err(sequence) = started.or_else(|sequence| self.start(id, sequence, slot, step)) {
+                // Younger ones that might fit wait too, or a large one would never have its turn.
+                self.waiting.insert(id, sequence);
+                self.is_short = true;
             }
         }
     }
 
-    fn start(&mut self, id: SequenceId, slot: usize, step: &mut Step) -> bool {
-        let sequence = &self.sequences[&id];
+    /// Puts a sequence into a slot, or returns it if there are too few pages.
+    fn start(&mut self, id: SequenceId, sequence: Sequence, slot: usize, step: &mut Step) -> Result<(), Sequence> {
         let num_tokens = sequence.tokens.len();
         // The last token is decoded, to draw the one after it; where none is wanted it is read.
         let to_read = if sequence.limit == num_tokens { num_tokens } else { num_tokens - 1 };
@@ -451,28 +470,27 @@ impl Scheduler {
             Some(prefixes) => prefixes.find(&sequence.tokens, num_tokens - 1, &mut self.pool),
             None => Prefix::none(num_groups),
         };
-        let layout = &self.options.layout;
-        let count = |group| prefix.depths.iter().filter(|depth| layout.group_holds(group, **depth)).count();
-        let mut place = Place {
-            slot,
+        let mut running = Running {
+            id,
+            sequence,
             admission: self.num_admissions,
+            depths: Vec::new(),
             to_read,
             read: prefix.depths.len(),
             decodes: false,
             ticks_ahead: 0,
-            entries: (0..num_groups).map(count).collect(),
+            entries: vec![0; num_groups],
             pages: prefix.full,
             kept: prefix.end,
         };
-        let ahead = to_read - place.read + 1 + self.options.ticks;
-        let limit = sequence.limit;
-        let shared: Vec<usize> = place.pages.iter().map(Vec::len).collect();
+        running.count(&self.options.layout, &prefix.depths);
+        let shared: Vec<usize> = running.pages.iter().map(Vec::len).collect();
         let mut fits = true;
         for group in 0..num_groups {
             let Some(class) = self.options.class_of_group[group] else { continue };
-            let needed = pages_for((place.entries[group] + ahead).min(limit)) - shared[group];
+            let needed = pages_for(running.bound(group, self.options.ticks)) - shared[group];
             match self.take_pages(class, needed) {
-                Some(pages) => place.pages[group].extend(pages),
+                Some(pages) => running.pages[group].extend(pages),
                 None => {
                     fits = false;
                     break;
@@ -483,79 +501,65 @@ impl Scheduler {
         for (group, from) in prefix.partial.iter().enumerate() {
             let (Some(class), Some(from)) = (self.options.class_of_group[group], *from) else { continue };
             if fits {
-                step.copies.push(PageCopy { class, from, to: place.pages[group][shared[group]] });
+                step.copies.push(PageCopy { class, from, to: running.pages[group][shared[group]] });
             }
             self.pool.release(class, from);
         }
         if !fits {
-            for (pages, class) in place.pages.iter().zip(&self.options.class_of_group) {
-                if let Some(class) = *class {
-                    pages.iter().for_each(|page| self.pool.release(class, *page));
-                }
-            }
-            return false;
+            self.release(&running.pages);
+            return Err(running.sequence);
         }
-        for (group, pages) in place.pages.iter().enumerate().filter(|(_, pages)| !pages.is_empty()) {
+        for (group, pages) in running.pages.iter().enumerate().filter(|(_, pages)| !pages.is_empty()) {
             step.page_writes.push(PageWrite { slot, group, first: 0, pages: pages.clone() });
         }
-        let entries = place.entries.iter().map(|entries| *entries as u32).collect();
-        step.starts.push(Start { slot, id, entries, depths: prefix.depths.clone() });
-        self.num_reused += prefix.depths.len() as u64;
+        let entries = running.entries.iter().map(|entries| *entries as u32).collect();
+        step.starts.push(Start { slot, id, entries, depths: prefix.depths });
+        self.num_reused += running.read as u64;
         self.num_admissions += 1;
-        self.slots[slot] = Some(id);
-        let sequence = self.sequences.get_mut(&id).expect("it waits");
-        sequence.depths = prefix.depths;
-        sequence.place = Some(place);
-        true
+        self.slot_of.insert(id, slot);
+        self.slots[slot] = Some(running);
+        Ok(())
     }
 
     /// Takes the pages that decoding sequences may need in the ticks of this step, the oldest first. Where there are
     /// none, the youngest sequence is displaced.
     fn grow(&mut self, step: &mut Step) {
-        let mut running: Vec<SequenceId> = self.slots.iter().flatten().copied().collect();
-        running.sort_unstable();
+        let mut order: Vec<usize> = self.slot_of.values().copied().collect();
         let mut next = 0;
-        while next < running.len() {
-            if self.grow_one(running[next], step) {
+        while next < order.len() {
+            if self.grow_one(order[next], step) {
                 next += 1;
-                continue;
+            } else {
+                self.preempt(order.pop().expect("one of them wants pages"), step);
             }
-            let youngest = running.pop().expect("one of them wants pages");
-            self.preempt(youngest, step);
         }
     }
 
-    fn grow_one(&mut self, id: SequenceId, step: &mut Step) -> bool {
+    fn grow_one(&mut self, slot: usize, step: &mut Step) -> bool {
         for group in 0..self.options.class_of_group.len() {
             let Some(class) = self.options.class_of_group[group] else { continue };
-            let sequence = &self.sequences[&id];
-            let place = sequence.place.as_ref().expect("it runs");
-            if !place.decodes {
+            let running = self.slots[slot].as_ref().expect("it runs");
+            if !running.decodes {
                 // Its pages were taken when it was admitted.
                 return true;
             }
-            let unknown = place.read.saturating_sub(sequence.depths.len());
-            let needed = pages_for(place.bound(group, unknown, sequence.limit, self.options.ticks));
-            let (slot, first) = (place.slot, place.pages[group].len());
+            let needed = pages_for(running.bound(group, self.options.ticks));
+            let first = running.pages[group].len();
             if needed <= first {
                 continue;
             }
             let Some(pages) = self.take_pages(class, needed - first) else { return false };
-            let place = self.sequences.get_mut(&id).and_then(|sequence| sequence.place.as_mut()).expect("it runs");
-            place.pages[group].extend(&pages);
+            self.slots[slot].as_mut().expect("it runs").pages[group].extend(&pages);
             step.page_writes.push(PageWrite { slot, group, first, pages });
         }
         true
     }
 
     /// Displaces a sequence: it waits again, with all its tokens as its prompt.
-    fn preempt(&mut self, id: SequenceId, step: &mut Step) {
-        let mut sequence = self.sequences.remove(&id).expect("it runs");
-        let place = sequence.place.take().expect("it runs");
-        self.vacate(&sequence, place, true);
+    fn preempt(&mut self, slot: usize, step: &mut Step) {
+        let running = self.vacate(slot, true).expect("it runs");
         step.stops.append(&mut self.stops);
-        sequence.depths.clear();
-        self.sequences.insert(id, sequence);
+        self.waiting.insert(running.id, running.sequence);
         self.num_preemptions += 1;
         // Its pages are for those who run.
         self.is_short = true;
@@ -563,59 +567,53 @@ impl Scheduler {
 
     /// Shares the rows of a prefill step among the sequences that read: equal parts, what is left to the oldest.
     fn read(&mut self, step: &mut Step) {
-        let mut reading: Vec<(SequenceId, usize)> = Vec::new();
-        for id in self.slots.iter().flatten() {
-            let place = self.sequences[id].place.as_ref().expect("it runs");
-            if place.read < place.to_read {
-                reading.push((*id, place.to_read - place.read));
-            }
-        }
+        let remaining = |running: &Running| running.to_read - running.read;
+        let reads = |slot: &usize| self.slots[*slot].as_ref().map_or(0, remaining) > 0;
+        let reading: Vec<usize> = self.slot_of.values().copied().filter(reads).collect();
         if reading.is_empty() {
             return;
         }
-        reading.sort_unstable();
         let mut left = self.options.prefill_rows;
         let part = (left / reading.len()).max(PAGE_SIZE as usize);
         let mut rows = vec![0; reading.len()];
         for most in [part, usize::MAX] {
-            for (rows, (_, remaining)) in rows.iter_mut().zip(&reading) {
+            for (rows, slot) in rows.iter_mut().zip(&reading) {
+                let remaining = self.slots[*slot].as_ref().map_or(0, remaining);
                 let more = (remaining - *rows).min(most).min(left);
                 *rows += more;
                 left -= more;
             }
         }
-        for (len, (id, _)) in rows.into_iter().zip(reading).filter(|(rows, _)| *rows > 0) {
-            let sequence = self.sequences.get_mut(&id).expect("it runs");
-            let place = sequence.place.as_mut().expect("it runs");
-            step.chunks.push(Chunk { slot: place.slot, id, position: place.read, len });
-            place.read += len;
+        let mut chunks: Vec<_> = reading.into_iter().zip(rows).filter(|(_, rows)| *rows > 0).collect();
+        chunks.sort_unstable();
+        for (slot, len) in chunks {
+            let running = self.slots[slot].as_mut().expect("it runs");
+            step.chunks.push(Chunk { slot, id: running.id, position: running.read, len });
+            step.reading.push(running.admission);
+            running.read += len;
         }
-        step.chunks.sort_unstable_by_key(|chunk| chunk.slot);
-        let admission = |chunk: &Chunk| self.sequences[&chunk.id].place.as_ref().map_or(0, |place| place.admission);
-        step.reading = step.chunks.iter().map(admission).collect();
     }
 
     /// Lets sequences that have read their prompts decode.
     fn decode(&mut self, step: &mut Step) {
         let ticks = self.options.ticks;
         let mut any = false;
-        for id in self.slots.iter().flatten() {
-            let sequence = self.sequences.get_mut(id).expect("it runs");
-            let Some(place) = &mut sequence.place else { continue };
-            if place.read < place.to_read || place.to_read == sequence.limit {
+        for (slot, running) in self.slots.iter_mut().enumerate() {
+            let Some(running) = running else { continue };
+            let sequence = &running.sequence;
+            if running.read < running.to_read || running.to_read == sequence.limit {
                 continue;
             }
-            if !place.decodes {
-                place.decodes = true;
-                let position = place.to_read;
-                step.entries.push(Entry { slot: place.slot, position, token: sequence.tokens[position] });
+            if !running.decodes {
+                running.decodes = true;
+                let position = running.to_read;
+                step.entries.push(Entry { slot, position, token: sequence.tokens[position] });
             }
             // A token is drawn in the tick after its last recursion.
-            let surely_drawn = place.ticks_ahead.saturating_sub(1) / self.options.ticks_of_token;
+            let surely_drawn = running.ticks_ahead.saturating_sub(1) / self.options.ticks_of_token;
             any |= sequence.tokens.len() + surely_drawn < sequence.limit;
-            step.decoding.push((place.slot, *id, place.admission));
-            let unknown = place.read.saturating_sub(sequence.depths.len());
-            let context = sequence.depths.len() + unknown + place.ticks_ahead + ticks + 1;
+            step.decoding.push((slot, running.id, running.admission));
+            let context = running.depths.len().max(running.read) + running.ticks_ahead + ticks + 1;
             step.max_context = step.max_context.max(context.min(sequence.limit));
         }
         if !any {
@@ -623,27 +621,32 @@ impl Scheduler {
             return;
         }
         step.ticks = ticks;
-        for (_, id, _) in &step.decoding {
-            let place = self.sequences.get_mut(id).and_then(|sequence| sequence.place.as_mut()).expect("it runs");
-            place.ticks_ahead += ticks;
+        for (slot, ..) in &step.decoding {
+            self.slots[*slot].as_mut().expect("it runs").ticks_ahead += ticks;
         }
     }
 }
 
-impl Place {
-    /// No more entries than these can lie in a group once `ticks` more ticks are planned; `unknown` is the number of
-    /// tokens that were read and whose depths are not known.
-    fn bound(&self, group: usize, unknown: usize, limit: usize, ticks: usize) -> usize {
-        let mut entries = self.entries[group] + unknown + (self.to_read - self.read.min(self.to_read));
-        // One token may be under way where the results end.
-        entries += 1 + self.ticks_ahead + ticks;
-        entries.min(limit)
+impl Running {
+    /// Takes in the depths of the next tokens.
+    fn count(&mut self, layout: &KvLayout, depths: &[u32]) {
+        for (group, entries) in self.entries.iter_mut().enumerate() {
+            *entries += depths.iter().filter(|depth| layout.group_holds(group, **depth)).count();
+        }
+        self.depths.extend_from_slice(depths);
+    }
+
+    /// No more entries than these can lie in a group once `ticks` more ticks are planned.
+    fn bound(&self, group: usize, ticks: usize) -> usize {
+        // Tokens of the prompt whose depths are not known; one token may be under way where the results end.
+        let ahead = self.to_read.saturating_sub(self.depths.len()) + 1 + self.ticks_ahead + ticks;
+        (self.entries[group] + ahead).min(self.sequence.limit)
     }
 }
 
-fn staying(sequences: &mut BTreeMap<SequenceId, Sequence>, id: SequenceId, admission: u64) -> Option<&mut Sequence> {
-    let of_stay = |sequence: &&mut Sequence| sequence.place.as_ref().is_some_and(|place| place.admission == admission);
-    sequences.get_mut(&id).filter(of_stay)
+/// The sequence in a slot, if it is there since the admission of that number.
+fn staying(slots: &mut [Option<Running>], slot: usize, admission: u64) -> Option<&mut Running> {
+    slots[slot].as_mut().filter(|running| running.admission == admission)
 }
 
 fn pages_for(entries: usize) -> usize {
