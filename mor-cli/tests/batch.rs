@@ -137,7 +137,7 @@ fn bad_lines_are_named_and_stop_nothing() {
         json!({ "prompt_tokens": [5000] }).to_string(),
         json!({ "prompt": "Once", "max_new_tokens": 5000 }).to_string(),
         json!({ "id": [1], "prompt": "Once" }).to_string(),
-        json!({ "id": 7, "prompt": "Once", "max_new_tokens": 2 }).to_string(),
+        json!({ "id": 77, "prompt": "Once", "max_new_tokens": 2 }).to_string(),
     ];
     let mut bytes = lines.join("\n").into_bytes();
     bytes.extend_from_slice(b"\n\xff\xfe\n");
@@ -145,7 +145,7 @@ fn bad_lines_are_named_and_stop_nothing() {
     let result = run(&input, &output, &["--concurrency", "2"]);
     let message = message(&result);
     assert_eq!(result.status.code(), Some(2), "{message}");
-    assert_eq!(answers(&output).keys().collect::<Vec<_>>(), ["\"a\"", "7"]);
+    assert_eq!(answers(&output).keys().collect::<Vec<_>>(), ["\"a\"", "77"]);
     for expected in [
         "line 2: not a request",
         "line 4: id \"a\" was used by line 1 already",
