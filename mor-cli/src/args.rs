@@ -220,7 +220,7 @@ pub(crate) struct ThroughputArgs {
     #[arg(long, value_name = "N|max", value_delimiter = ',', value_parser = slots, default_value = "32,128,max")]
     pub(crate) slots: Vec<SlotsArg>,
     /// Sequences, all there from the start; more than slots [default: 4 a slot]
-    #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = up_to_a_million, allow_negative_numbers = true)]
     pub(crate) requests: Option<usize>,
     /// Mean of the new tokens of a sequence, which are normally distributed within 1 and what the context leaves
     #[arg(long, value_name = "N", default_value_t = 256.0, value_parser = not_negative, allow_negative_numbers = true)]
@@ -381,6 +381,12 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&count| count > 0).ok_or_else(|| "expected a whole number, 1 or more".to_owned())
 }
 
+/// What is listed before anything is known of the device.
+fn up_to_a_million(text: &str) -> Result<usize, String> {
+    let count = at_least_one(text).ok().filter(|count| *count <= 1_000_000);
+    count.ok_or_else(|| "expected a whole number from 1 to 1000000".to_owned())
+}
+
 fn not_negative(text: &str) -> Result<f64, String> {
     let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0);
     number.ok_or_else(|| "expected a number, 0 or more".to_owned())
@@ -389,7 +395,7 @@ fn not_negative(text: &str) -> Result<f64, String> {
 fn slots(text: &str) -> Result<SlotsArg, String> {
     match text {
         "max" => Ok(SlotsArg::Max),
-        text => at_least_one(text).map(SlotsArg::Count).map_err(|expected| format!("{expected}, or max")),
+        text => up_to_a_million(text).map(SlotsArg::Count).map_err(|expected| format!("{expected}, or max")),
     }
 }
 

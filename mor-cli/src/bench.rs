@@ -1,5 +1,5 @@
-//! `mor bench`: measurements. `throughput` follows the protocol of Mixture-of-Recursions (arXiv 2507.10524, section 4.3):
-//! no prompt, normally distributed lengths, many more requests than slots, a fixed number of slots.
+//! `mor bench`: measurements. `throughput` follows the protocol of Mixture-of-Recursions (arXiv 2507.10524, figure 4a): no
+//! prompt, normally distributed lengths, many more requests than slots, a fixed number of slots.
 
 use std::collections::HashMap;
 use std::fmt::Write;

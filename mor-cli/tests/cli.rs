@@ -436,8 +436,9 @@ fn benchmarks_that_cannot_be_run() {
     throughput(&["--config", "no-such.json"], &["no-such.json"]);
     throughput(&["--config", &routed, "--modes", "vanilla,deepest"], &["deepest", "--modes"]);
     throughput(&["--model", &model("tinystories-mor-expert-5m"), "--modes", "vanilla"], &["--modes has vanilla"]);
-    throughput(&["--config", &routed, "--slots", "32,0"], &["'0'", "--slots", "1 or more, or max"]);
+    throughput(&["--config", &routed, "--slots", "32,0"], &["'0'", "--slots", "from 1 to 1000000, or max"]);
     throughput(&["--config", &routed, "--slots", "32", "--requests", "32"], &["--requests is 32", "the 32 slots"]);
+    throughput(&["--config", &routed, "--slots", &usize::MAX.to_string()], &["--slots"]);
     throughput(&["--config", &routed, "--mean-new", "nan"], &["'nan'", "--mean-new", "0 or more"]);
     throughput(&["--config", &routed, "--output", "xml"], &["xml", "--output"]);
     refused(&["bench", "thruput"], &["thruput", "did you mean 'throughput'?"]);

@@ -308,7 +308,7 @@ impl Session {
     /// # Errors
     /// [`RuntimeError::Kernel`] if the device writes no timestamps, or refuses the caches.
     pub fn profile_decode(&mut self, num_sequences: usize, context: usize) -> Result<DecodeProfile> {
-        /// Of one measurement. Some sequences get ahead of others.
+        /// Of one measurement; there are three, and a few more ticks. The other room is for sequences ahead of others.
         const TICKS: usize = 32;
         const TICKS_PER_SUBMIT: usize = 2;
         self.forget_engine();
@@ -316,7 +316,7 @@ impl Session {
         let middle = (context / 2).max(1);
         let options = RunnerOptions {
             num_slots: num_sequences,
-            max_positions: 2 * middle + 8 * TICKS,
+            max_positions: context + 5 * TICKS,
             prefill_rows: 16,
             batching: self.batch.batching,
             pages_in_class: None,
