@@ -27,6 +27,7 @@ shaders![
     "shared/gate",
     "shared/kv",
     "shared/order_key",
+    "shared/quantized",
     "shared/radix_select",
     "shared/reduce",
     "shared/rows",

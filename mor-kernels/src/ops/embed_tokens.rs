@@ -1,6 +1,7 @@
 //! Writes the embedding of every active row's token into a stream.
 
 use crate::caps::DeviceCaps;
+use crate::epilogue::define_weight;
 use crate::error::{KernelError, Result};
 use crate::kernel::{Binding, Kernel};
 use crate::plan::{Grid, PlanBuilder};
@@ -12,7 +13,7 @@ use crate::tensor::{DType, Tensor};
 /// this shard; other rows are left alone.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbedTokens {
-    /// Element type of the embedding: f32, f16 or bf16.
+    /// Element type of the embedding: f32, f16, bf16 or quantised.
     pub weight: DType,
     /// Threads of a workgroup.
     pub workgroup_size: u32,
@@ -80,10 +81,7 @@ impl Kernel for EmbedTokens {
     type Bindings<'a> = EmbedTokensBindings<'a>;
 
     fn definitions(&self, _: &DeviceCaps) -> Definitions {
-        Definitions::new()
-            .u32("WORKGROUP_SIZE", self.workgroup_size)
-            .flag("WEIGHT_F16", self.weight == DType::F16)
-            .flag("WEIGHT_BF16", self.weight == DType::BF16)
+        define_weight(Definitions::new().u32("WORKGROUP_SIZE", self.workgroup_size), self.weight)
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {

@@ -389,7 +389,7 @@ mod tests {
     use crate::oracle::linear::{epilogue, gather, halves, linear, norm_factors};
     use crate::parity::{self, EpilogueCase, Output, Rng, Tolerance};
 
-    const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+    const DTYPES: [DType; 5] = [DType::F32, DType::F16, DType::BF16, DType::Q8, DType::Q4];
 
     /// All tiles that [`LinearTile::for_shape`] may choose anywhere, as far as the device can run them.
     fn tiles(gpu: &Gpu) -> Vec<LinearTile> {

@@ -1,6 +1,6 @@
 //! `y = x W^T` for few rows, with RMSNorm or the attention merge before it and an epilogue after it.
 
-use crate::caps::{DeviceCaps, Lanes};
+use crate::caps::DeviceCaps;
 use crate::epilogue::{Epilogue, EpilogueKind, LinearParams, define_weight};
 use crate::error::Result;
 use crate::kernel::{Binding, Kernel};
@@ -126,8 +126,8 @@ impl LinearDecode {
         // Wide workgroups stage the activation fewer times; several rows need the memory for their sums.
         let threads = if rows == 1 { 256.min(caps.max_workgroup_size) } else { 128 };
         // A software rasteriser pays for every load of every lane: many outputs share one of the activation.
-        let (pairs, groups) = if caps.is_cpu { (32, 1) } else { (1, threads / caps.lanes().width()) };
-        Self { in_features, weight_dtype, prologue, epilogue, rows, pairs, groups }
+        let kernel = Self { in_features, weight_dtype, prologue, epilogue, rows, pairs: 1, groups: 1 };
+        if caps.is_cpu { Self { pairs: 32, ..kernel } } else { Self { groups: threads / kernel.lanes(caps), ..kernel } }
     }
 
     /// Records the kernel over all active rows.
@@ -142,8 +142,24 @@ impl LinearDecode {
         num_outputs.div_ceil(2 * self.groups * self.pairs)
     }
 
+    /// Elements of a weight that a lane fetches at once: 16 bytes of codes, or 8 elements of any other type. Texels
+    /// are fetched one by one whatever the type.
+    fn unit(&self, caps: &DeviceCaps) -> u32 {
+        match self.weight_dtype {
+            DType::Q8 if !caps.is_cpu => 16,
+            DType::Q4 if !caps.is_cpu => 32,
+            _ => 8,
+        }
+    }
+
+    /// Lanes that share an output: no more than a row has units.
+    fn lanes(&self, caps: &DeviceCaps) -> u32 {
+        let width = caps.lanes().width();
+        if caps.is_cpu { width } else { width.min(self.in_features.div_ceil(self.unit(caps)).next_power_of_two()) }
+    }
+
     fn threads(&self, caps: &DeviceCaps) -> u32 {
-        self.groups * caps.lanes().width()
+        self.groups * self.lanes(caps)
     }
 
     /// Workgroup memory of the reductions, in bytes.
@@ -154,20 +170,21 @@ impl LinearDecode {
         squares + scratch
     }
 
-    /// Units of 8 inputs staged at a time: all of them if WebGPU's default 16 KiB of workgroup memory hold them
+    /// Groups of 8 inputs staged at a time: all of them if WebGPU's default 16 KiB of workgroup memory hold them
     /// beside the reductions, else whole steps of the widest lanes.
     ///
     /// A software rasteriser holds them in private memory instead, which costs it loads but no limit; unrolled over
     /// more steps the code would be large.
     fn chunk(&self, caps: &DeviceCaps) -> u32 {
-        let units = self.in_features / 8;
+        let units = self.in_features.div_ceil(8);
         if caps.is_cpu {
             let width = caps.lanes().width();
             return units.div_ceil(width).min((24 / self.rows).max(4)) * width;
         }
-        // 36 bytes for each unit's 32, and one vec4 a row: the padding against bank conflicts.
+        // 36 bytes for each group's 32, and one vec4 a row: the padding against bank conflicts.
         let fit = (16 * 1024 - self.reduction_bytes(caps) - 16 * self.rows) / (36 * self.rows);
-        if units.next_multiple_of(4) <= fit { units.next_multiple_of(4) } else { fit / 32 * 32 }
+        let step = 4 * self.unit(caps);
+        if units.next_multiple_of(4) <= fit { units.next_multiple_of(4) } else { fit / step * step }
     }
 }
 
@@ -177,26 +194,29 @@ impl Kernel for LinearDecode {
     type Bindings<'a> = LinearDecodeBindings<'a>;
 
     fn definitions(&self, caps: &DeviceCaps) -> Definitions {
-        let lanes = caps.lanes();
-        let steps = self.chunk(caps).div_ceil(lanes.width());
+        let (lanes, parts) = (self.lanes(caps), self.unit(caps) / 8);
+        let chunk = self.chunk(caps) / parts;
+        let steps = chunk.div_ceil(lanes);
         // More rows need the registers for sums.
         let prefetch = steps.min(if self.rows == 1 { 8 } else { 2 });
-        let exact = matches!((lanes, caps.subgroup_sizes), (Lanes::Subgroup { width }, Some((min, max))) if min == max && width == min);
+        let exact = caps.lanes().uses_subgroups() && caps.subgroup_sizes == Some((lanes, lanes));
         let splits = if let PrologueKind::Merge { num_splits } = self.prologue { num_splits } else { 1 };
         let definitions = Definitions::new()
             .u32("IN_FEATURES", self.in_features)
-            .u32("CHUNK", self.chunk(caps))
+            .u32("UNIT", 8 * parts)
+            .u32("PARTS", parts)
+            .u32("CHUNK", chunk)
             .u32("ROWS", self.rows)
             .u32("PAIRS", self.pairs)
             .u32("GROUPS", self.groups)
-            .u32("LANES", lanes.width())
-            .u32("LOG2_LANES", lanes.width().ilog2())
+            .u32("LANES", lanes)
+            .u32("LOG2_LANES", lanes.ilog2())
             .u32("PREFETCH", prefetch)
             .u32("STEPS", steps)
             .u32("TEXEL_ROW", TEXEL_ROW)
             .flag("TEXELS", caps.is_cpu)
             .u32("SPLITS", splits)
-            .flag("SUBGROUP", lanes.uses_subgroups())
+            .flag("SUBGROUP", caps.lanes().uses_subgroups())
             .flag("SUBGROUP_EXACT", exact)
             .flag("NORM", self.prologue == PrologueKind::Norm)
             .flag("MERGE", matches!(self.prologue, PrologueKind::Merge { .. }))
@@ -227,7 +247,7 @@ mod tests {
     use crate::oracle::rms_norm::rms_norm;
     use crate::parity::{self, EpilogueCase, Rng, Tolerance};
 
-    const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+    const DTYPES: [DType; 5] = [DType::F32, DType::F16, DType::BF16, DType::Q8, DType::Q4];
 
     #[test]
     fn products_match_oracle() {
