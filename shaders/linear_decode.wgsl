@@ -14,8 +14,8 @@
 //           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]
 // Grid      (ceil(O / (2 * GROUPS * PAIRS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs
-// Spec      IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, of a quantised row, 16 bytes of codes; CHUNK
-//           units staged or held at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH steps of weights in flight before the
+// Spec      IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, WIDE, of a quantised row 16 bytes of codes;
+//           CHUNK units staged or held at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH steps of weights in flight before the
 //           activation is ready; TEXELS: w in rows of TEXEL_ROW texels, UNIT = 8, GROUPS = 1, PAIRS a multiple of LANES,
 //           STEPS = CHUNK / LANES; PARTS = UNIT / 8; LOG2_LANES; NORM, or MERGE of SPLITS partials, or
 //           neither; X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the
@@ -108,19 +108,27 @@ fn padded(c: u32) -> u32 {
 // Inputs past the end of a row are zero where its last unit has more than there are.
 const WHOLE_UNITS: bool = IN_FEATURES % UNIT == 0u;
 
+fn weight_word(at: u32) -> u32 {
+    return w[at / 4u][at % 4u];
+}
+
+#if WIDE
 struct LoadedUnit {
     codes: vec4<u32>,
     parameters: u32,
-}
-
-fn weight_word(at: u32) -> u32 {
-    return w[at / 4u][at % 4u];
 }
 
 fn fetch(row: u32, unit: u32) -> LoadedUnit {
     let start = row * row_quads(IN_FEATURES);
     return LoadedUnit(w[start + unit], weight_word(start * 4u + parameters_at(unit * UNIT / GROUP, IN_FEATURES)));
 }
+#else
+alias LoadedUnit = QuantisedUnit;
+
+fn fetch(row: u32, unit: u32) -> LoadedUnit {
+    return load_unit(row * row_quads(IN_FEATURES), unit, IN_FEATURES);
+}
+#endif
 
 // Adds what unit `base + unit` of the rows, as loaded, gives with the staged inputs.
 fn add_unit(
@@ -142,7 +150,9 @@ fn add_unit(
 #repeat part PARTS
     var weights: array<mat2x4<f32>, OUTPUTS>;
     for (var o = 0u; o < OUTPUTS; o++) {
-#if WEIGHT_Q8
+#if !WIDE
+        weights[o] = code_values((*loaded)[o].codes);
+#elif WEIGHT_Q8
         weights[o] = code_values(vec2<u32>((*loaded)[o].codes[2u * part], (*loaded)[o].codes[2u * part + 1u]));
 #else
         weights[o] = code_values((*loaded)[o].codes[part]);

@@ -106,6 +106,7 @@ mod tests {
     use crate::Gpu;
     use crate::oracle::embed_tokens::embed_tokens;
     use crate::parity::{self, Output, Rng, Tolerance};
+    use crate::quantize;
     use crate::rows::{ActiveRow, Row};
 
     /// A tensor of `values` in `dtype` and what they are after rounding to it.
@@ -120,6 +121,15 @@ mod tests {
                 halves(values.iter().map(|v| bf16::from_f32(*v).to_bits()).collect()),
                 values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect(),
             ),
+            DType::Q8 | DType::Q4 => {
+                let (mut rows, mut seen) = (Vec::new(), vec![0.0; values.len()]);
+                for (row, seen) in values.chunks(shape[1]).zip(seen.chunks_mut(shape[1])) {
+                    let start = rows.len();
+                    quantize::quantize_row(dtype, row, &mut rows).expect("the values are small");
+                    quantize::dequantize_row(dtype, &rows[start..], seen);
+                }
+                (Tensor::from_slice(gpu, "weight", dtype, &shape, &rows).expect("it fits"), seen)
+            }
             _ => (Tensor::from_slice(gpu, "weight", dtype, &shape, values).expect("it fits"), values.to_vec()),
         }
     }
@@ -129,7 +139,7 @@ mod tests {
         const VOCAB_SIZE: usize = 50;
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("embed_tokens");
-            for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8, DType::Q4] {
                 for hidden_size in [8, 56, 512, 520, 4096] {
                     for num_active in [0, 1, 7, 33] {
                         let num_rows = num_active + 3;
