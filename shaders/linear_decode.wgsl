@@ -22,7 +22,7 @@
 //           subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of
 //           GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the
 //           epilogue; KV_F16: QKV into f16 caches
-// Limits    16 * ROWS * (PARTS * (2 * CHUNK + CHUNK / 4) + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES
+// Limits    16 * ROWS * (2 * CHUNK * PARTS + CHUNK * PARTS / 4 + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES
 //           more, without SUBGROUP 4 * GROUPS * LANES more; with TEXELS the last alone
 // Numerics  f32; lane-strided partial sums, then a tree over lanes; codes are summed before they are scaled
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
@@ -66,7 +66,7 @@ const THREADS: u32 = LANES * GROUPS;
 #if !TEXELS
 const OUTPUTS: u32 = 2u * PAIRS;
 // One vec4 of padding after every 8 spreads the lanes' strided reads over the banks.
-const ROW_STRIDE: u32 = PARTS * (CHUNK * 2u + CHUNK / 4u) + 1u;
+const ROW_STRIDE: u32 = CHUNK * PARTS * 2u + CHUNK * PARTS / 4u + 1u;
 
 var<workgroup> staged: array<vec4<f32>, ROWS * ROW_STRIDE>;
 #if NORM

@@ -6,14 +6,14 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use mor_model::MorConfig;
+use mor_model::{MorConfig, Quantization};
 use mor_runtime::{Event, GenerateRequest, RuntimeError, SamplingParams, Session, Summary, TextStream, Tokenizer};
 use serde::Serialize;
 
 use crate::args::GenerateArgs;
 use crate::failure::{INTERRUPTED as INTERRUPTED_CODE, bad_input};
 use crate::input::{read_text, utf8};
-use crate::model::Model;
+use crate::model::{Model, storage};
 use crate::{note, print, print_json, style};
 
 /// Where `--max-new-tokens` is not given, unless the context ends before.
@@ -37,6 +37,7 @@ struct Report<'a> {
     seed: u64,
     timings: Timings,
     dtype: &'static str,
+    quantization: Option<&'static str>,
     device: &'a str,
     backend: &'a str,
 }
@@ -82,7 +83,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     check_request(&prompt, args, &model, &config)?;
 
     let kv = args.kv.map(|kv| kv.strategy());
-    let mut session = model.load(args.device.selector(), args.dtype.precision(), kv)?;
+    let mut session = model.load(args.device.selector(), args.dtype.precision(), args.quantize.quantization(), kv)?;
     let tokens = match (prompt, session.tokenizer()) {
         (Prompt::Tokens(tokens), _) => tokens,
         (Prompt::Text(text), _) if text.is_empty() => Vec::new(),
@@ -141,6 +142,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
                 decode_tokens_per_s: summary.decode_tokens_per_s,
             },
             dtype: session.precision().as_str(),
+            quantization: session.config().quantization.map(Quantization::as_str),
             device: &session.device().name,
             backend: &session.device().backend,
         })?;
@@ -230,7 +232,7 @@ fn count(tokens: usize) -> String {
 
 fn place(session: &Session) -> String {
     let device = session.device();
-    format!("{} on \"{}\" ({})", session.precision().as_str(), device.name, device.backend)
+    format!("{} on \"{}\" ({})", storage(session), device.name, device.backend)
 }
 
 /// Few digits, so that it is easily typed again.

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use mor_model::{Checkpoint, Dtype, KvStrategy, MorConfig};
 use mor_runtime::{
-    AdapterKind, AdapterSummary, DeviceSelector, GpuOptions, LoadProgress, ModelSource, Precision, Session,
-    SessionOptions,
+    AdapterKind, AdapterSummary, DeviceSelector, GpuOptions, LoadProgress, ModelSource, Precision, Quantization,
+    Session, SessionOptions,
 };
 
 use crate::failure::bad_input;
@@ -88,15 +88,23 @@ impl Model {
         &self,
         device: DeviceSelector,
         precision: Option<Precision>,
+        quantize: Option<Quantization>,
         kv: Option<KvStrategy>,
     ) -> anyhow::Result<Session> {
         let was_chosen = device != DeviceSelector::Best;
         let gpu = GpuOptions { device, ..GpuOptions::default() };
-        let options = SessionOptions { gpu, precision, kv, on_load: Some(Box::new(progress_bar())) };
+        let options = SessionOptions { gpu, precision, kv, quantize, on_load: Some(Box::new(progress_bar())) };
         let session = Session::load(self.source()?, options)?;
         warn_of_software(session.device(), was_chosen);
         Ok(session)
     }
+}
+
+/// How a session stores numbers, for people.
+pub(crate) fn storage(session: &Session) -> String {
+    let quantization = session.config().quantization;
+    let matrices = quantization.map_or(String::new(), |format| format!(" with {format} matrices"));
+    format!("{}{matrices}", session.precision().as_str())
 }
 
 /// A callback that draws the upload on standard error. indicatif draws nothing where that is no terminal.

@@ -286,11 +286,12 @@ pub fn upload_weight(
             (tensor(bytemuck::cast_slice(&halves)), halves.iter().map(|h| h.to_f32()).collect())
         }
         DType::Q8 | DType::Q4 => {
-            let (mut rows, mut seen) = (Vec::new(), vec![0.0; values.len()]);
-            for (row, seen) in values.chunks(in_features).zip(seen.chunks_mut(in_features)) {
-                let start = rows.len();
-                quantize::quantize_row(dtype, row, &mut rows).expect("a test's values are small");
-                quantize::dequantize_row(dtype, &rows[start..], seen);
+            let row_bytes = dtype.row_bytes(in_features);
+            let (mut rows, mut seen) = (vec![0; num_outputs * row_bytes], vec![0.0; values.len()]);
+            let packed = rows.chunks_mut(row_bytes).zip(seen.chunks_mut(in_features));
+            for (values, (row, seen)) in values.chunks(in_features).zip(packed) {
+                quantize::quantize_row(dtype, values, row).expect("a test's values are small");
+                quantize::dequantize_row(dtype, row, seen);
             }
             (tensor(&rows), seen)
         }

@@ -67,36 +67,32 @@ impl Format {
     }
 }
 
-/// Packs a row of finite values as `dtype` and appends it to `out`.
+/// Packs a row of finite values as `dtype`.
 ///
 /// # Errors
-/// The first value larger than f16 can scale.
+/// The first value whose size f16 cannot hold.
 ///
 /// # Panics
-/// If `dtype` is not quantised.
-pub fn quantize_row(dtype: DType, values: &[f32], out: &mut Vec<u8>) -> Result<(), f32> {
+/// If `dtype` is not quantised, or `row` does not have the bytes of a packed row.
+pub fn quantize_row(dtype: DType, values: &[f32], row: &mut [u8]) -> Result<(), f32> {
     let format = Format::of(dtype).expect("a quantised type");
+    assert_eq!(row.len(), format.row_bytes(values.len()), "bytes of a packed row");
     if let Some(value) = values.iter().find(|value| value.abs() > f16::MAX.to_f32()) {
         return Err(*value);
     }
-    let (start, mut parameters) = (out.len(), Vec::with_capacity(values.len() / 8));
-    for group in values.chunks(GROUP) {
-        let code_bytes = out.len() + GROUP * format.code_bits / 8;
+    row.fill(0);
+    let (codes, parameters) = row.split_at_mut(format.code_bytes(values.len()));
+    let groups = values.chunks(GROUP).zip(codes.chunks_mut(GROUP * format.code_bits / 8));
+    for ((group, codes), parameters) in groups.zip(parameters.chunks_mut(2 * format.num_parameters)) {
         match dtype {
-            DType::Q8 => {
-                let scale = quantize_q8(group, out);
-                parameters.extend_from_slice(&scale.to_le_bytes());
-            }
+            DType::Q8 => parameters.copy_from_slice(&quantize_q8(group, codes).to_le_bytes()),
             _ => {
-                let [scale, offset] = quantize_q4(group, out);
-                parameters.extend_from_slice(&scale.to_le_bytes());
-                parameters.extend_from_slice(&offset.to_le_bytes());
+                let [scale, offset] = quantize_q4(group, codes);
+                parameters[..2].copy_from_slice(&scale.to_le_bytes());
+                parameters[2..].copy_from_slice(&offset.to_le_bytes());
             }
         }
-        out.resize(code_bytes, 0);
     }
-    out.extend_from_slice(&parameters);
-    out.resize(start + format.row_bytes(values.len()), 0);
     Ok(())
 }
 
@@ -129,20 +125,22 @@ pub fn is_finite(dtype: DType, row: &[u8], len: usize) -> bool {
     parameters.iter().all(|bytes| f16::from_le_bytes(*bytes).is_finite())
 }
 
-/// Appends the codes of a group; returns its scale.
-fn quantize_q8(group: &[f32], codes: &mut Vec<u8>) -> f16 {
+/// Writes the codes of a group; returns its scale.
+fn quantize_q8(group: &[f32], codes: &mut [u8]) -> f16 {
     let largest = group.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
     let scale = f16::from_f32(largest / Q8_MAX);
     let inverse = inverse(scale.to_f32());
-    codes.extend(group.iter().map(|value| (value * inverse).round().clamp(-Q8_MAX, Q8_MAX) as i8 as u8));
+    for (code, value) in codes.iter_mut().zip(group) {
+        *code = (value * inverse).round().clamp(-Q8_MAX, Q8_MAX) as i8 as u8;
+    }
     scale
 }
 
-/// Appends the codes of a group; returns its scale and offset.
+/// Writes the codes of a group; returns its scale and offset.
 ///
 /// From ranges around the middle, of which the widest spans all values, codes and parameters are improved in turns: the
 /// nearest codes, then the line through them that fits the values best.
-fn quantize_q4(group: &[f32], codes: &mut Vec<u8>) -> [f16; 2] {
+fn quantize_q4(group: &[f32], codes: &mut [u8]) -> [f16; 2] {
     let code = |value: f32, inverse: f32, offset: f32| ((value - offset) * inverse).round().clamp(0.0, Q4_MAX);
     let low = group.iter().copied().fold(f32::INFINITY, f32::min);
     let high = group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -177,9 +175,8 @@ fn quantize_q4(group: &[f32], codes: &mut Vec<u8>) -> [f16; 2] {
     }
     let [s, o] = best.1.map(f16::to_f32);
     let i = inverse(s);
-    for pair in group.chunks(2) {
-        let code = |value: f32| code(value, i, o) as u8;
-        codes.push(code(pair[0]) | pair.get(1).map_or(0, |value| code(*value)) << 4);
+    for (at, value) in group.iter().enumerate() {
+        codes[at / 2] |= (code(*value, i, o) as u8) << (at % 2 * 4);
     }
     best.1
 }
@@ -199,9 +196,8 @@ mod tests {
     }
 
     fn round_trip(dtype: DType, values: &[f32]) -> Vec<f32> {
-        let (mut row, mut found) = (Vec::new(), vec![f32::NAN; values.len()]);
+        let (mut row, mut found) = (vec![0xff; dtype.row_bytes(values.len())], vec![f32::NAN; values.len()]);
         quantize_row(dtype, values, &mut row).expect("the values are small");
-        assert_eq!(row.len(), dtype.row_bytes(values.len()));
         assert!(is_finite(dtype, &row, values.len()));
         dequantize_row(dtype, &row, &mut found);
         found
@@ -256,7 +252,7 @@ mod tests {
             let largest = f16::MAX.to_f32();
             let ends = round_trip(dtype, &[largest, -largest, 0.0, 1.0]);
             assert!(ends.iter().all(|v| v.is_finite()) && (ends[0] / largest - 1.0).abs() < 0.02, "{ends:?}");
-            assert_eq!(quantize_row(dtype, &[1.0, -70000.0], &mut Vec::new()), Err(-70000.0));
+            assert_eq!(quantize_row(dtype, &[1.0, -70000.0], &mut vec![0; dtype.row_bytes(2)]), Err(-70000.0));
         }
     }
 }

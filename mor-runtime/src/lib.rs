@@ -53,7 +53,7 @@ mod text;
 
 pub use error::{Result, RuntimeError};
 pub use mor_kernels::gpu::{AdapterKind, AdapterSummary, DeviceSelector, GpuOptions};
-pub use mor_model::{KvStrategy, Precision, Routing};
+pub use mor_model::{KvStrategy, Precision, Quantization, Routing};
 pub use sampling::{FinishReason, GenerateRequest, SamplingParams};
 pub use session::{
     DecodeProfile, Event, ForwardOutput, Generation, LoadProgress, ModelSource, Score, SequenceOutput, Session,

@@ -11,7 +11,7 @@ use mor_kernels::ops::GpuSampling;
 use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_SAMPLE, Row};
 use mor_kernels::submit::Submission;
 use mor_kernels::timing;
-use mor_model::{Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
+use mor_model::{Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Quantization, Routing};
 
 use crate::error::{Result, RuntimeError};
 use crate::kv_cache::{kv_bytes, pages_for_all};
@@ -65,6 +65,8 @@ pub struct SessionOptions {
     pub precision: Option<Precision>,
     /// Replaces the configuration's K/V strategy.
     pub kv: Option<KvStrategy>,
+    /// Quantises the matrices first.
+    pub quantize: Option<Quantization>,
     /// Called while weights are uploaded.
     pub on_load: Option<Box<dyn FnMut(LoadProgress)>>,
 }
@@ -189,9 +191,13 @@ impl Session {
             Some(kv) => checkpoint.with_kv(kv)?,
             None => checkpoint,
         };
+        let checkpoint = match options.quantize {
+            Some(quantization) => checkpoint.quantize(quantization)?,
+            None => checkpoint,
+        };
         let gpu = Gpu::open(&options.gpu)?;
         let precision = options.precision.unwrap_or(if gpu.caps().is_cpu { Precision::F32 } else { Precision::F16 });
-        let total_bytes = device_bytes(&checkpoint, precision);
+        let total_bytes = checkpoint.device_bytes(precision, None);
         check_memory(&gpu, checkpoint.config(), total_bytes, (0, 0))?;
         let mut progress = |uploaded_bytes| {
             if let Some(on_load) = &mut options.on_load {
@@ -530,15 +536,6 @@ fn open(source: ModelSource) -> Result<(Checkpoint, Option<Tokenizer>)> {
         }
         ModelSource::Random { config, seed, dtype } => Ok((Checkpoint::random(config, seed, dtype), None)),
     }
-}
-
-/// Bytes that the weights take on the device, padding aside.
-fn device_bytes(checkpoint: &Checkpoint, precision: Precision) -> u64 {
-    let bytes = |id| {
-        let elems = checkpoint.shape(id).iter().product::<usize>();
-        (elems * precision.weight_dtype(checkpoint.dtype(id)).bytes()) as u64
-    };
-    checkpoint.tensor_ids().map(bytes).sum()
 }
 
 /// Refuses what does not fit the adapter; `kv` are the bytes of the caches for so many positions.

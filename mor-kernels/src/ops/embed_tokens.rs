@@ -122,11 +122,12 @@ mod tests {
                 values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect(),
             ),
             DType::Q8 | DType::Q4 => {
-                let (mut rows, mut seen) = (Vec::new(), vec![0.0; values.len()]);
-                for (row, seen) in values.chunks(shape[1]).zip(seen.chunks_mut(shape[1])) {
-                    let start = rows.len();
-                    quantize::quantize_row(dtype, row, &mut rows).expect("the values are small");
-                    quantize::dequantize_row(dtype, &rows[start..], seen);
+                let row_bytes = dtype.row_bytes(shape[1]);
+                let (mut rows, mut seen) = (vec![0; shape[0] * row_bytes], vec![0.0; values.len()]);
+                let packed = rows.chunks_mut(row_bytes).zip(seen.chunks_mut(shape[1]));
+                for (values, (row, seen)) in values.chunks(shape[1]).zip(packed) {
+                    quantize::quantize_row(dtype, values, row).expect("a test's values are small");
+                    quantize::dequantize_row(dtype, row, seen);
                 }
                 (Tensor::from_slice(gpu, "weight", dtype, &shape, &rows).expect("it fits"), seen)
             }
