@@ -12,16 +12,16 @@ pub enum DType {
     F16,
     /// bfloat16, two in a `u32`.
     BF16,
-    /// 8-bit integers in groups with a scale: a row as [`quantize`](crate::quantize) packs it.
+    /// 8-bit integers in groups with a scale: a row as [`quantize`] packs it.
     Q8,
-    /// 4-bit integers in groups with a scale and an offset: a row as [`quantize`](crate::quantize) packs it.
+    /// 4-bit integers in groups with a scale and an offset: a row as [`quantize`] packs it.
     Q4,
     /// 32-bit unsigned integers (also structs of them).
     U32,
 }
 
 impl DType {
-    /// Whether rows are packed as [`quantize`](crate::quantize) says.
+    /// Whether rows are packed as [`quantize`] says.
     pub const fn is_quantized(self) -> bool {
         matches!(self, DType::Q8 | DType::Q4)
     }
