@@ -14,7 +14,9 @@
 //           result; HEADS <= 4 query heads of the GROUP_SIZE that share a kv head, in HEAD_BLOCKS workgroups; KEYS
 //           fetched at a time; NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, HEAD_UNITS = D / 8; SPLIT:
 //           NUM_SPLITS > 1; KV_F16; KV_SLOTS: kv_table lists keys, not pages; SUBGROUP: WIDTH lanes exchange by
-//           subgroup operations; workgroup memory (WORKGROUP_SIZE / WIDTH) * HEADS * (4 * D + 8) bytes
+//           subgroup operations; ALONE: with SUBGROUP, LANES = WORKGROUP_SIZE, so nothing is merged; TILE_IN_PAGE: with
+//           ALONE and pages, KEYS divides PAGE_SIZE; workgroup memory (WORKGROUP_SIZE / WIDTH) * HEADS * (4 * D + 8) bytes,
+//           none with ALONE
 // Limits    D <= 256; a split without keys writes (-3.4028234e38, 0) and zeros
 // Numerics  f32 throughout; running maximum per thread group, merged once at the end
 // Source    Dao et al. 2023, Flash-Decoding; Milakov and Gimelshein 2018 (arXiv 1805.02867)
@@ -43,15 +45,36 @@ const PARTS: u32 = WORKGROUP_SIZE / WIDTH;
 const LANES_LOG2: u32 = firstTrailingBit(LANES);
 const WIDTH_LOG2: u32 = firstTrailingBit(WIDTH);
 
+#if !ALONE
 // Partial sums as [PARTS, HEADS, HEAD_QUADS]; without subgroups first the scores of a tile, one vec4 a key
 // (it fits: 2 * HEAD_UNITS > LANES).
 var<workgroup> part_out: array<vec4<f32>, PARTS * HEADS * HEAD_QUADS>;
 // (max, sum) as [PARTS, HEADS].
 var<workgroup> part_stats: array<vec2<f32>, PARTS * HEADS>;
+#endif
 
 fn unit_dot(a: mat2x4<f32>, b: mat2x4<f32>) -> f32 {
     return dot(a[0], b[0]) + dot(a[1], b[1]);
 }
+
+#if SUBGROUP
+// Sum over the lanes that share a key.
+fn key_sum(value: f32) -> f32 {
+#if ALONE
+    // A software rasteriser shuffles lane by lane but broadcasts in one instruction.
+    var sum = 0.0;
+#repeat giver LANES
+    sum += subgroupBroadcast(value, giver);
+#endrepeat
+#else
+    var sum = value;
+    for (var step = 0u; step < LANES_LOG2; step++) {
+        sum += subgroupShuffleXor(sum, 1u << step);
+    }
+#endif
+    return sum;
+}
+#endif
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(
@@ -103,18 +126,22 @@ fn main(
         var scores: array<vec4<f32>, KEYS>;
         var value: array<mat2x4<f32>, KEYS>;
         var tile_highest = highest;
+#if TILE_IN_PAGE
+        let first_slot = kv_slot(table, base);
+#endif
         for (var i = 0u; i < KEYS; i++) {
             let key = base + i * SLICES + slice;
-            let at = (kv_slot(table, min(key, end - 1u)) * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + unit;
+#if TILE_IN_PAGE
+            let slot = first_slot + min(i, end - 1u - base);
+#else
+            let slot = kv_slot(table, min(key, end - 1u));
+#endif
+            let at = (slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + unit;
             let key_unit = unpack_kv(keys[at]);
             value[i] = unpack_kv(values[at]);
             var score = vec4<f32>(0.0);
             for (var h = 0u; h < HEADS; h++) {
-                var product = unit_dot(query[h], key_unit);
-                for (var step = 0u; step < LANES_LOG2; step++) {
-                    product += subgroupShuffleXor(product, 1u << step);
-                }
-                score[h] = product;
+                score[h] = key_sum(unit_dot(query[h], key_unit));
             }
             scores[i] = score;
             tile_highest = select(tile_highest, max(tile_highest, score), key < end);
@@ -134,6 +161,7 @@ fn main(
             }
         }
     }
+#if !ALONE
     // The slices of WIDTH lanes become one.
     var width_highest = highest;
     for (var step = LANES_LOG2; step < WIDTH_LOG2; step++) {
@@ -154,6 +182,7 @@ fn main(
             );
         }
     }
+#endif
 #else
     // A tile of one key a thread: each thread scores its key for all heads, then each slice gathers the values of its share.
     for (var tile = start; tile < end; tile += WORKGROUP_SIZE) {
@@ -193,6 +222,24 @@ fn main(
     }
 #endif
 
+#if ALONE
+    if lane < HEAD_UNITS {
+        for (var h = 0u; h < num_heads; h++) {
+#if SPLIT
+            let at = (head + h) * NUM_SPLITS + workgroup.z;
+            let result = out[h];
+            if lane == 0u {
+                partial_stats[at] = vec2<f32>(highest[h], sum[h]);
+            }
+#else
+            let at = head + h;
+            let result = out[h] * (1.0 / max(sum[h], 1e-30));
+#endif
+            partial_out[at * HEAD_QUADS + 2u * lane] = result[0];
+            partial_out[at * HEAD_QUADS + 2u * lane + 1u] = result[1];
+        }
+    }
+#else
     let part = thread / WIDTH;
     if thread % WIDTH < HEAD_UNITS {
         for (var h = 0u; h < HEADS; h++) {
@@ -230,4 +277,5 @@ fn main(
         partial_out[(head + h) * HEAD_QUADS + quad] = all_out / max(all_sum, 1e-30);
 #endif
     }
+#endif
 }

@@ -3,8 +3,9 @@
 //           attention partials; then shared/epilogue.wgsl
 // Why       the weights are the traffic: they are fetched to registers before the activation is staged, each is
 //           read once for ROWS rows, and every fusion saves a dependent dispatch. A software rasteriser reads a buffer
-//           lane by lane but gathers texels, and a barrier costs it more than a product: there (TEXELS) w is a
-//           texture, LANES lanes hold the activation and share each output in turn, nothing is staged
+//           lane by lane but texels whole, and a barrier costs it more than a product: there (TEXELS) w is a storage
+//           texture (a sampled one pays for levels), LANES lanes hold the activation and share each pair of outputs
+//           in turn, nothing is staged
 // Shapes    active_rows [n]; w [O, K] units of 8, or quantised rows; x compact [n, K], stream [T, K] (X_BY_ROW) or
 //           partials [n, H, S, hd] (MERGE); norm_weight [K]; stats [n, H, S] (max, sum); outputs as the epilogue says
 // Bindings  0 params uniform; 1 active_rows read; 2 w read [!TEXELS]; 2 w_texels texture [TEXELS]; 3 x read;
@@ -16,7 +17,7 @@
 //           each owns PAIRS pairs of outputs
 // Spec      IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, WIDE, of a quantised row 16 bytes of codes;
 //           CHUNK units staged or held at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH steps of weights in flight before the
-//           activation is ready; TEXELS: w in rows of TEXEL_ROW texels, UNIT = 8, GROUPS = 1, PAIRS a multiple of LANES,
+//           activation is ready; TEXELS: w in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a multiple of LANES,
 //           STEPS = CHUNK / LANES; PARTS = UNIT / 8; LOG2_LANES; NORM, or MERGE of SPLITS partials, or
 //           neither; X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the
 //           subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of
@@ -46,9 +47,11 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
 #if TEXELS
-@group(0) @binding(2) var w_texels: texture_2d<u32>;
+@group(0) @binding(2) var w_texels: texture_storage_2d<rgba32uint, read>;
 #elif QUANTISED
 @group(0) @binding(2) var<storage, read> w: array<vec4<u32>>;
+#else
+@group(0) @binding(2) var<storage, read> w: array<WeightUnit>;
 #else
 @group(0) @binding(2) var<storage, read> w: array<WeightUnit>;
 #endif
@@ -79,37 +82,25 @@ var<workgroup> lane_scratch: array<f32, THREADS>;
 
 #if TEXELS
 fn texel(at: u32) -> vec4<u32> {
-    return textureLoad(w_texels, vec2<u32>(at % TEXEL_ROW, at / TEXEL_ROW), 0);
+    return textureLoad(w_texels, vec2<u32>(at % TEXEL_ROW, at / TEXEL_ROW));
 }
 
-#if QUANTISED
-fn weight_word(at: u32) -> u32 {
-    return texel(at / 4u)[at % 4u];
-}
-
-#endif
-fn load_weights(row: u32, unit: u32) -> mat2x4<f32> {
-#if QUANTISED
-    return dequantise(load_unit(row * row_quads(IN_FEATURES), unit, IN_FEATURES));
-#elif WEIGHT_F16
-    return unpack_weights(texel(row * UNITS + unit));
-#elif WEIGHT_BF16
-    return unpack_weights(texel(row * UNITS + unit));
-#else
-    let at = 2u * (row * UNITS + unit);
-    return mat2x4<f32>(bitcast<vec4<f32>>(texel(at)), bitcast<vec4<f32>>(texel(at + 1u)));
-#endif
-}
 #else
 fn padded(c: u32) -> u32 {
     return c + (c >> 3u);
 }
+#endif
+
 #if QUANTISED
 // Inputs past the end of a row are zero where its last unit has more than there are.
 const WHOLE_UNITS: bool = IN_FEATURES % UNIT == 0u;
 
 fn weight_word(at: u32) -> u32 {
+#if TEXELS
+    return texel(at / 4u)[at % 4u];
+#else
     return w[at / 4u][at % 4u];
+#endif
 }
 
 #if WIDE
@@ -120,7 +111,21 @@ struct LoadedUnit {
 
 fn fetch(row: u32, unit: u32) -> LoadedUnit {
     let start = row * row_quads(IN_FEATURES);
-    return LoadedUnit(w[start + unit], weight_word(start * 4u + parameters_at(unit * UNIT / GROUP, IN_FEATURES)));
+    let parameters = weight_word(start * 4u + parameters_at(unit * UNIT / GROUP, IN_FEATURES));
+#if TEXELS
+    return LoadedUnit(texel(start + unit), parameters);
+#else
+    return LoadedUnit(w[start + unit], parameters);
+#endif
+}
+
+// Elements 8 * part and the 7 after it, unscaled.
+fn codes_of(loaded: LoadedUnit, part: u32) -> mat2x4<f32> {
+#if WEIGHT_Q8
+    return code_values(vec2<u32>(loaded.codes[2u * part], loaded.codes[2u * part + 1u]));
+#else
+    return code_values(loaded.codes[part]);
+#endif
 }
 #else
 alias LoadedUnit = QuantisedUnit;
@@ -128,8 +133,37 @@ alias LoadedUnit = QuantisedUnit;
 fn fetch(row: u32, unit: u32) -> LoadedUnit {
     return load_unit(row * row_quads(IN_FEATURES), unit, IN_FEATURES);
 }
+
+fn codes_of(loaded: LoadedUnit, part: u32) -> mat2x4<f32> {
+    return code_values(loaded.codes);
+}
+#endif
 #endif
 
+#if TEXELS
+#if QUANTISED
+fn weights_of(loaded: LoadedUnit, unit: u32, part: u32) -> mat2x4<f32> {
+    return scaled(codes_of(loaded, part), unpack_parameters(loaded.parameters, unit * UNIT / GROUP));
+}
+#else
+alias LoadedUnit = mat2x4<f32>;
+
+fn fetch(row: u32, unit: u32) -> LoadedUnit {
+#if WEIGHT_F16
+    return unpack_weights(texel(row * UNITS + unit));
+#elif WEIGHT_BF16
+    return unpack_weights(texel(row * UNITS + unit));
+#else
+    let at = 2u * (row * UNITS + unit);
+    return mat2x4<f32>(bitcast<vec4<f32>>(texel(at)), bitcast<vec4<f32>>(texel(at + 1u)));
+#endif
+}
+
+fn weights_of(loaded: LoadedUnit, unit: u32, part: u32) -> mat2x4<f32> {
+    return loaded;
+}
+#endif
+#elif QUANTISED
 // Adds what unit `base + unit` of the rows, as loaded, gives with the staged inputs.
 fn add_unit(
     base: u32,
@@ -150,13 +184,7 @@ fn add_unit(
 #repeat part PARTS
     var weights: array<mat2x4<f32>, OUTPUTS>;
     for (var o = 0u; o < OUTPUTS; o++) {
-#if !WIDE
-        weights[o] = code_values((*loaded)[o].codes);
-#elif WEIGHT_Q8
-        weights[o] = code_values(vec2<u32>((*loaded)[o].codes[2u * part], (*loaded)[o].codes[2u * part + 1u]));
-#else
-        weights[o] = code_values((*loaded)[o].codes[part]);
-#endif
+        weights[o] = codes_of((*loaded)[o], part);
     }
     let c = 2u * (PARTS * unit + part);
     for (var m = 0u; m < ROWS; m++) {
@@ -187,11 +215,17 @@ fn fetch(row: u32, unit: u32) -> LoadedUnit {
     return w[row * UNITS + unit];
 }
 #endif
-#endif
 
 #if SUBGROUP
 fn lane_sum(value: f32, thread: u32, lane: u32) -> f32 {
-#if SUBGROUP_EXACT
+#if TEXELS
+    // A software rasteriser adds and shuffles lane by lane but broadcasts in one instruction.
+    var sum = 0.0;
+#repeat giver LANES
+    sum += subgroupBroadcast(value, giver);
+#endrepeat
+    return sum;
+#elif SUBGROUP_EXACT
     return subgroupAdd(value);
 #else
     // Counted steps, not a halving variable: compilers unroll only the former.
@@ -269,8 +303,8 @@ fn main(
     let last_row = params.num_outputs - 1u;
 
     // Indexed by the loop's own variable alone, which makes compilers unroll the loop and keep registers.
-    var low: array<array<vec4<f32>, STEPS>, ROWS>;
-    var high: array<array<vec4<f32>, STEPS>, ROWS>;
+    var low: array<array<array<vec4<f32>, PARTS>, STEPS>, ROWS>;
+    var high: array<array<array<vec4<f32>, PARTS>, STEPS>, ROWS>;
     var factor: array<f32, ROWS>;
     for (var m = 0u; m < ROWS; m++) {
         factor[m] = 1.0;
@@ -294,40 +328,53 @@ fn main(
                 for (var m = 0u; m < ROWS; m++) {
                     let entry = active_rows[first_entry + m];
                     for (var h = 0u; h < STEPS; h++) {
-                        let unit = base + h * LANES + lane;
+#repeat part PARTS
+                        let c = 2u * (PARTS * (base + h * LANES + lane) + part);
                         var x0 = vec4<f32>();
                         var x1 = vec4<f32>();
-                        if entry.row != NONE && unit < UNITS {
-                            x0 = load_x(first_entry + m, entry, 2u * unit);
-                            x1 = load_x(first_entry + m, entry, 2u * unit + 1u);
+                        if entry.row != NONE && c < IN_FEATURES / 4u {
+                            x0 = load_x(first_entry + m, entry, c);
+                            x1 = load_x(first_entry + m, entry, c + 1u);
 #if NORM
                             if block == 0u {
                                 square[m] += dot(x0, x0) + dot(x1, x1);
                             }
-                            x0 *= norm_weight[2u * unit];
-                            x1 *= norm_weight[2u * unit + 1u];
+                            x0 *= norm_weight[c];
+                            x1 *= norm_weight[c + 1u];
 #endif
                         }
-                        low[m][h] = x0;
-                        high[m][h] = x1;
+                        low[m][h][part] = x0;
+                        high[m][h][part] = x1;
+#endrepeat
                     }
                 }
             }
-            for (var o = 0u; o < 2u * LANES; o++) {
-                let row = min(2u * (workgroup.x * PAIRS + block) + o, last_row);
-                var partial: array<f32, ROWS>;
+            for (var pair = 0u; pair < LANES; pair++) {
+                let output = 2u * (workgroup.x * PAIRS + block + pair);
+                let row = min(output, last_row);
+                let next_row = min(output + 1u, last_row);
+                var partial: array<vec2<f32>, ROWS>;
                 for (var m = 0u; m < ROWS; m++) {
-                    partial[m] = 0.0;
+                    partial[m] = vec2<f32>();
                 }
                 for (var h = 0u; h < STEPS; h++) {
-                    let weights = load_weights(row, min(base + h * LANES + lane, UNITS - 1u));
+                    let unit = min(base + h * LANES + lane, UNITS - 1u);
+                    let loaded = fetch(row, unit);
+                    let next_loaded = fetch(next_row, unit);
+#repeat part PARTS
+                    let a = weights_of(loaded, unit, part);
+                    let b = weights_of(next_loaded, unit, part);
                     for (var m = 0u; m < ROWS; m++) {
-                        partial[m] += dot(weights[0], low[m][h]) + dot(weights[1], high[m][h]);
+                        partial[m] += vec2<f32>(
+                            dot(a[0], low[m][h][part]) + dot(a[1], high[m][h][part]),
+                            dot(b[0], low[m][h][part]) + dot(b[1], high[m][h][part]),
+                        );
                     }
+#endrepeat
                 }
-                let own = vec2<bool>(o == 2u * lane, o == 2u * lane + 1u);
                 for (var m = 0u; m < ROWS; m++) {
-                    sums[m] += select(vec2<f32>(), vec2<f32>(lane_sum(partial[m], thread, lane)), own);
+                    let sum = vec2<f32>(lane_sum(partial[m].x, thread, lane), lane_sum(partial[m].y, thread, lane));
+                    sums[m] += select(vec2<f32>(), sum, pair == lane);
                 }
             }
         }

@@ -18,7 +18,7 @@ pub enum Access {
     ReadWrite,
     /// `var<uniform>`.
     Uniform,
-    /// `texture_2d<u32>`: a weight on a software rasteriser.
+    /// `texture_storage_2d<rgba32uint, read>`: a weight on a software rasteriser.
     Texels,
 }
 
@@ -206,10 +206,10 @@ fn layout_entry(index: u32, access: Access) -> wgpu::BindGroupLayoutEntry {
             Access::Read => buffer(wgpu::BufferBindingType::Storage { read_only: true }),
             Access::ReadWrite => buffer(wgpu::BufferBindingType::Storage { read_only: false }),
             Access::Uniform => buffer(wgpu::BufferBindingType::Uniform),
-            Access::Texels => wgpu::BindingType::Texture {
-                sample_type: wgpu::TextureSampleType::Uint,
+            Access::Texels => wgpu::BindingType::StorageTexture {
+                access: wgpu::StorageTextureAccess::ReadOnly,
+                format: wgpu::TextureFormat::Rgba32Uint,
                 view_dimension: wgpu::TextureViewDimension::D2,
-                multisampled: false,
             },
         },
         count: None,

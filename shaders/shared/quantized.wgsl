@@ -82,9 +82,11 @@ fn unpack_parameters(parameters: u32, group: u32) -> vec2<f32> {
 }
 #endif
 
-fn dequantise(unit: QuantisedUnit) -> mat2x4<f32> {
-    let parameters = unpack_parameters(unit.parameters, unit.group);
-    let codes = code_values(unit.codes);
+fn scaled(codes: mat2x4<f32>, parameters: vec2<f32>) -> mat2x4<f32> {
     return mat2x4<f32>(codes[0] * parameters.x + parameters.y, codes[1] * parameters.x + parameters.y);
+}
+
+fn dequantise(unit: QuantisedUnit) -> mat2x4<f32> {
+    return scaled(code_values(unit.codes), unpack_parameters(unit.parameters, unit.group));
 }
 #endif

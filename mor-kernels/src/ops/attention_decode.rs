@@ -161,6 +161,8 @@ pub struct AttentionDecodeBindings<'a> {
 /// How a specialisation lays its threads out.
 struct Layout {
     subgroups: bool,
+    /// Whether the workgroup is one subgroup that goes through the keys one by one.
+    alone: bool,
     /// Threads that share a key.
     lanes: u32,
     /// Threads that leave one partial result.
@@ -263,10 +265,11 @@ impl AttentionDecode {
     fn layout(&self, caps: &DeviceCaps) -> Layout {
         let lanes = self.shape.head_units().next_power_of_two();
         let heads = self.shape.group_size().div_ceil(self.head_blocks());
-        match caps.lanes() {
-            Lanes::Subgroup { width } if lanes <= width => Layout { subgroups: true, lanes, width, heads },
-            _ => Layout { subgroups: false, lanes, width: lanes, heads },
-        }
+        let (subgroups, width) = match caps.lanes() {
+            Lanes::Subgroup { width } if lanes <= width => (true, width),
+            _ => (false, lanes),
+        };
+        Layout { subgroups, alone: subgroups && lanes == self.workgroup_size, lanes, width, heads }
     }
 }
 
@@ -289,6 +292,8 @@ impl Kernel for AttentionDecode {
             .u32("KEYS", if caps.is_cpu { 2 } else { 4 })
             .flag("SPLIT", self.num_splits > 1)
             .flag("SUBGROUP", layout.subgroups)
+            .flag("ALONE", layout.alone)
+            .flag("TILE_IN_PAGE", layout.alone && self.shape.kv_table == KvTable::Pages)
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
@@ -306,6 +311,9 @@ impl Kernel for AttentionDecode {
 
     fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32 {
         let layout = self.layout(caps);
+        if layout.alone {
+            return 0;
+        }
         self.workgroup_size / layout.width * layout.heads * (4 * self.shape.head_dim + 8)
     }
 }

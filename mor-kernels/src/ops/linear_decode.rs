@@ -96,7 +96,7 @@ pub struct LinearDecode {
     pub epilogue: EpilogueKind,
     /// Active rows one workgroup handles.
     pub rows: u32,
-    /// Elements of a weight that a lane fetches at once: 8, or 16 bytes of codes where enough inputs are staged for as
+    /// Elements of a weight that a lane fetches at once: 8, or 16 bytes of codes unless too few inputs are staged for as
     /// many lanes.
     pub unit: u32,
     /// Lanes that share an output, no more than a row has units.
@@ -134,17 +134,17 @@ impl LinearDecode {
         let mut kernel =
             Self { in_features, weight_dtype, prologue, epilogue, rows, unit: 8, lanes: 1, pairs: 1, groups: 1 };
         let width = caps.lanes().width();
-        if caps.is_cpu {
-            // A software rasteriser pays for every load of every lane: many outputs share one of the activation.
-            return Self { lanes: width, pairs: 32, ..kernel };
-        }
-        // Wide workgroups stage the activation fewer times; several rows need the memory for their sums.
-        kernel.groups = if rows == 1 { 256.min(caps.max_workgroup_size) } else { 128 };
         let wide = match weight_dtype {
             DType::Q8 => 16,
             DType::Q4 => 32,
             _ => 8,
         };
+        if caps.is_cpu {
+            // A software rasteriser pays for every load of every lane: many outputs share one of the activation.
+            return Self { unit: wide, lanes: width, pairs: 32, ..kernel };
+        }
+        // Wide workgroups stage the activation fewer times; several rows need the memory for their sums.
+        kernel.groups = if rows == 1 { 256.min(caps.max_workgroup_size) } else { 128 };
         if wide / 8 * WIDEST_LANES <= kernel.fitting(caps) {
             kernel.unit = wide;
         }
@@ -185,7 +185,8 @@ impl LinearDecode {
     fn chunk(&self, caps: &DeviceCaps) -> u32 {
         let groups = self.in_features.div_ceil(8);
         if caps.is_cpu {
-            return groups.div_ceil(self.lanes).min((24 / self.rows).max(4)) * self.lanes;
+            let step = self.lanes * self.unit / 8;
+            return groups.div_ceil(step).min(((24 / self.rows).max(4) * 8 / self.unit).max(1)) * step;
         }
         let (fitting, step) = (self.fitting(caps), WIDEST_LANES * self.unit / 8);
         let whole = groups.next_multiple_of(4);
