@@ -6,8 +6,8 @@
 //           which fills a GPU whose output has few tiles; COOPERATIVE: matrix units multiply. Otherwise, for software
 //           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads one
 //           row of x for all
-// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32; w [O, K] units of 8; norm_weight [K]
-//           f32; outputs as the epilogue says; row-major
+// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32; w [O, K] units of 8 or quantised
+//           rows; norm_weight [K] f32; outputs as the epilogue says; row-major
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
@@ -21,8 +21,9 @@
 //           slice's sums no more than the memory of the tiles; COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N
 //           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups; NORM,
 //           of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST:
-//           TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
-//           SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
+//           TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in
+//           groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN:
+//           the epilogue; KV_F16: QKV into f16 caches
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
 //           4 * SPLIT_K * (TILE_M / FRAGMENTS_M) * (TILE_N + 4), with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
@@ -37,6 +38,7 @@ enable wgpu_cooperative_matrix;
 #endif
 #import shared/rows
 #import shared/weights
+#import shared/quantized
 
 struct Params {
     num_outputs: u32,
@@ -59,19 +61,55 @@ fn half_weights(u: LoadUnit) -> mat2x4<f16> {
     return u;
 }
 #else
-alias LoadUnit = WeightUnit;
+alias LoadUnit = UnpackedUnit;
 fn half_weights(u: LoadUnit) -> mat2x4<f16> {
-    let weights = unpack_weights(u);
+    let weights = unpack(u);
     return mat2x4<f16>(vec4<f16>(weights[0]), vec4<f16>(weights[1]));
 }
 #endif
 #else
-alias LoadUnit = WeightUnit;
+alias LoadUnit = UnpackedUnit;
+#endif
+#if QUANTISED
+alias UnpackedUnit = QuantisedUnit;
+// The parts of a unit lie apart.
+alias StoredUnit = u32;
+
+fn weight_word(at: u32) -> u32 {
+    return w[at];
+}
+
+fn row_start(n: u32) -> u32 {
+    return n * row_quads(IN_FEATURES);
+}
+
+fn fetch(start: u32, unit: u32) -> LoadUnit {
+    return load_unit(start, unit, IN_FEATURES);
+}
+
+fn unpack(u: UnpackedUnit) -> mat2x4<f32> {
+    return dequantise(u);
+}
+#else
+alias UnpackedUnit = WeightUnit;
+alias StoredUnit = LoadUnit;
+
+fn row_start(n: u32) -> u32 {
+    return n * UNITS;
+}
+
+fn fetch(start: u32, unit: u32) -> LoadUnit {
+    return w[start + unit];
+}
+
+fn unpack(u: UnpackedUnit) -> mat2x4<f32> {
+    return unpack_weights(u);
+}
 #endif
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
-@group(0) @binding(2) var<storage, read> w: array<LoadUnit>;
+@group(0) @binding(2) var<storage, read> w: array<StoredUnit>;
 @group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
 #if NORM
 @group(0) @binding(5) var<storage, read> norm_weight: array<vec4<f32>>;
@@ -112,7 +150,7 @@ fn load_x(start: u32, c: u32) -> vec4<f32> {
 }
 
 fn load_w(start: u32, unit: u32) -> LoadUnit {
-    return w[start + select(min(unit, UNITS - 1u), unit, WHOLE_TILES)];
+    return fetch(start, select(min(unit, UNITS - 1u), unit, WHOLE_TILES));
 }
 #if NORM
 
@@ -170,7 +208,7 @@ fn stage_x(m: u32, c: u32, value: vec4<f32>) {
 
 fn stage_w(n: u32, unit: u32, value: LoadUnit) {
     let to = W_TILE + (n / 2u + n % 2u * (TILE_N / 2u)) * STRIDE + 2u * unit;
-    let weights = unpack_weights(value);
+    let weights = unpack(value);
     tiles[to] = weights[0];
     tiles[to + 1u] = weights[1];
 }
@@ -245,7 +283,7 @@ fn main(
     var w_from: array<u32, W_LOADS>;
     for (var l = 0u; l < W_LOADS; l++) {
         let n = (thread + l * THREADS) / (TILE_K / 8u);
-        w_from[l] = min(first_column + n, last_column) * UNITS;
+        w_from[l] = row_start(min(first_column + n, last_column));
     }
     var x_ahead: array<vec4<f32>, AHEAD * X_LOADS>;
     var w_ahead: array<LoadUnit, AHEAD * W_LOADS>;
@@ -357,7 +395,7 @@ fn main(
     var w_from: array<u32, THREAD_N>;
     for (var j = 0u; j < THREAD_N; j++) {
         let n = first_column + 2u * (thread_n + j / 2u * THREADS_N) + j % 2u;
-        w_from[j] = min(n, last_column) * UNITS;
+        w_from[j] = row_start(min(n, last_column));
     }
 #if BROADCAST
     // Each lane loads one row of x for all lanes.
@@ -371,7 +409,7 @@ fn main(
     for (var unit = 0u; unit < UNITS; unit++) {
         var b: array<mat2x4<f32>, THREAD_N>;
         for (var j = 0u; j < THREAD_N; j++) {
-            b[j] = unpack_weights(w[w_from[j] + unit]);
+            b[j] = unpack(fetch(w_from[j], unit));
         }
 #if BROADCAST
         let low = x[x_from + 2u * unit];

@@ -6,8 +6,8 @@
 //           lane by lane but texels whole, and a barrier costs it more than a product: there (TEXELS) w is a storage
 //           texture (a sampled one pays for levels), LANES lanes hold the activation and share each pair of outputs
 //           in turn, nothing is staged
-// Shapes    active_rows [n]; w [O, K] units of 8; x compact [n, K], stream [T, K] (X_BY_ROW) or partials [n, H, S, hd]
-//           (MERGE); norm_weight [K]; stats [n, H, S] (max, sum); outputs as the epilogue says
+// Shapes    active_rows [n]; w [O, K] units of 8, or quantised rows; x compact [n, K], stream [T, K] (X_BY_ROW) or
+//           partials [n, H, S, hd] (MERGE); norm_weight [K]; stats [n, H, S] (max, sum); outputs as the epilogue says
 // Bindings  0 params uniform; 1 active_rows read; 2 w read [!TEXELS]; 2 w_texels texture [TEXELS]; 3 x read;
 //           4 out write; 5 norm_weight read [NORM]; 5 stats read [MERGE];
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
@@ -15,18 +15,21 @@
 //           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]
 // Grid      (ceil(O / (2 * GROUPS * PAIRS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs
-// Spec      IN_FEATURES multiple of 8; CHUNK units of 8 staged or held at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH
-//           steps of weights in flight before the activation is ready; TEXELS: w in rows of TEXEL_ROW texels, GROUPS = 1,
-//           PAIRS a multiple of LANES, STEPS = CHUNK / LANES; LOG2_LANES; NORM, or MERGE of SPLITS partials, or
+// Spec      IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, WIDE, of a quantised row 16 bytes of codes;
+//           CHUNK units staged or held at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH steps of weights in flight before the
+//           activation is ready; TEXELS: w in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a multiple of LANES,
+//           STEPS = CHUNK / LANES; PARTS = UNIT / 8; LOG2_LANES; NORM, or MERGE of SPLITS partials, or
 //           neither; X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the
-//           subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither; STORE, GELU, RESIDUAL
-//           (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
-// Limits    16 * ROWS * (2 * CHUNK + CHUNK / 4 + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES
+//           subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of
+//           GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the
+//           epilogue; KV_F16: QKV into f16 caches
+// Limits    16 * ROWS * (2 * CHUNK * PARTS + CHUNK * PARTS / 4 + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES
 //           more, without SUBGROUP 4 * GROUPS * LANES more; with TEXELS the last alone
-// Numerics  f32; lane-strided partial sums, then a tree over lanes
+// Numerics  f32; lane-strided partial sums, then a tree over lanes; codes are summed before they are scaled
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
 #import shared/rows
 #import shared/weights
+#import shared/quantized
 
 struct Params {
     num_outputs: u32,
@@ -45,6 +48,10 @@ struct Params {
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
 #if TEXELS
 @group(0) @binding(2) var w_texels: texture_storage_2d<rgba32uint, read>;
+#elif QUANTISED
+@group(0) @binding(2) var<storage, read> w: array<vec4<u32>>;
+#else
+@group(0) @binding(2) var<storage, read> w: array<WeightUnit>;
 #else
 @group(0) @binding(2) var<storage, read> w: array<WeightUnit>;
 #endif
@@ -57,12 +64,12 @@ struct Params {
 #endif
 #import shared/epilogue
 
-const UNITS: u32 = IN_FEATURES / 8u;
+const UNITS: u32 = (IN_FEATURES + UNIT - 1u) / UNIT;
 const THREADS: u32 = LANES * GROUPS;
 #if !TEXELS
 const OUTPUTS: u32 = 2u * PAIRS;
 // One vec4 of padding after every 8 spreads the lanes' strided reads over the banks.
-const ROW_STRIDE: u32 = CHUNK * 2u + CHUNK / 4u + 1u;
+const ROW_STRIDE: u32 = CHUNK * PARTS * 2u + CHUNK * PARTS / 4u + 1u;
 
 var<workgroup> staged: array<vec4<f32>, ROWS * ROW_STRIDE>;
 #if NORM
@@ -78,18 +85,134 @@ fn texel(at: u32) -> vec4<u32> {
     return textureLoad(w_texels, vec2<u32>(at % TEXEL_ROW, at / TEXEL_ROW));
 }
 
-fn load_weights(unit: u32) -> mat2x4<f32> {
-#if WEIGHT_F16
-    return unpack_weights(texel(unit));
-#elif WEIGHT_BF16
-    return unpack_weights(texel(unit));
-#else
-    return mat2x4<f32>(bitcast<vec4<f32>>(texel(2u * unit)), bitcast<vec4<f32>>(texel(2u * unit + 1u)));
-#endif
-}
 #else
 fn padded(c: u32) -> u32 {
     return c + (c >> 3u);
+}
+#endif
+
+#if QUANTISED
+// Inputs past the end of a row are zero where its last unit has more than there are.
+const WHOLE_UNITS: bool = IN_FEATURES % UNIT == 0u;
+
+fn weight_word(at: u32) -> u32 {
+#if TEXELS
+    return texel(at / 4u)[at % 4u];
+#else
+    return w[at / 4u][at % 4u];
+#endif
+}
+
+#if WIDE
+struct LoadedUnit {
+    codes: vec4<u32>,
+    parameters: u32,
+}
+
+fn fetch(row: u32, unit: u32) -> LoadedUnit {
+    let start = row * row_quads(IN_FEATURES);
+    let parameters = weight_word(start * 4u + parameters_at(unit * UNIT / GROUP, IN_FEATURES));
+#if TEXELS
+    return LoadedUnit(texel(start + unit), parameters);
+#else
+    return LoadedUnit(w[start + unit], parameters);
+#endif
+}
+
+// Elements 8 * part and the 7 after it, unscaled.
+fn codes_of(loaded: LoadedUnit, part: u32) -> mat2x4<f32> {
+#if WEIGHT_Q8
+    return code_values(vec2<u32>(loaded.codes[2u * part], loaded.codes[2u * part + 1u]));
+#else
+    return code_values(loaded.codes[part]);
+#endif
+}
+#else
+alias LoadedUnit = QuantisedUnit;
+
+fn fetch(row: u32, unit: u32) -> LoadedUnit {
+    return load_unit(row * row_quads(IN_FEATURES), unit, IN_FEATURES);
+}
+
+fn codes_of(loaded: LoadedUnit, part: u32) -> mat2x4<f32> {
+    return code_values(loaded.codes);
+}
+#endif
+#endif
+
+#if TEXELS
+#if QUANTISED
+fn weights_of(loaded: LoadedUnit, unit: u32, part: u32) -> mat2x4<f32> {
+    return scaled(codes_of(loaded, part), unpack_parameters(loaded.parameters, unit * UNIT / GROUP));
+}
+#else
+alias LoadedUnit = mat2x4<f32>;
+
+fn fetch(row: u32, unit: u32) -> LoadedUnit {
+#if WEIGHT_F16
+    return unpack_weights(texel(row * UNITS + unit));
+#elif WEIGHT_BF16
+    return unpack_weights(texel(row * UNITS + unit));
+#else
+    let at = 2u * (row * UNITS + unit);
+    return mat2x4<f32>(bitcast<vec4<f32>>(texel(at)), bitcast<vec4<f32>>(texel(at + 1u)));
+#endif
+}
+
+fn weights_of(loaded: LoadedUnit, unit: u32, part: u32) -> mat2x4<f32> {
+    return loaded;
+}
+#endif
+#elif QUANTISED
+// Adds what unit `base + unit` of the rows, as loaded, gives with the staged inputs.
+fn add_unit(
+    base: u32,
+    unit: u32,
+    loaded: ptr<function, array<LoadedUnit, OUTPUTS>>,
+    sums: ptr<function, array<f32, ROWS * OUTPUTS>>,
+) {
+    var products: array<f32, ROWS * OUTPUTS>;
+    for (var s = 0u; s < ROWS * OUTPUTS; s++) {
+        products[s] = 0.0;
+    }
+#if WEIGHT_Q4
+    var inputs: array<f32, ROWS>;
+    for (var m = 0u; m < ROWS; m++) {
+        inputs[m] = 0.0;
+    }
+#endif
+#repeat part PARTS
+    var weights: array<mat2x4<f32>, OUTPUTS>;
+    for (var o = 0u; o < OUTPUTS; o++) {
+        weights[o] = codes_of((*loaded)[o], part);
+    }
+    let c = 2u * (PARTS * unit + part);
+    for (var m = 0u; m < ROWS; m++) {
+        let x0 = staged[m * ROW_STRIDE + padded(c)];
+        let x1 = staged[m * ROW_STRIDE + padded(c + 1u)];
+#if WEIGHT_Q4
+        inputs[m] += dot(x0 + x1, vec4<f32>(1.0));
+#endif
+        for (var o = 0u; o < OUTPUTS; o++) {
+            products[m * OUTPUTS + o] += dot(weights[o][0], x0) + dot(weights[o][1], x1);
+        }
+    }
+#endrepeat
+    for (var o = 0u; o < OUTPUTS; o++) {
+        let parameters = unpack_parameters((*loaded)[o].parameters, (base + unit) * UNIT / GROUP);
+        for (var m = 0u; m < ROWS; m++) {
+            (*sums)[m * OUTPUTS + o] += parameters.x * products[m * OUTPUTS + o];
+#if WEIGHT_Q4
+            (*sums)[m * OUTPUTS + o] += parameters.y * inputs[m];
+#endif
+        }
+    }
+}
+#else
+alias LoadedUnit = WeightUnit;
+
+fn fetch(row: u32, unit: u32) -> LoadedUnit {
+    return w[row * UNITS + unit];
 }
 #endif
 
@@ -180,8 +303,8 @@ fn main(
     let last_row = params.num_outputs - 1u;
 
     // Indexed by the loop's own variable alone, which makes compilers unroll the loop and keep registers.
-    var low: array<array<vec4<f32>, STEPS>, ROWS>;
-    var high: array<array<vec4<f32>, STEPS>, ROWS>;
+    var low: array<array<array<vec4<f32>, PARTS>, STEPS>, ROWS>;
+    var high: array<array<array<vec4<f32>, PARTS>, STEPS>, ROWS>;
     var factor: array<f32, ROWS>;
     for (var m = 0u; m < ROWS; m++) {
         factor[m] = 1.0;
@@ -205,43 +328,49 @@ fn main(
                 for (var m = 0u; m < ROWS; m++) {
                     let entry = active_rows[first_entry + m];
                     for (var h = 0u; h < STEPS; h++) {
-                        let unit = base + h * LANES + lane;
+#repeat part PARTS
+                        let c = 2u * (PARTS * (base + h * LANES + lane) + part);
                         var x0 = vec4<f32>();
                         var x1 = vec4<f32>();
-                        if entry.row != NONE && unit < UNITS {
-                            x0 = load_x(first_entry + m, entry, 2u * unit);
-                            x1 = load_x(first_entry + m, entry, 2u * unit + 1u);
+                        if entry.row != NONE && c < IN_FEATURES / 4u {
+                            x0 = load_x(first_entry + m, entry, c);
+                            x1 = load_x(first_entry + m, entry, c + 1u);
 #if NORM
                             if block == 0u {
                                 square[m] += dot(x0, x0) + dot(x1, x1);
                             }
-                            x0 *= norm_weight[2u * unit];
-                            x1 *= norm_weight[2u * unit + 1u];
+                            x0 *= norm_weight[c];
+                            x1 *= norm_weight[c + 1u];
 #endif
                         }
-                        low[m][h] = x0;
-                        high[m][h] = x1;
+                        low[m][h][part] = x0;
+                        high[m][h][part] = x1;
+#endrepeat
                     }
                 }
             }
             for (var pair = 0u; pair < LANES; pair++) {
                 let output = 2u * (workgroup.x * PAIRS + block + pair);
-                let row = min(output, last_row) * UNITS;
-                let next_row = min(output + 1u, last_row) * UNITS;
+                let row = min(output, last_row);
+                let next_row = min(output + 1u, last_row);
                 var partial: array<vec2<f32>, ROWS>;
                 for (var m = 0u; m < ROWS; m++) {
                     partial[m] = vec2<f32>();
                 }
                 for (var h = 0u; h < STEPS; h++) {
                     let unit = min(base + h * LANES + lane, UNITS - 1u);
-                    let a = load_weights(row + unit);
-                    let b = load_weights(next_row + unit);
+                    let loaded = fetch(row, unit);
+                    let next_loaded = fetch(next_row, unit);
+#repeat part PARTS
+                    let a = weights_of(loaded, unit, part);
+                    let b = weights_of(next_loaded, unit, part);
                     for (var m = 0u; m < ROWS; m++) {
                         partial[m] += vec2<f32>(
-                            dot(a[0], low[m][h]) + dot(a[1], high[m][h]),
-                            dot(b[0], low[m][h]) + dot(b[1], high[m][h]),
+                            dot(a[0], low[m][h][part]) + dot(a[1], high[m][h][part]),
+                            dot(b[0], low[m][h][part]) + dot(b[1], high[m][h][part]),
                         );
                     }
+#endrepeat
                 }
                 for (var m = 0u; m < ROWS; m++) {
                     let sum = vec2<f32>(lane_sum(partial[m].x, thread, lane), lane_sum(partial[m].y, thread, lane));
@@ -283,23 +412,28 @@ fn main(
 
     for (var base = 0u; base < UNITS; base += CHUNK) {
         let units = min(CHUNK, UNITS - base);
-        var ahead: array<WeightUnit, PREFETCH * OUTPUTS>;
+        var ahead: array<LoadedUnit, PREFETCH * OUTPUTS>;
         for (var p = 0u; p < PREFETCH; p++) {
             let unit = min(p * LANES + lane, units - 1u);
             for (var o = 0u; o < OUTPUTS; o++) {
-                ahead[p * OUTPUTS + o] = w[min(first_pair * 2u + o, last_row) * UNITS + base + unit];
+                ahead[p * OUTPUTS + o] = fetch(min(first_pair * 2u + o, last_row), base + unit);
             }
         }
         for (var m = 0u; m < ROWS; m++) {
             let entry = active_rows[first_entry + m];
-            for (var c = thread; c < units * 2u; c += THREADS) {
+            for (var c = thread; c < units * PARTS * 2u; c += THREADS) {
+                let at = base * PARTS * 2u + c;
                 var value = vec4<f32>();
+#if QUANTISED
+                if entry.row != NONE && (WHOLE_UNITS || at < IN_FEATURES / 4u) {
+#else
                 if entry.row != NONE {
-                    value = load_x(first_entry + m, entry, base * 2u + c);
+#endif
+                    value = load_x(first_entry + m, entry, at);
                 }
 #if NORM
                 square[m] += dot(value, value);
-                value *= norm_weight[base * 2u + c];
+                value *= norm_weight[min(at, IN_FEATURES / 4u - 1u)];
 #endif
                 staged[m * ROW_STRIDE + padded(c)] = value;
             }
@@ -308,6 +442,13 @@ fn main(
         for (var p = 0u; p < PREFETCH; p++) {
             let unit = p * LANES + lane;
             if unit < units {
+#if QUANTISED
+                var loaded: array<LoadedUnit, OUTPUTS>;
+                for (var o = 0u; o < OUTPUTS; o++) {
+                    loaded[o] = ahead[p * OUTPUTS + o];
+                }
+                add_unit(base, unit, &loaded, &sums);
+#else
                 for (var m = 0u; m < ROWS; m++) {
                     let x0 = staged[m * ROW_STRIDE + padded(2u * unit)];
                     let x1 = staged[m * ROW_STRIDE + padded(2u * unit + 1u)];
@@ -316,12 +457,20 @@ fn main(
                         sums[m * OUTPUTS + o] += dot(weights[0], x0) + dot(weights[1], x1);
                     }
                 }
+#endif
             }
         }
         for (var unit = PREFETCH * LANES + lane; unit < units; unit += LANES) {
+#if QUANTISED
+            var loaded: array<LoadedUnit, OUTPUTS>;
+            for (var o = 0u; o < OUTPUTS; o++) {
+                loaded[o] = fetch(min(first_pair * 2u + o, last_row), base + unit);
+            }
+            add_unit(base, unit, &loaded, &sums);
+#else
             var weights: array<mat2x4<f32>, OUTPUTS>;
             for (var o = 0u; o < OUTPUTS; o++) {
-                weights[o] = unpack_weights(w[min(first_pair * 2u + o, last_row) * UNITS + base + unit]);
+                weights[o] = unpack_weights(fetch(min(first_pair * 2u + o, last_row), base + unit));
             }
             for (var m = 0u; m < ROWS; m++) {
                 let x0 = staged[m * ROW_STRIDE + padded(2u * unit)];
@@ -330,6 +479,7 @@ fn main(
                     sums[m * OUTPUTS + o] += dot(weights[o][0], x0) + dot(weights[o][1], x1);
                 }
             }
+#endif
         }
         // The next chunk overwrites the staged activation.
         workgroupBarrier();

@@ -1,9 +1,8 @@
 //! `linear`: the projections of every shape at 512 rows (prefill), those of one shape at every number of rows that decode
-//! batches have, f16 weights, then tiles the device might prefer; throughput counts FLOP. Ids end with `half` where
-//! activations may be rounded to f16.
+//! batches have, then tiles the device might prefer; f16 weights, and q8 and q4 where ids say so; throughput counts FLOP.
+//! Ids end with `half` where activations may be rounded to f16.
 
 use criterion::Criterion;
-use half::f16;
 use mor_bench::{SHAPES, Shape, record, time_flop};
 use mor_kernels::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use mor_kernels::gpu::Gpu;
@@ -22,9 +21,11 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     for shape in SHAPES {
         for (name, o, k) in projections(shape) {
             let id = format!("{}/{name}/512", shape.name);
-            product(criterion, gpu, &id, [512, o, k], &[tile(512, o, false)]);
-            if half_products {
-                product(criterion, gpu, &format!("{id}/half"), [512, o, k], &[tile(512, o, true)]);
+            for (id, dtype) in formats(&id) {
+                product(criterion, gpu, &id, [512, o, k], dtype, &[tile(512, o, false)]);
+                if half_products {
+                    product(criterion, gpu, &format!("{id}/half"), [512, o, k], dtype, &[tile(512, o, true)]);
+                }
             }
         }
     }
@@ -36,19 +37,25 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
         let head = ("head", shape.vocab_size, shape.hidden_size);
         for (name, o, k) in projections(shape).into_iter().chain([head]) {
             for n in [8, 16, 32, 64, 128, 256] {
-                let id = format!("360m/{name}/{n}");
-                product(criterion, gpu, &id, [n, o, k], &[tile(n, o, false)]);
-                if half_products {
-                    product(criterion, gpu, &format!("{id}/half"), [n, o, k], &[tile(n, o, true)]);
+                for (id, dtype) in formats(&format!("360m/{name}/{n}")) {
+                    product(criterion, gpu, &id, [n, o, k], dtype, &[tile(n, o, false)]);
+                    if half_products {
+                        product(criterion, gpu, &format!("{id}/half"), [n, o, k], dtype, &[tile(n, o, true)]);
+                    }
                 }
             }
         }
     }
     for (name, o, k) in [("down", 960, 2560), ("gate_up", 5120, 960)] {
         for n in [16, 64, 128, 512] {
-            product(criterion, gpu, &format!("tiles/360m/{name}/{n}"), [n, o, k], &candidates(gpu));
+            product(criterion, gpu, &format!("tiles/360m/{name}/{n}"), [n, o, k], DType::F16, &candidates(gpu));
         }
     }
+}
+
+/// The types that are timed, with their ids.
+fn formats(id: &str) -> [(String, DType); 3] {
+    [(id.to_owned(), DType::F16), (format!("{id}/q8"), DType::Q8), (format!("{id}/q4"), DType::Q4)]
 }
 
 /// Name, outputs and inputs of the matrices of a layer.
@@ -126,16 +133,16 @@ fn tile_id(tile: LinearTile) -> String {
 }
 
 /// Checks and times `y [n, o] = x [n, k] w^T` with each of `tiles`.
-fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3], tiles: &[LinearTile]) {
+fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3], dtype: DType, tiles: &[LinearTile]) {
     let mut rng = Rng::new(what);
     let (n_len, o_len, k_len) = (n as usize, o as usize, k as usize);
     let rows = parity::row_set(gpu, &parity::some_rows(&mut rng, n_len, n_len));
-    let (weight, w) = parity::upload_weight(gpu, &mut rng, o_len, k_len, DType::F16);
-    let w_halves: Vec<f16> = w.iter().copied().map(f16::from_f32).collect();
-    let count = if gpu.caps().is_cpu { 1 } else { WEIGHT_POOL_BYTES.div_ceil(2 * w.len()).min(64) };
+    let (weight, w) = parity::upload_weight(gpu, &mut rng, o_len, k_len, dtype);
+    let data: Vec<u8> = gpu.read(&weight).expect("the device answers");
+    let count = if gpu.caps().is_cpu { 1 } else { WEIGHT_POOL_BYTES.div_ceil(data.len()).min(64) };
     let mut weights = vec![weight];
     while weights.len() < count {
-        match Tensor::from_slice(gpu, "weight", DType::F16, &[o_len, k_len], &w_halves) {
+        match Tensor::from_slice(gpu, "weight", dtype, &[o_len, k_len], &data) {
             Ok(weight) => weights.push(weight),
             Err(error) => return eprintln!("{what} skipped: {error}"),
         }
@@ -149,7 +156,7 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3]
         let y = parity::Output::new(gpu, n_len * o_len);
         let kernel = Linear {
             in_features: k,
-            weight_dtype: DType::F16,
+            weight_dtype: dtype,
             prologue: Prologue::Compact { x: &input }.kind(),
             epilogue: EpilogueKind::Store,
             tile: *tile,

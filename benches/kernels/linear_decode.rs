@@ -1,5 +1,5 @@
-//! `linear_decode`: 1 and 4 rows (decode) of the projections of every shape, f16 and bf16 weights; throughput counts
-//! the bytes of the weights, which are the traffic.
+//! `linear_decode`: 1 and 4 rows (decode) of the projections of every shape, f16, bf16, q8 and q4 weights; throughput
+//! counts the bytes of the weights, which are the traffic.
 
 use criterion::Criterion;
 use mor_bench::{SHAPES, record, time};
@@ -30,7 +30,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
             ("lm_head", c, shape.vocab_size, true),
         ];
         for (name, k, o, normed) in projections {
-            for (dtype, suffix) in [(DType::F16, "f16"), (DType::BF16, "bf16")] {
+            for (dtype, suffix) in [(DType::F16, "f16"), (DType::BF16, "bf16"), (DType::Q8, "q8"), (DType::Q4, "q4")] {
                 product(criterion, gpu, &format!("{}/{name}/{suffix}", shape.name), [o, k], normed, dtype);
             }
         }
@@ -39,7 +39,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
 
 /// Checks and times `y [n, o] = norm(x [n, k]) w^T`, the norm only if `normed`.
 fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [o, k]: [u32; 2], normed: bool, dtype: DType) {
-    let bytes = u64::from(o) * u64::from(k) * dtype.bytes() as u64;
+    let bytes = u64::from(o) * dtype.row_bytes(k as usize) as u64;
     if bytes > gpu.caps().max_storage_binding_bytes {
         eprintln!("{what} skipped: {bytes} bytes of weights are more than one binding holds");
         return;
@@ -48,9 +48,9 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [o, k]: [u32; 2], n
     let mut rng = Rng::new(what);
     let distinct = DISTINCT_ROWS.min(o_len);
     let (rows_of_weight, w) = parity::upload_weight(gpu, &mut rng, distinct, k_len, dtype);
-    let mut bits: Vec<u16> = gpu.read(&rows_of_weight).expect("the device answers");
-    bits = bits.iter().copied().cycle().take(o_len * k_len).collect();
-    let weight = Tensor::from_slice(gpu, "weight", dtype, &[o_len, k_len], &bits).expect("it was asked for above");
+    let mut packed: Vec<u8> = gpu.read(&rows_of_weight).expect("the device answers");
+    packed = packed.iter().copied().cycle().take(bytes as usize).collect();
+    let weight = Tensor::from_slice(gpu, "weight", dtype, &[o_len, k_len], &packed).expect("it was asked for above");
     let weight = weight.into_weight(gpu).expect("a texture of as many bytes fits");
     let norm_weight = rng.normals(k_len);
     let norm_gpu = parity::upload(gpu, &norm_weight);

@@ -1,20 +1,22 @@
 //! Whole-model timings: prefill of a prompt and greedy decoding at batch 1, as Markdown rows.
 //!
 //! `cargo bench -p mor-bench --bench model -- [--config JSON | --model DIR]... [--device NAME] [--dtype f32|f16]`
-//! `[--prompt N] [--new N] [--repetitions N] [--profile]`. Configurations get random weights. Run as a test it does one short
+//! `[--quantize q8|q4] [--prompt N] [--new N] [--repetitions N] [--profile]`. Configurations get random weights. Run as a test it does one short
 //! repetition on the smallest configuration.
 
 use std::path::PathBuf;
 
 use mor_model::{Dtype, MorConfig};
 use mor_runtime::{
-    DeviceSelector, Event, GenerateRequest, ModelSource, Precision, SamplingParams, Session, SessionOptions, Summary,
+    DeviceSelector, Event, GenerateRequest, ModelSource, Precision, Quantization, SamplingParams, Session,
+    SessionOptions, Summary,
 };
 
 struct Options {
     sources: Vec<(String, ModelSource)>,
     device: DeviceSelector,
     precision: Option<Precision>,
+    quantize: Option<Quantization>,
     prompt: usize,
     new: usize,
     repetitions: usize,
@@ -38,6 +40,7 @@ fn bench(name: &str, source: &ModelSource, options: &Options) {
     session_options.precision = options.precision;
     // Every run shall read its prompt.
     session_options.batch.share_prefixes = false;
+    session_options.quantize = options.quantize;
     let mut session = Session::load(source.clone(), session_options).unwrap_or_else(|error| panic!("{name}: {error}"));
     let vocab_size = session.config().vocab_size as u32;
     let request = GenerateRequest {
@@ -72,7 +75,7 @@ fn bench(name: &str, source: &ModelSource, options: &Options) {
     println!(
         "| {name} | {} | {} | {} | {:.0} | {:.1} | {:.1} | {} | {:.3} | {:.1} |",
         session.device().name,
-        session.precision().as_str(),
+        session.config().quantization.map_or(session.precision().as_str(), Quantization::as_str),
         options.prompt,
         median(|summary| summary.prefill_tokens_per_s),
         decode,
@@ -88,6 +91,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Options {
         sources: Vec::new(),
         device: DeviceSelector::Best,
         precision: None,
+        quantize: None,
         prompt: 512,
         new: 128,
         repetitions: 5,
@@ -116,6 +120,13 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Options {
                     "f32" => Some(Precision::F32),
                     "f16" => Some(Precision::F16),
                     other => panic!("--dtype is f32 or f16, not {other}"),
+                }
+            }
+            "--quantize" => {
+                options.quantize = match value().as_str() {
+                    "q8" => Some(Quantization::Q8),
+                    "q4" => Some(Quantization::Q4),
+                    other => panic!("--quantize is q8 or q4, not {other}"),
                 }
             }
             "--prompt" => options.prompt = value().parse().expect("--prompt is a number"),

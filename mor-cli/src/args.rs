@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
-use mor_runtime::{DeviceSelector, KvStrategy, Precision, Routing};
+use mor_runtime::{DeviceSelector, KvStrategy, Precision, Quantization, Routing};
 
 /// Run Mixture-of-Recursions language models on any GPU.
 #[derive(Debug, Parser)]
@@ -26,6 +26,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Show a model's layers, parameters and memory
     Inspect(InspectArgs),
+    /// Write a model with its matrices as small integers
+    Quantize(QuantizeArgs),
     /// List the adapters of this machine
     Devices(DevicesArgs),
     /// Measure
@@ -86,6 +88,8 @@ pub(crate) struct GenerateArgs {
     /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     pub(crate) dtype: DtypeArg,
+    #[command(flatten)]
+    pub(crate) quantize: QuantizeArg,
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
@@ -136,6 +140,8 @@ pub(crate) struct BatchArgs {
     /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     pub(crate) dtype: DtypeArg,
+    #[command(flatten)]
+    pub(crate) quantize: QuantizeArg,
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
@@ -159,6 +165,8 @@ pub(crate) struct ForwardArgs {
     #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
+    pub(crate) quantize: QuantizeArg,
+    #[command(flatten)]
     pub(crate) device: DeviceArg,
 }
 
@@ -180,6 +188,8 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
+    pub(crate) quantize: QuantizeArg,
+    #[command(flatten)]
     pub(crate) device: DeviceArg,
     /// Print one JSON object
     #[arg(long)]
@@ -194,6 +204,19 @@ pub(crate) struct InspectArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct QuantizeArgs {
+    /// Model folder in Hugging Face layout
+    #[arg(value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Folder to write; must not exist
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+    /// 8 bits a weight, or 4
+    #[arg(long, value_enum)]
+    pub(crate) to: QuantizationArg,
 }
 
 #[derive(Debug, clap::Args)]
@@ -317,6 +340,34 @@ impl DtypeArg {
             DtypeArg::Auto => None,
             DtypeArg::F32 => Some(Precision::F32),
             DtypeArg::F16 => Some(Precision::F16),
+        }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct QuantizeArg {
+    /// Round the matrices to 8 or 4 bits a weight while loading
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    quantize: Option<QuantizationArg>,
+}
+
+impl QuantizeArg {
+    pub(crate) fn quantization(&self) -> Option<Quantization> {
+        self.quantize.map(QuantizationArg::quantization)
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum QuantizationArg {
+    Q8,
+    Q4,
+}
+
+impl QuantizationArg {
+    pub(crate) fn quantization(self) -> Quantization {
+        match self {
+            QuantizationArg::Q8 => Quantization::Q8,
+            QuantizationArg::Q4 => Quantization::Q4,
         }
     }
 }

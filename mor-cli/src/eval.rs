@@ -4,14 +4,14 @@ use std::ops::Range;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use mor_model::MorConfig;
+use mor_model::{MorConfig, Quantization};
 use mor_runtime::{Score, SessionOptions, Tokenizer};
 use serde::Serialize;
 
 use crate::args::EvalArgs;
 use crate::failure::bad_input;
 use crate::input::read_text;
-use crate::model::Model;
+use crate::model::{Model, storage};
 use crate::{print, print_json};
 
 /// What stands on the line between two documents.
@@ -29,6 +29,7 @@ struct Report<'a> {
     tokens_per_s: f64,
     routing: &'static str,
     dtype: &'static str,
+    quantization: Option<&'static str>,
     device: &'a str,
     backend: &'a str,
 }
@@ -44,7 +45,11 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let text = read_text(&args.text)?;
     let documents = chosen(split_documents(&text), args.documents.clone(), &origin)?;
 
-    let options = SessionOptions { precision: args.dtype.precision(), ..SessionOptions::default() };
+    let options = SessionOptions {
+        precision: args.dtype.precision(),
+        quantize: args.quantize.quantization(),
+        ..SessionOptions::default()
+    };
     let mut session = model.load(args.device.selector(), options)?;
     let tokenizer = session
         .tokenizer()
@@ -82,6 +87,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         tokens_per_s: totals.num_predicted as f64 / secs.max(1e-9),
         routing: args.routing.name(),
         dtype: session.precision().as_str(),
+        quantization: session.config().quantization.map(Quantization::as_str),
         device: &session.device().name,
         backend: &session.device().backend,
     };
@@ -97,7 +103,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         format!("mean_depth        {:.5}", report.mean_depth),
         format!("tokens/s          {:.1}", report.tokens_per_s),
         format!("routing           {}", report.routing),
-        format!("device            {} on \"{}\" ({})", report.dtype, report.device, report.backend),
+        format!("device            {} on \"{}\" ({})", storage(&session), report.device, report.backend),
     ];
     Ok(print(&format!("{}\n", lines.join("\n")))?)
 }

@@ -11,7 +11,7 @@ use safetensors::{Dtype, SafeTensors, View};
 
 use crate::args::ForwardArgs;
 use crate::failure::bad_input;
-use crate::model::Model;
+use crate::model::{Model, storage};
 use crate::note;
 
 pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
@@ -20,7 +20,11 @@ pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
     let batch = Batch::read(&args.tokens, &config)?;
     check_target(&args.out)?;
 
-    let options = SessionOptions { precision: args.dtype.precision(), ..SessionOptions::default() };
+    let options = SessionOptions {
+        precision: args.dtype.precision(),
+        quantize: args.quantize.quantization(),
+        ..SessionOptions::default()
+    };
     let mut session = model.load(args.device.selector(), options)?;
     let output = session.forward(&batch.sequences, args.routing.routing())?;
     let tensors = output_tensors(&output.sequences, batch.padded_len, &config);
@@ -30,7 +34,7 @@ pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
         batch.sequences.len(),
         batch.sequences.iter().map(Vec::len).sum::<usize>(),
         args.routing.name(),
-        session.precision().as_str(),
+        storage(&session),
         session.device().name,
         session.device().backend,
         args.out.display()

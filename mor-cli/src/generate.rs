@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use mor_model::MorConfig;
+use mor_model::{MorConfig, Quantization};
 use mor_runtime::{
     BatchOptions, Event, GenerateRequest, RuntimeError, SamplingParams, Session, SessionOptions, Summary, TextStream,
     Tokenizer,
@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::args::GenerateArgs;
 use crate::failure::{INTERRUPTED as INTERRUPTED_CODE, bad_input};
 use crate::input::{read_text, utf8};
-use crate::model::Model;
+use crate::model::{Model, storage};
 use crate::{note, print, print_json, style};
 
 /// Where `--max-new-tokens` is not given, unless the context ends before.
@@ -40,6 +40,7 @@ struct Report<'a> {
     seed: u64,
     timings: Timings,
     dtype: &'static str,
+    quantization: Option<&'static str>,
     device: &'a str,
     backend: &'a str,
 }
@@ -86,7 +87,13 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
 
     let kv = args.kv.map(|kv| kv.strategy());
     let batch = BatchOptions { batch_invariant: args.batch_invariant, ..BatchOptions::default() };
-    let options = SessionOptions { precision: args.dtype.precision(), kv, batch, ..SessionOptions::default() };
+    let options = SessionOptions {
+        precision: args.dtype.precision(),
+        quantize: args.quantize.quantization(),
+        kv,
+        batch,
+        ..SessionOptions::default()
+    };
     let mut session = model.load(args.device.selector(), options)?;
     let tokens = match (prompt, session.tokenizer()) {
         (Prompt::Tokens(tokens), _) => tokens,
@@ -146,6 +153,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
                 decode_tokens_per_s: summary.decode_tokens_per_s,
             },
             dtype: session.precision().as_str(),
+            quantization: session.config().quantization.map(Quantization::as_str),
             device: &session.device().name,
             backend: &session.device().backend,
         })?;
@@ -235,7 +243,7 @@ fn count(tokens: usize) -> String {
 
 fn place(session: &Session) -> String {
     let device = session.device();
-    format!("{} on \"{}\" ({})", session.precision().as_str(), device.name, device.backend)
+    format!("{} on \"{}\" ({})", storage(session), device.name, device.backend)
 }
 
 /// Few digits, so that it is easily typed again.

@@ -1,14 +1,12 @@
 //! `mor inspect`: what a model consists of and what it takes, without a device.
 
-use mor_model::{Checkpoint, KvLayout, KvStrategy, LayerLayout, MorConfig};
+use mor_model::{Checkpoint, KvLayout, KvStrategy, LayerLayout, MorConfig, Quantization};
 use mor_runtime::Precision;
 use serde::Serialize;
 
 use crate::args::InspectArgs;
 use crate::model::Model;
 use crate::{print, print_json};
-
-const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::F16];
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
@@ -27,6 +25,8 @@ struct Report {
     num_key_value_heads: usize,
     head_dim: usize,
     max_position_embeddings: usize,
+    /// How the checkpoint's matrices are quantised.
+    quantization: Option<&'static str>,
     parameters: Parameters,
     /// Bytes of all distinct weights as stored in the checkpoint.
     checkpoint_bytes: u64,
@@ -49,6 +49,8 @@ struct Parameters {
 #[derive(Debug, Serialize)]
 struct WeightBytes {
     dtype: &'static str,
+    /// What they are quantised to while loading.
+    quantize: Option<&'static str>,
     bytes: u64,
 }
 
@@ -106,6 +108,7 @@ impl Report {
             num_key_value_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
             max_position_embeddings: config.max_position_embeddings,
+            quantization: config.quantization.map(Quantization::as_str),
             parameters: Parameters {
                 unique: counts.unique(),
                 unique_non_embedding: counts.unique_non_embedding,
@@ -113,9 +116,7 @@ impl Report {
                 effective_non_embedding: counts.effective_non_embedding,
             },
             checkpoint_bytes: counts.unique_bytes,
-            weights: PRECISIONS
-                .map(|precision| WeightBytes { dtype: precision.as_str(), bytes: weight_bytes(checkpoint, precision) })
-                .into(),
+            weights: weights(checkpoint),
             kv_bytes_per_token: KvStrategy::ALL.iter().filter_map(|&kv| strategy_bytes(config, kv)).collect(),
             layers: layers
                 .map(|(index, layer)| Layer {
@@ -158,8 +159,10 @@ impl Report {
                 millions(self.parameters.effective_non_embedding)
             ),
         ]);
-        for WeightBytes { dtype, bytes } in &self.weights {
-            lines.push(format!("weights on GPU    {} with --dtype {dtype}", bytes_text(*bytes)));
+        lines.extend(self.quantization.map(|format| format!("quantised         {format}")));
+        for WeightBytes { dtype, quantize, bytes } in &self.weights {
+            let quantize = quantize.map_or(String::new(), |format| format!(" --quantize {format}"));
+            lines.push(format!("weights on GPU    {} with --dtype {dtype}{quantize}", bytes_text(*bytes)));
         }
         lines
             .extend([String::new(), "K/V bytes per token     f32     f16  vanilla f32  vanilla f16  ratio".to_owned()]);
@@ -193,12 +196,17 @@ impl Report {
     }
 }
 
-fn weight_bytes(checkpoint: &Checkpoint, precision: Precision) -> u64 {
-    let bytes = |id| {
-        let elems: usize = checkpoint.shape(id).iter().product();
-        (elems * precision.weight_dtype(checkpoint.dtype(id)).bytes()) as u64
-    };
-    checkpoint.tensor_ids().map(bytes).sum()
+/// The ways to load a checkpoint: a quantised one only as it is.
+fn weights(checkpoint: &Checkpoint) -> Vec<WeightBytes> {
+    let formats: &[Quantization] = if checkpoint.config().quantization.is_some() { &[] } else { Quantization::ALL };
+    let plain = [(Precision::F32, None), (Precision::F16, None)].into_iter();
+    let ways = plain.chain(formats.iter().map(|format| (Precision::F16, Some(*format))));
+    ways.map(|(precision, quantize)| WeightBytes {
+        dtype: precision.as_str(),
+        quantize: quantize.map(Quantization::as_str),
+        bytes: checkpoint.device_bytes(precision, quantize),
+    })
+    .collect()
 }
 
 /// `None` for a strategy that the mode does not have.
@@ -247,8 +255,10 @@ mod tests {
         assert_eq!(owners, [0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 10]);
         assert!((4_730_000..4_750_000).contains(&report.parameters.unique), "{:?}", report.parameters);
         assert!(report.parameters.effective > report.parameters.unique);
-        // Stored as bfloat16, which both precisions keep.
-        assert_eq!(report.weights.iter().map(|w| w.bytes).collect::<Vec<_>>(), [report.checkpoint_bytes; 2]);
+        // Stored as bfloat16, which both precisions keep, and quantised to 8.5 bits and, but for the embedding, 5.
+        let bytes: Vec<_> = report.weights.iter().map(|w| w.bytes as f64 / report.checkpoint_bytes as f64).collect();
+        assert_eq!(bytes[..2], [1.0; 2]);
+        assert!((bytes[2] - 8.5 / 16.0).abs() < 0.01 && (0.31..0.45).contains(&bytes[3]), "{bytes:?}");
         // A key and a value of 2 heads of 64 in each of 11 layers.
         let own = &report.kv_bytes_per_token[0];
         assert_eq!((own.strategy, own.is_configured), ("recursion_wise", true));

@@ -98,6 +98,13 @@ pub(crate) fn load(source: ModelSource, device: DeviceSelector, options: Session
     Ok(session)
 }
 
+/// How a session stores numbers, for people.
+pub(crate) fn storage(session: &Session) -> String {
+    let quantization = session.config().quantization;
+    let matrices = quantization.map_or(String::new(), |format| format!(" with {format} matrices"));
+    format!("{}{matrices}", session.precision().as_str())
+}
+
 /// A callback that draws the upload on standard error. indicatif draws nothing where that is no terminal.
 fn progress_bar() -> impl FnMut(LoadProgress) {
     let start = Instant::now();

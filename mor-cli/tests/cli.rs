@@ -464,3 +464,55 @@ fn prompts_that_are_no_text_or_too_long() {
     refused(&["generate", "Once", "--max-new-tokens", &most], &["tokens, but the model's context holds 1024"]);
     refused(&["generate", "Once", "--max-new-tokens", "99999999999999999999999"], &["--max-new-tokens"]);
 }
+
+/// Names in a folder, sorted.
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn quantised_folders_are_whole_or_absent() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let source = golden("expert_middle_cycle_r3");
+    let args =
+        |source: &Path, out: &Path, to: &str| ["quantize", text(source), text(out), "--to", to].map(str::to_owned);
+    let refused = |args: &[String], words: &[&str]| {
+        refused(&args.iter().map(String::as_str).collect::<Vec<_>>(), words);
+        assert_eq!(names(folder.path()), [""; 0], "{args:?}");
+    };
+    refused(&args(&source, &out, "q8")[..3], &["--to"]);
+    refused(&args(&source, &out, "q5"), &["'q5'", "q8, q4"]);
+    refused(&args(&folder.path().join("nowhere"), &out, "q8"), &["nowhere: does not exist"]);
+    refused(&args(&source, &folder.path().join("no/out"), "q8"), &["there is no folder", "no to write it in"]);
+    let mut model = Copied::of("vanilla_gqa");
+    model.data.truncate(1000);
+    model.write_weights();
+    refused(&args(model.folder.path(), &out, "q8"), &["model.safetensors: holds"]);
+
+    let run = |args: [String; 5]| mor(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    for to in ["q8", "q4"] {
+        let out = folder.path().join(to);
+        let output = run(args(&source, &out, to));
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{message}");
+        let report = String::from_utf8(output.stdout).unwrap();
+        assert!(report.contains(&format!("{to}: {to}, ")) && report.ends_with(" before\n"), "{report}");
+        assert_eq!(names(&out), ["config.json", "model.safetensors"]);
+        let inspected: Value =
+            serde_json::from_slice(&mor(&["inspect", text(&out), "--json"]).stdout).expect("it can be inspected");
+        assert_eq!(inspected["quantization"], to);
+        assert_eq!(inspected["weights"].as_array().unwrap().len(), 2);
+
+        let again = folder.path().join("again");
+        let refused = |args: &[&str], words: &[&str]| check_refusal(&mor(args), args, words);
+        refused(&["quantize", text(&out), text(&again), "--to", "q4"], &["quantised as", to, "already"]);
+        refused(&["quantize", text(&source), text(&out), "--to", to], &["exists, expected the name of a new folder"]);
+        let prompt = ["generate", "--model", text(&out), "--prompt-tokens", "1", "--quantize", "q8"];
+        refused(&prompt, &["quantised as", to, "already"]);
+    }
+    assert_eq!(names(folder.path()), ["q4", "q8"]);
+}

@@ -352,6 +352,26 @@ fn throughput_of_a_model_takes_its_own_depths() {
 }
 
 #[test]
+fn quantised_while_loading_or_before_is_the_same() {
+    if !gpu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let options = ["--temperature", "0", "--max-new-tokens", "16", "--json"];
+    for format in ["q8", "q4"] {
+        let (source, out) = (model(MODELS[1]), folder.path().join(format));
+        run(&["quantize", text(&source), text(&out), "--to", format]);
+        let args = ["generate", PROMPT, "--model", text(&source), "--quantize", format];
+        let loaded = json(&[&args[..], &options[..]].concat());
+        let written = json(&[&["generate", PROMPT, "--model", text(&out)], &options[..]].concat());
+        for field in ["tokens", "depths", "text", "quantization"] {
+            assert_eq!(loaded[field], written[field], "{format}: {field}");
+        }
+        assert_eq!(loaded["quantization"], format);
+    }
+}
+
+#[test]
 fn prompts_beyond_the_context_are_refused() {
     if !gpu() {
         return;

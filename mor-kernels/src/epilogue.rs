@@ -1,6 +1,7 @@
 //! What the linear kernels share: their parameters and what becomes of their results.
 
 use crate::kernel::Binding;
+use crate::quantize;
 use crate::shader::Definitions;
 use crate::tensor::{DType, Tensor};
 
@@ -191,7 +192,13 @@ impl<'a> Epilogue<'a> {
     }
 }
 
-/// Adds the flag of a weight's element type, read by `shared/weights.wgsl`.
+/// Adds the flags of a weight's element type, read by `shared/weights.wgsl` and `shared/quantized.wgsl`.
 pub fn define_weight(definitions: Definitions, dtype: DType) -> Definitions {
-    definitions.flag("WEIGHT_F16", dtype == DType::F16).flag("WEIGHT_BF16", dtype == DType::BF16)
+    let definitions = definitions
+        .flag("WEIGHT_F16", dtype == DType::F16)
+        .flag("WEIGHT_BF16", dtype == DType::BF16)
+        .flag("WEIGHT_Q8", dtype == DType::Q8)
+        .flag("WEIGHT_Q4", dtype == DType::Q4)
+        .flag("QUANTISED", dtype.is_quantized());
+    if dtype.is_quantized() { definitions.u32("GROUP", quantize::GROUP as u32) } else { definitions }
 }

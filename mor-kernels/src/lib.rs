@@ -13,6 +13,7 @@
 //! - [`plan`]: dispatches recorded once and encoded every step, without branches or arguments.
 //! - [`submit`]: plans handed to the device together, and bytes read back some time later.
 //! - [`epilogue`]: what becomes of a linear kernel's results, shared by [`ops::Linear`] and [`ops::LinearDecode`].
+//! - [`quantize`]: weights as small integers in groups, packed as the linear kernels read them.
 //! - [`timing`]: device time by timestamp queries.
 //!
 //! With the feature `oracle` there are also `oracle`, the CPU references, and `parity`, the harness that compares
@@ -57,6 +58,7 @@ pub mod oracle;
 #[cfg(feature = "oracle")]
 pub mod parity;
 pub mod plan;
+pub mod quantize;
 pub mod rows;
 pub mod shader;
 pub mod submit;

@@ -8,6 +8,7 @@ use crate::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use crate::gpu::{DeviceSelector, Gpu, GpuOptions};
 use crate::oracle::linear_decode::EpilogueState;
 use crate::plan::PlanBuilder;
+use crate::quantize;
 use crate::rows::{ActiveRow, NONE, RowSet};
 use crate::tensor::{DType, Tensor};
 
@@ -283,6 +284,16 @@ pub fn upload_weight(
         DType::BF16 => {
             let halves: Vec<_> = values.iter().map(|v| half::bf16::from_f32(*v)).collect();
             (tensor(bytemuck::cast_slice(&halves)), halves.iter().map(|h| h.to_f32()).collect())
+        }
+        DType::Q8 | DType::Q4 => {
+            let row_bytes = dtype.row_bytes(in_features);
+            let (mut rows, mut seen) = (vec![0; num_outputs * row_bytes], vec![0.0; values.len()]);
+            let packed = rows.chunks_mut(row_bytes).zip(seen.chunks_mut(in_features));
+            for (values, (row, seen)) in values.chunks(in_features).zip(packed) {
+                quantize::quantize_row(dtype, values, row).expect("a test's values are small");
+                quantize::dequantize_row(dtype, row, seen);
+            }
+            (tensor(&rows), seen)
         }
         DType::F32 | DType::U32 => (tensor(bytemuck::cast_slice(&values)), values),
     }

@@ -116,7 +116,7 @@ impl Gpu {
     /// # Panics
     /// If `T` does not divide the tensor's bytes.
     pub fn read<T: bytemuck::Pod>(&self, tensor: &Tensor) -> Result<Vec<T>> {
-        let bytes = (tensor.num_elems() * tensor.dtype().bytes()) as u64;
+        let bytes = tensor.data_bytes() as u64;
         let mut submission = Submission::new(self);
         let readback = submission.read(tensor, 0, bytes.next_multiple_of(4))?;
         submission.submit();

@@ -1,7 +1,7 @@
 //! [`Tensor`]: a labelled, typed GPU buffer. It has no operators and no laziness.
 
-use crate::Result;
 use crate::gpu::Gpu;
+use crate::{Result, quantize};
 
 /// Element type of a tensor's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -12,16 +12,27 @@ pub enum DType {
     F16,
     /// bfloat16, two in a `u32`.
     BF16,
+    /// 8-bit integers in groups with a scale: a row as [`quantize`] packs it.
+    Q8,
+    /// 4-bit integers in groups with a scale and an offset: a row as [`quantize`] packs it.
+    Q4,
     /// 32-bit unsigned integers (also structs of them).
     U32,
 }
 
 impl DType {
-    /// Bytes of one element.
-    pub const fn bytes(self) -> usize {
+    /// Whether rows are packed as [`quantize`] says.
+    pub const fn is_quantized(self) -> bool {
+        matches!(self, DType::Q8 | DType::Q4)
+    }
+
+    /// Bytes of a row of `len` elements.
+    pub const fn row_bytes(self, len: usize) -> usize {
         match self {
-            DType::F32 | DType::U32 => 4,
-            DType::F16 | DType::BF16 => 2,
+            DType::F32 | DType::U32 => 4 * len,
+            DType::F16 | DType::BF16 => 2 * len,
+            DType::Q8 => quantize::Q8.row_bytes(len),
+            DType::Q4 => quantize::Q4.row_bytes(len),
         }
     }
 }
@@ -49,7 +60,7 @@ impl Tensor {
     /// [`KernelError::OutOfMemory`](crate::KernelError::OutOfMemory) if the device refuses.
     pub fn zeros(gpu: &Gpu, label: &str, dtype: DType, shape: &[usize]) -> Result<Self> {
         use wgpu::BufferUsages as U;
-        let bytes = (shape.iter().product::<usize>() * dtype.bytes()) as u64;
+        let bytes = data_bytes(dtype, shape) as u64;
         // Storage bindings come in whole vec4s, and a buffer may not be empty.
         let bytes = bytes.next_multiple_of(32).max(32);
         let usage = U::STORAGE | U::COPY_DST | U::COPY_SRC | U::INDIRECT;
@@ -77,7 +88,7 @@ impl Tensor {
     ) -> Result<Self> {
         let tensor = Self::zeros(gpu, label, dtype, shape)?;
         let bytes: &[u8] = bytemuck::cast_slice(data);
-        assert_eq!(bytes.len(), tensor.num_elems() * dtype.bytes(), "{label}: data does not fill {shape:?}");
+        assert_eq!(bytes.len(), tensor.data_bytes(), "{label}: data does not fill {shape:?}");
         gpu.write(&tensor, 0, bytes);
         Ok(tensor)
     }
@@ -162,8 +173,18 @@ impl Tensor {
         self.shape.iter().product()
     }
 
+    /// Bytes of the elements, row after row.
+    pub fn data_bytes(&self) -> usize {
+        data_bytes(self.dtype, &self.shape)
+    }
+
     /// Bytes allocated, padding included.
     pub fn num_bytes(&self) -> u64 {
         self.buffer.size()
     }
+}
+
+fn data_bytes(dtype: DType, shape: &[usize]) -> usize {
+    let (len, rows) = shape.split_last().map_or((1, 1), |(len, rows)| (*len, rows.iter().product()));
+    rows * dtype.row_bytes(len)
 }

@@ -25,7 +25,10 @@ pub const NATIVE_WORKGROUP_STORAGE_BYTES: u32 = 32 << 10;
 /// Workgroup memory of every device with cooperative matrices, bytes: the least of their drivers, NVIDIA's.
 pub const COOPERATIVE_WORKGROUP_STORAGE_BYTES: u32 = 48 << 10;
 
-const WEIGHT_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+/// Types of vectors and routers.
+const PLAIN_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+/// Types of matrices.
+const WEIGHT_DTYPES: [DType; 5] = [DType::F32, DType::F16, DType::BF16, DType::Q8, DType::Q4];
 
 /// One specialisation on one kind of device.
 #[derive(Clone, Debug)]
@@ -200,8 +203,10 @@ fn add_linear_decode(list: &mut List) {
     for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 8 }] {
         for in_features in [960, 8192] {
             for max_rows in [1, 2, 4, 8] {
-                let epilogue = EpilogueKind::Store;
-                list.add(&LinearDecode::new(&list.caps, in_features, DType::F16, prologue, epilogue, max_rows));
+                for dtype in [DType::F16, DType::Q8, DType::Q4] {
+                    let epilogue = EpilogueKind::Store;
+                    list.add(&LinearDecode::new(&list.caps, in_features, dtype, prologue, epilogue, max_rows));
+                }
             }
         }
     }
@@ -209,7 +214,7 @@ fn add_linear_decode(list: &mut List) {
 
 fn add_routers(list: &mut List) {
     list.add(&RouterTopk::default());
-    for weight_dtype in WEIGHT_DTYPES {
+    for weight_dtype in PLAIN_DTYPES {
         for x_by_row in [false, true] {
             for gate in [ExpertGate::Sigmoid, ExpertGate::Tanh, ExpertGate::None] {
                 for (logit_only, scripted) in [(false, false), (true, false), (false, true), (true, true)] {

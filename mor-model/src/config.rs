@@ -2,6 +2,7 @@
 
 use std::{fmt, path::Path};
 
+use mor_kernels::quantize::GROUP;
 use serde::{Serialize, Serializer, ser::SerializeMap};
 use serde_json::{Map, Value};
 
@@ -155,6 +156,29 @@ names! {
     }
 }
 
+names! {
+    /// How the matrices of a model are stored as small integers; see [`mor_kernels::quantize`].
+    ///
+    /// Projections take this form. Embedding and head are q8 in both, since 4 bits cost more there than anywhere else;
+    /// norms, routers and biases keep their type.
+    Quantization {
+        /// 8-bit integers, groups of 32 with a scale.
+        Q8 = "q8",
+        /// 4-bit integers, groups of 32 with a scale and an offset.
+        Q4 = "q4",
+    }
+}
+
+impl Quantization {
+    /// The value of `quantization_config` in the `config.json` of a checkpoint in this form.
+    pub fn to_json(self) -> Value {
+        serde_json::json!({ "quant_method": QUANT_METHOD, "format": self.as_str(), "group_size": GROUP })
+    }
+}
+
+/// `quant_method` of the configuration of a quantised model.
+const QUANT_METHOD: &str = "mor";
+
 /// A validated model configuration.
 ///
 /// Every value that reaches this type satisfies the rules listed at [`MorConfig::from_json_str`], so the rest of the
@@ -206,6 +230,8 @@ pub struct MorConfig {
     pub bos_token_id: Option<u32>,
     /// Tokens that end a generation; see [`MorConfig::eos_token_ids`].
     pub eos_token_id: Vec<u32>,
+    /// How the checkpoint's matrices are quantised, if they are.
+    pub quantization: Option<Quantization>,
     /// How tokens use the shared block.
     pub mode: Mode,
     /// Which layers are shared.
@@ -399,6 +425,7 @@ impl MorConfig {
             tie_word_embeddings: top.flag("tie_word_embeddings", true)?,
             bos_token_id: top.token_ids("bos_token_id", vocab_size)?.first().copied(),
             eos_token_id: top.token_ids("eos_token_id", vocab_size)?,
+            quantization: top.quantization()?,
             mode,
             sharing: mor.name("sharing", SharingStrategy::ALL, SharingStrategy::as_str, SharingStrategy::None)?,
             num_recursions,
@@ -585,6 +612,9 @@ impl Serialize for MorConfig {
         map.serialize_entry("tie_word_embeddings", &self.tie_word_embeddings)?;
         map.serialize_entry("bos_token_id", &self.bos_token_id)?;
         map.serialize_entry("eos_token_id", &self.eos_token_id)?;
+        if let Some(quantization) = self.quantization {
+            map.serialize_entry("quantization_config", &quantization.to_json())?;
+        }
         map.serialize_entry(
             "mor",
             &serde_json::json!({
@@ -794,12 +824,24 @@ impl<'a> Fields<'a> {
         if self.get("partial_rotary_factor").is_some_and(|factor| factor.as_f64() != Some(1.0)) {
             return Err(self.value("partial_rotary_factor", "1.0; every element of a head is rotated"));
         }
-        for name in ["quantization_config", "sliding_window"] {
-            if self.get(name).is_some() {
-                return Err(self.value(name, "null; not implemented"));
-            }
+        if self.get("sliding_window").is_some() {
+            return Err(self.value("sliding_window", "null; not implemented"));
         }
         Ok(())
+    }
+
+    /// `quantization_config`, as Hugging Face calls it; of its many methods there is one here.
+    fn quantization(&self) -> Result<Option<Quantization>, ModelError> {
+        let Some(map) = self.object("quantization_config")? else { return Ok(None) };
+        let fields = Fields { prefix: "quantization_config.", map, ..*self };
+        if fields.get("quant_method").and_then(Value::as_str) != Some(QUANT_METHOD) {
+            let expected = "mor, what `mor quantize` writes; other quantised formats are not supported";
+            return Err(fields.value("quant_method", expected));
+        }
+        if fields.get("group_size").is_some_and(|size| size.as_u64() != Some(GROUP as u64)) {
+            return Err(fields.value("group_size", GROUP.to_string()));
+        }
+        fields.required_name("format", Quantization::ALL, Quantization::as_str).map(Some)
     }
 }
 

@@ -9,6 +9,7 @@
 //! * Input sizes and heads are padded to a multiple of 8 and output sizes to an even number, with zeros.
 //! * A matrix larger than one storage binding is split by rows into shards.
 //! * Tied tensors are uploaded once.
+//! * Quantised rows stay as they are stored: their groups lie along the inputs, which none of this moves.
 
 use std::collections::HashMap;
 
@@ -54,7 +55,7 @@ impl Precision {
         match (self, dtype) {
             (Precision::F32, Dtype::F32) => DType::F32,
             (Precision::F16, Dtype::F32) | (_, Dtype::F16) => DType::F16,
-            (_, Dtype::BF16) => DType::BF16,
+            (_, Dtype::BF16 | Dtype::Q8 | Dtype::Q4) => dtype.on_device(),
         }
     }
 }
@@ -332,7 +333,7 @@ impl<'a> Loader<'a> {
         let dtype = self.common_dtype(&ids);
         rows.resize(rows.len().next_multiple_of(2), None);
         let padded = columns.padded();
-        let row_bytes = padded * dtype.bytes();
+        let row_bytes = dtype.row_bytes(padded);
         let caps = self.gpu.caps();
         let binding_bytes = caps.max_storage_binding_bytes.min(caps.max_buffer_bytes) as usize;
         let rows_per_shard = (binding_bytes / row_bytes / 2 * 2).max(2);
@@ -364,26 +365,31 @@ impl<'a> Loader<'a> {
     /// Appends row `row` of a tensor, converted to `dtype` and spread over `columns`.
     fn append_row(&self, bytes: &mut Vec<u8>, (id, row): (TensorId, usize), columns: Columns, dtype: DType) {
         let stored = self.checkpoint.dtype(id);
-        let in_features = columns.in_features();
-        let mut data = vec![0; in_features * stored.num_bytes()];
-        self.checkpoint.read_bytes(id, row * in_features, &mut data);
+        let mut data = vec![0; stored.row_bytes(columns.in_features())];
+        self.checkpoint.read_bytes(id, row * data.len(), &mut data);
+        if dtype.is_quantized() {
+            // Such rows have no columns between their elements.
+            bytes.extend_from_slice(&data);
+            return;
+        }
         let value = |elem: &[u8]| match stored {
             Dtype::F32 => f32::from_le_bytes([elem[0], elem[1], elem[2], elem[3]]),
             Dtype::F16 => f16::from_le_bytes([elem[0], elem[1]]).to_f32(),
             Dtype::BF16 => bf16::from_le_bytes([elem[0], elem[1]]).to_f32(),
+            Dtype::Q8 | Dtype::Q4 => unreachable!("packed rows are copied"),
         };
         let same =
             matches!((stored, dtype), (Dtype::F32, DType::F32) | (Dtype::F16, DType::F16) | (Dtype::BF16, DType::BF16));
-        for group in data.chunks_exact(columns.group_len * stored.num_bytes()) {
-            let end = bytes.len() + columns.padded_len * dtype.bytes();
+        for group in data.chunks_exact(stored.row_bytes(columns.group_len)) {
+            let end = bytes.len() + dtype.row_bytes(columns.padded_len);
             if same {
                 bytes.extend_from_slice(group);
             } else {
-                for value in group.chunks_exact(stored.num_bytes()).map(value) {
+                for value in group.chunks_exact(stored.row_bytes(1)).map(value) {
                     match dtype {
                         DType::F16 => bytes.extend_from_slice(&f16::from_f32(value).to_le_bytes()),
                         DType::BF16 => bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes()),
-                        DType::F32 | DType::U32 => bytes.extend_from_slice(&value.to_le_bytes()),
+                        _ => bytes.extend_from_slice(&value.to_le_bytes()),
                     }
                 }
             }

@@ -230,10 +230,8 @@ pub enum ModelError {
         expected: Vec<usize>,
     },
 
-    /// A tensor has an element type that is not a supported float.
-    #[error(
-        "{file}: tensor {name} has element type {found}, expected F32, F16 or BF16; quantised files are not supported"
-    )]
+    /// A tensor has an element type that the configuration does not give it.
+    #[error("{file}: tensor {name} has element type {found}, expected {expected}")]
     TensorDtype {
         /// Weight file.
         file: String,
@@ -241,6 +239,8 @@ pub enum ModelError {
         name: String,
         /// Type in the file.
         found: String,
+        /// Accepted types.
+        expected: &'static str,
     },
 
     /// A weight is NaN or infinite.
@@ -254,6 +254,37 @@ pub enum ModelError {
         index: usize,
         /// The value.
         value: f32,
+    },
+
+    /// A checkpoint that is to be quantised is quantised already.
+    #[error("the checkpoint is quantised as {found} already; load it as it is, or quantise the one it was made from")]
+    AlreadyQuantized {
+        /// Its form.
+        found: crate::Quantization,
+    },
+
+    /// A weight is too large to be quantised.
+    #[error(
+        "tensor {name} has {value} at element {index}, expected at most 65504 in size, the largest f16; it cannot be \
+         quantised"
+    )]
+    NotQuantizable {
+        /// Tensor.
+        name: String,
+        /// Flat row-major element index.
+        index: usize,
+        /// The value.
+        value: f32,
+    },
+
+    /// A file cannot be written.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// File.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: safetensors::SafeTensorError,
     },
 
     /// A token id is outside the vocabulary.

@@ -43,7 +43,9 @@ pub mod oracle;
 mod sharing;
 mod weights;
 
-pub use config::{Balancing, Gating, KvStrategy, Mode, MorConfig, RouterFunc, RouterType, Sampling, SharingStrategy};
+pub use config::{
+    Balancing, Gating, KvStrategy, Mode, MorConfig, Quantization, RouterFunc, RouterType, Sampling, SharingStrategy,
+};
 pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};

@@ -11,10 +11,11 @@ use std::{
 
 use half::{bf16, f16};
 use memmap2::Mmap;
+use mor_kernels::{quantize, tensor::DType};
 use safetensors::{SafeTensorError, SafeTensors};
 use serde_json::{Map, Value};
 
-use crate::{Balancing, KvStrategy, LayerLayout, Mode, ModelError, MorConfig, RouterType};
+use crate::{Balancing, KvStrategy, LayerLayout, Mode, ModelError, MorConfig, Precision, Quantization, RouterType};
 
 /// Element type of a stored weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,14 +26,26 @@ pub enum Dtype {
     F16,
     /// The upper half of a single.
     BF16,
+    /// Rows of 8-bit integers, packed by [`mor_kernels::quantize`].
+    Q8,
+    /// Rows of 4-bit integers, packed by [`mor_kernels::quantize`].
+    Q4,
 }
 
 impl Dtype {
-    /// Size of one element in bytes.
-    pub const fn num_bytes(self) -> usize {
+    /// Size of a row of `len` elements in bytes.
+    pub const fn row_bytes(self, len: usize) -> usize {
+        self.on_device().row_bytes(len)
+    }
+
+    /// The same type on a device.
+    pub const fn on_device(self) -> DType {
         match self {
-            Self::F32 => 4,
-            Self::F16 | Self::BF16 => 2,
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::BF16 => DType::BF16,
+            Self::Q8 => DType::Q8,
+            Self::Q4 => DType::Q4,
         }
     }
 
@@ -52,6 +65,8 @@ impl fmt::Display for Dtype {
             Self::F32 => "F32",
             Self::F16 => "F16",
             Self::BF16 => "BF16",
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
         })
     }
 }
@@ -108,6 +123,19 @@ impl LayerTensor {
         }
     }
 
+    /// The type a model quantised as `quantization` stores the tensor in, `None` for that of its file.
+    fn quantized_dtype(self, quantization: Quantization, config: &MorConfig) -> Option<Dtype> {
+        match self {
+            Self::InputLayernorm | Self::PostAttentionLayernorm => None,
+            // Devices pad heads to whole units of 8, which would shift the groups.
+            Self::OProj if !config.head_dim.is_multiple_of(8) => None,
+            _ => Some(match quantization {
+                Quantization::Q8 => Dtype::Q8,
+                Quantization::Q4 => Dtype::Q4,
+            }),
+        }
+    }
+
     /// Shape, `[out, in]` for projections.
     pub fn shape(self, config: &MorConfig) -> Vec<usize> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
@@ -154,6 +182,17 @@ pub enum TensorName {
     Norm,
     /// Output head `[V, C]`.
     LmHead,
+}
+
+impl TensorName {
+    /// As [`LayerTensor::quantized_dtype`].
+    fn quantized_dtype(self, quantization: Quantization, config: &MorConfig) -> Option<Dtype> {
+        match self {
+            Self::Layer { tensor, .. } => tensor.quantized_dtype(quantization, config),
+            Self::EmbedTokens | Self::LmHead => Some(Dtype::Q8),
+            Self::Router { .. } | Self::AuxRouter { .. } | Self::RouterBias | Self::Norm => None,
+        }
+    }
 }
 
 /// A distinct tensor of a [`Checkpoint`]. Tied names give equal ids, so a loader keyed by id uploads each tensor once.
@@ -210,7 +249,7 @@ pub struct TensorView<'a> {
     pub dtype: Dtype,
     /// Shape, row-major.
     pub shape: &'a [usize],
-    /// Little-endian elements, without any alignment promise.
+    /// Little-endian elements or packed rows, without any alignment promise.
     pub data: Cow<'a, [u8]>,
 }
 
@@ -218,6 +257,47 @@ impl TensorView<'_> {
     /// Number of elements.
     pub fn num_elems(&self) -> usize {
         self.shape.iter().product()
+    }
+}
+
+/// A tensor as safetensors stores it.
+struct StoredView<'a> {
+    dtype: safetensors::Dtype,
+    shape: Vec<usize>,
+    data: Cow<'a, [u8]>,
+}
+
+impl<'a> From<TensorView<'a>> for StoredView<'a> {
+    fn from(view: TensorView<'a>) -> Self {
+        let mut shape = view.shape.to_vec();
+        let dtype = match view.dtype {
+            Dtype::F32 => safetensors::Dtype::F32,
+            Dtype::F16 => safetensors::Dtype::F16,
+            Dtype::BF16 => safetensors::Dtype::BF16,
+            Dtype::Q8 | Dtype::Q4 => {
+                shape[1] = view.dtype.row_bytes(shape[1]);
+                safetensors::Dtype::U8
+            }
+        };
+        Self { dtype, shape, data: view.data }
+    }
+}
+
+impl safetensors::View for StoredView<'_> {
+    fn dtype(&self) -> safetensors::Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.data)
+    }
+
+    fn data_len(&self) -> usize {
+        self.data.len()
     }
 }
 
@@ -297,6 +377,8 @@ struct Tensor {
 enum Place {
     /// Bytes of a weight file.
     File { file: usize, bytes: Range<usize> },
+    /// Bytes made from another tensor.
+    Memory(Vec<u8>),
     /// Normal values, read cyclically from the pool.
     Pool { first_elem: usize },
     /// One value throughout.
@@ -457,7 +539,8 @@ impl Checkpoint {
         // Shapes first: a wrong configuration is better explained by them than by what is missing.
         let mut found = Vec::with_capacity(table.len());
         for expected in table {
-            let tensor = stored.remove(&expected.name).map(|s| s.check(&files, &expected)).transpose()?;
+            let packed = config.quantization.and_then(|format| expected.key.quantized_dtype(format, &config));
+            let tensor = stored.remove(&expected.name).map(|s| s.check(&files, &expected, packed)).transpose()?;
             found.push((expected, tensor));
         }
         let leftover = stored.iter().filter(|(name, _)| !is_derived_buffer(name)).min_by_key(|(name, _)| name.as_str());
@@ -509,6 +592,98 @@ impl Checkpoint {
     pub fn with_kv(mut self, kv: KvStrategy) -> Result<Self, ModelError> {
         self.config = self.config.with_kv(kv)?;
         Ok(self)
+    }
+
+    /// The same model with quantised matrices, in memory; all cores work on it.
+    ///
+    /// # Errors
+    ///
+    /// [`ModelError::AlreadyQuantized`]; [`ModelError::NotQuantizable`] for a weight above the largest f16.
+    pub fn quantize(self, quantization: Quantization) -> Result<Self, ModelError> {
+        if let Some(found) = self.config.quantization {
+            return Err(ModelError::AlreadyQuantized { found });
+        }
+        let packed = self
+            .packed_dtypes(Some(quantization))
+            .zip(self.tensor_ids())
+            .map(|(dtype, id)| dtype.map(|dtype| Ok((dtype, self.pack(id, dtype)?))).transpose())
+            .collect::<Result<Vec<_>, ModelError>>()?;
+        let Self { mut config, layout, mut tensors, ids, source, .. } = self;
+        for (tensor, packed) in tensors.iter_mut().zip(packed) {
+            if let Some((dtype, bytes)) = packed {
+                (tensor.dtype, tensor.place) = (dtype, Place::Memory(bytes));
+            }
+        }
+        config.quantization = Some(quantization);
+        Ok(Self::assemble(config, layout, tensors, ids, source))
+    }
+
+    /// Per distinct tensor, the type in which a model quantised so has it packed.
+    fn packed_dtypes(&self, quantization: Option<Quantization>) -> impl Iterator<Item = Option<Dtype>> + use<> {
+        let mut dtypes = vec![None; self.tensors.len()];
+        for (name, id) in &self.ids {
+            dtypes[id.index()] = quantization.and_then(|format| name.quantized_dtype(format, &self.config));
+        }
+        dtypes.into_iter()
+    }
+
+    /// The rows of a matrix, packed.
+    fn pack(&self, id: TensorId, dtype: Dtype) -> Result<Vec<u8>, ModelError> {
+        let [num_rows, len] = [self.shape(id)[0], self.shape(id)[1]];
+        let row_bytes = dtype.row_bytes(len);
+        let mut packed = vec![0; num_rows * row_bytes];
+        let num_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let rows_per_part = num_rows.div_ceil(num_threads).max(64);
+        let pack_part = |part: usize, rows: &mut [u8]| {
+            let mut values = vec![0.0; len];
+            for (row, bytes) in (part * rows_per_part..).zip(rows.chunks_mut(row_bytes)) {
+                self.read_row(id, row, &mut values);
+                quantize::quantize_row(dtype.on_device(), &values, bytes).map_err(|value| {
+                    let at = values.iter().position(|v| *v == value).unwrap_or(0);
+                    ModelError::NotQuantizable { name: self.name(id).to_owned(), index: row * len + at, value }
+                })?;
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let parts = packed.chunks_mut(rows_per_part * row_bytes).enumerate();
+            let workers: Vec<_> = parts.map(|(part, rows)| scope.spawn(move || pack_part(part, rows))).collect();
+            // A worker can only panic by a defect of this crate, which must not be swallowed.
+            workers.into_iter().try_for_each(|worker| worker.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
+        })?;
+        Ok(packed)
+    }
+
+    /// Writes all tensors to a safetensors file, tied ones once.
+    ///
+    /// A quantised matrix `[O, K]` is a tensor U8 `[O, B]` of the same name, a packed row of [`mor_kernels::quantize`] in
+    /// each of its rows, and the configuration has a `quantization_config` ([`Quantization::to_json`]).
+    ///
+    /// # Errors
+    ///
+    /// [`ModelError::Write`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), ModelError> {
+        let owner = |key: &TensorName| tied_to(key, &self.layout, self.config.tie_word_embeddings);
+        let is_copy = |key: &TensorName| owner(key).is_some_and(|owner| self.ids[&owner] == self.ids[key]);
+        // Where one copy of a tied tensor differs, the others must say that they do not.
+        let differ = self.ids.keys().any(|key| owner(key).is_some() && !is_copy(key));
+        let written = expected_tensors(&self.config, &self.layout)
+            .into_iter()
+            .filter(|expected| differ || !is_copy(&expected.key))
+            .map(|expected| (expected.name, StoredView::from(self.view(self.ids[&expected.key]))));
+        let path = path.as_ref();
+        safetensors::serialize_to_file(written, None, path)
+            .map_err(|source| ModelError::Write { path: path.to_owned(), source })
+    }
+
+    /// Bytes of the weights on a device, padding aside; `quantization` is what they would be quantised to first, if they
+    /// are not.
+    pub fn device_bytes(&self, precision: Precision, quantization: Option<Quantization>) -> u64 {
+        let bytes = |(tensor, packed): (&Tensor, Option<Dtype>)| {
+            let dtype = precision.weight_dtype(packed.unwrap_or(tensor.dtype));
+            (tensor.num_elems() / tensor.row_len() * dtype.row_bytes(tensor.row_len())) as u64
+        };
+        self.tensors.iter().zip(self.packed_dtypes(quantization)).map(bytes).sum()
     }
 
     /// Configuration.
@@ -605,6 +780,7 @@ impl Checkpoint {
             (Place::File { file, bytes }, Source::Files(files)) => {
                 Cow::Borrowed(&files[*file].bytes.as_slice()[bytes.clone()])
             }
+            (Place::Memory(bytes), _) => Cow::Borrowed(&bytes[..]),
             _ => {
                 let mut data = vec![0; tensor.num_bytes()];
                 self.read_bytes(id, 0, &mut data);
@@ -614,33 +790,35 @@ impl Checkpoint {
         TensorView { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape, data }
     }
 
-    /// Copies the bytes from `first_elem` on into `out`, so that a large tensor can be uploaded in pieces.
+    /// Copies the bytes from `first_byte` on into `out`, so that a large tensor can be uploaded in pieces.
     ///
     /// # Panics
     ///
-    /// When the range passes the end of the tensor, or `out` is not a whole number of elements.
-    pub fn read_bytes(&self, id: TensorId, first_elem: usize, out: &mut [u8]) {
+    /// When the range passes the end of the tensor, or begins or ends inside an element.
+    pub fn read_bytes(&self, id: TensorId, first_byte: usize, out: &mut [u8]) {
         let tensor = &self.tensors[id.index()];
-        let elem_bytes = tensor.dtype.num_bytes();
         assert!(
-            out.len().is_multiple_of(elem_bytes),
-            "{}: {} bytes are no whole number of elements",
-            tensor.name,
-            out.len()
-        );
-        assert!(
-            first_elem <= tensor.num_elems() && out.len() / elem_bytes <= tensor.num_elems() - first_elem,
-            "{}: elements {first_elem}.. with {} bytes pass the end of shape {:?}",
+            first_byte <= tensor.num_bytes() && out.len() <= tensor.num_bytes() - first_byte,
+            "{}: {} bytes from {first_byte} pass the end of shape {:?}",
             tensor.name,
             out.len(),
             tensor.shape
         );
         match (&tensor.place, &self.source) {
             (Place::File { file, bytes }, Source::Files(files)) => {
-                let start = bytes.start + first_elem * elem_bytes;
+                let start = bytes.start + first_byte;
                 out.copy_from_slice(&files[*file].bytes.as_slice()[start..start + out.len()]);
             }
-            (Place::Pool { first_elem: base }, Source::Random(pool)) => pool.read(base + first_elem, out),
+            (Place::Memory(bytes), _) => out.copy_from_slice(&bytes[first_byte..first_byte + out.len()]),
+            (Place::Pool { first_elem }, Source::Random(pool)) => {
+                assert!(
+                    first_byte.is_multiple_of(pool.elem_bytes) && out.len().is_multiple_of(pool.elem_bytes),
+                    "{}: {} bytes from {first_byte} are no whole number of elements",
+                    tensor.name,
+                    out.len()
+                );
+                pool.read(first_elem + first_byte / pool.elem_bytes, out);
+            }
             (Place::Constant(value), _) => {
                 let (bytes, len) = encode(*value, tensor.dtype);
                 out.chunks_exact_mut(len).for_each(|elem| elem.copy_from_slice(&bytes[..len]));
@@ -652,14 +830,23 @@ impl Checkpoint {
         }
     }
 
+    /// Row `row` of a matrix converted to f32, for `values` of its length.
+    fn read_row(&self, id: TensorId, row: usize, values: &mut [f32]) {
+        let dtype = self.dtype(id);
+        let mut bytes = vec![0; dtype.row_bytes(values.len())];
+        self.read_bytes(id, row * bytes.len(), &mut bytes);
+        decode_row(dtype, &bytes, values);
+    }
+
     /// A tensor converted to f32, row-major.
     pub fn to_f32(&self, id: TensorId) -> Vec<f32> {
         let view = self.view(id);
-        match view.dtype {
-            Dtype::F32 => view.data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            Dtype::F16 => view.data.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-            Dtype::BF16 => view.data.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+        let len = view.shape.last().copied().unwrap_or(1);
+        let mut values = vec![0.0; view.num_elems()];
+        for (row, values) in view.data.chunks(view.dtype.row_bytes(len)).zip(values.chunks_mut(len)) {
+            decode_row(view.dtype, row, values);
         }
+        values
     }
 
     /// Counts parameters of the distinct tensors and of the unrolled model.
@@ -684,19 +871,24 @@ impl Checkpoint {
 }
 
 impl Tensor {
+    /// Elements of a row: of a vector all.
+    fn row_len(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
     fn num_elems(&self) -> usize {
         self.shape.iter().product()
     }
 
     fn num_bytes(&self) -> usize {
-        self.num_elems() * self.dtype.num_bytes()
+        self.num_elems() / self.row_len() * self.dtype.row_bytes(self.row_len())
     }
 
     /// Its bytes in `files`; empty for a generated tensor.
     fn file_bytes<'a>(&self, files: &'a [WeightFile]) -> &'a [u8] {
         match &self.place {
             Place::File { file, bytes } => &files[*file].bytes.as_slice()[bytes.clone()],
-            Place::Pool { .. } | Place::Constant(_) => &[],
+            Place::Memory(_) | Place::Pool { .. } | Place::Constant(_) => &[],
         }
     }
 }
@@ -848,17 +1040,31 @@ fn read_headers(files: &[WeightFile]) -> Result<HashMap<String, Stored>, ModelEr
 }
 
 impl Stored {
-    fn check(self, files: &[WeightFile], expected: &Expected) -> Result<Tensor, ModelError> {
+    /// The tensor, if it is what is expected: of `packed` rows, or of floats.
+    fn check(self, files: &[WeightFile], expected: &Expected, packed: Option<Dtype>) -> Result<Tensor, ModelError> {
         let file = || files[self.file].name.clone();
-        let name = expected.name.clone();
-        let Some(dtype) = Dtype::from_safetensors(self.dtype) else {
-            return Err(ModelError::TensorDtype { file: file(), name, found: self.dtype.to_string() });
+        let (name, shape) = (expected.name.clone(), expected.shape.clone());
+        let mut stored_shape = shape.clone();
+        let dtype = match packed {
+            None => Dtype::from_safetensors(self.dtype),
+            Some(dtype) => {
+                if let Some(len) = stored_shape.last_mut() {
+                    *len = dtype.row_bytes(*len);
+                }
+                (self.dtype == safetensors::Dtype::U8).then_some(dtype)
+            }
         };
-        if self.shape != expected.shape {
-            let expected = expected.shape.clone();
-            return Err(ModelError::TensorShape { file: file(), name, found: self.shape, expected });
+        let Some(dtype) = dtype else {
+            let expected = match packed {
+                None => "F32, F16 or BF16, since config.json names no quantization_config of this program",
+                Some(_) => "U8, since config.json says that matrices are quantised",
+            };
+            return Err(ModelError::TensorDtype { file: file(), name, found: self.dtype.to_string(), expected });
+        };
+        if self.shape != stored_shape {
+            return Err(ModelError::TensorShape { file: file(), name, found: self.shape, expected: stored_shape });
         }
-        Ok(Tensor { name, shape: self.shape, dtype, place: Place::File { file: self.file, bytes: self.bytes } })
+        Ok(Tensor { name, shape, dtype, place: Place::File { file: self.file, bytes: self.bytes } })
     }
 }
 
@@ -971,7 +1177,7 @@ fn check_finite(files: &[WeightFile], tensors: &[Tensor]) -> Result<(), ModelErr
             let Some(tensor) = tensors.get(index) else {
                 return worst;
             };
-            if let Some(elem) = first_non_finite(tensor.file_bytes(files), tensor.dtype) {
+            if let Some(elem) = first_non_finite(tensor.file_bytes(files), tensor.dtype, tensor.row_len()) {
                 worst = Some(worst.map_or((index, elem), |w| w.min((index, elem))));
             }
         }
@@ -988,28 +1194,43 @@ fn check_finite(files: &[WeightFile], tensors: &[Tensor]) -> Result<(), ModelErr
         None => Ok(()),
         Some((index, elem)) => {
             let tensor = &tensors[index];
-            let start = elem * tensor.dtype.num_bytes();
-            let value = match tensor.file_bytes(files)[start..] {
-                [a, b, c, d, ..] if tensor.dtype == Dtype::F32 => f32::from_le_bytes([a, b, c, d]),
-                [a, b, ..] if tensor.dtype == Dtype::F16 => f16::from_le_bytes([a, b]).to_f32(),
-                [a, b, ..] => bf16::from_le_bytes([a, b]).to_f32(),
-                _ => f32::NAN,
-            };
+            let mut values = vec![0.0; tensor.row_len()];
+            let row = tensor.file_bytes(files).chunks(tensor.dtype.row_bytes(values.len())).nth(elem / values.len());
+            decode_row(tensor.dtype, row.unwrap_or_default(), &mut values);
+            let value = values[elem % values.len()];
             let file = match tensor.place {
                 Place::File { file, .. } => files[file].name.clone(),
-                Place::Pool { .. } | Place::Constant(_) => String::new(),
+                Place::Memory(_) | Place::Pool { .. } | Place::Constant(_) => String::new(),
             };
             Err(ModelError::NonFinite { file, name: tensor.name.clone(), index: elem, value })
         }
     }
 }
 
-/// Index of the first element whose exponent bits are all ones.
-fn first_non_finite(bytes: &[u8], dtype: Dtype) -> Option<usize> {
+/// Index of the first element that is NaN or infinite: whose exponent bits are all ones.
+fn first_non_finite(bytes: &[u8], dtype: Dtype, row_len: usize) -> Option<usize> {
     match dtype {
         Dtype::F32 => first_with_bits(bytes.as_chunks::<4>().0, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
         Dtype::F16 => first_with_bits(bytes.as_chunks::<2>().0, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
         Dtype::BF16 => first_with_bits(bytes.as_chunks::<2>().0, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+        Dtype::Q8 | Dtype::Q4 => {
+            let rows = bytes.chunks(dtype.row_bytes(row_len));
+            let row = rows.clone().position(|row| !quantize::is_finite(dtype.on_device(), row, row_len))?;
+            let mut values = vec![0.0; row_len];
+            rows.skip(row).take(1).for_each(|bytes| decode_row(dtype, bytes, &mut values));
+            values.iter().position(|value| !value.is_finite()).map(|at| row * row_len + at)
+        }
+    }
+}
+
+/// Converts the bytes of a row to f32.
+fn decode_row(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
+    let halves = bytes.as_chunks::<2>().0;
+    match dtype {
+        Dtype::F32 => values.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b)),
+        Dtype::F16 => values.iter_mut().zip(halves).for_each(|(v, b)| *v = f16::from_le_bytes(*b).to_f32()),
+        Dtype::BF16 => values.iter_mut().zip(halves).for_each(|(v, b)| *v = bf16::from_le_bytes(*b).to_f32()),
+        Dtype::Q8 | Dtype::Q4 => quantize::dequantize_row(dtype.on_device(), bytes, values),
     }
 }
 
@@ -1033,7 +1254,7 @@ impl Pool {
     const NUM_ELEMS: usize = 4_194_301;
 
     fn new(seed: u64, dtype: Dtype) -> Self {
-        let elem_bytes = dtype.num_bytes();
+        let elem_bytes = dtype.row_bytes(1);
         let mut bytes = Vec::with_capacity(Self::NUM_ELEMS * elem_bytes);
         let mut state = SplitMix64(seed);
         for _ in 0..Self::NUM_ELEMS {
@@ -1097,6 +1318,7 @@ fn encode(value: f32, dtype: Dtype) -> ([u8; 4], usize) {
             let [a, b] = bf16::from_f32(value).to_le_bytes();
             ([a, b, 0, 0], 2)
         }
+        Dtype::Q8 | Dtype::Q4 => unreachable!("generated tensors have elements"),
     }
 }
 
@@ -1162,7 +1384,7 @@ mod tests {
         let mut joined = Vec::new();
         while joined.len() < whole.data.len() {
             let mut piece = vec![0; 3_000_002.min(whole.data.len() - joined.len())];
-            checkpoint.read_bytes(id, joined.len() / 2, &mut piece);
+            checkpoint.read_bytes(id, joined.len(), &mut piece);
             joined.extend(piece);
         }
         assert!(joined == *whole.data);
@@ -1189,10 +1411,10 @@ mod tests {
             let mut values = vec![1.0f32; 10_000];
             values[at] = f32::INFINITY;
             let bytes: &[u8] = bytemuck::cast_slice(&values);
-            assert_eq!(first_non_finite(bytes, Dtype::F32), Some(at));
+            assert_eq!(first_non_finite(bytes, Dtype::F32, 10_000), Some(at));
         }
-        assert_eq!(first_non_finite(&[], Dtype::BF16), None);
+        assert_eq!(first_non_finite(&[], Dtype::BF16, 1), None);
         let largest: Vec<u8> = [f16::MAX, f16::MIN].iter().flat_map(|x| x.to_le_bytes()).collect();
-        assert_eq!(first_non_finite(&largest, Dtype::F16), None);
+        assert_eq!(first_non_finite(&largest, Dtype::F16, 2), None);
     }
 }

@@ -20,7 +20,7 @@ pub enum RuntimeError {
     Kernel(#[from] KernelError),
     /// The model does not fit the adapter's memory.
     #[error(
-        "the model needs {needed} bytes on \"{adapter}\", which has {available}: {weights} for weights, {kv} for K/V of {positions} positions, {activations} for activations; use --dtype f16, a shorter context or another --device"
+        "the model needs {needed} bytes on \"{adapter}\", which has {available}: {weights} for weights, {kv} for K/V of {positions} positions, {activations} for activations; use --dtype f16, --quantize q8 or q4, a shorter context or another --device"
     )]
     DoesNotFit {
         /// Adapter name.

@@ -19,7 +19,7 @@ pub struct PageClass {
 /// The page classes of a model: its unshared layers, and its recursions.
 pub fn page_classes(model: &MorModel) -> Vec<PageClass> {
     let layout = model.kv_layout();
-    let row_bytes = model.kv_dim() * model.precision().kv_dtype().bytes();
+    let row_bytes = model.precision().kv_dtype().row_bytes(model.kv_dim());
     let mut classes: Vec<PageClass> = Vec::new();
     for buffer in 0..layout.num_buffers() {
         let layers = layout.layers().iter().filter(|layer| layer.buffer == buffer);

@@ -11,7 +11,8 @@ use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_SAMPLE, Row};
 use mor_kernels::submit::Submission;
 use mor_kernels::timing;
 use mor_model::{
-    Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing, ScriptedRouter,
+    Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Quantization, Routing,
+    ScriptedRouter,
 };
 
 use crate::engine::{Engine, EngineOptions, Statistics};
@@ -70,6 +71,8 @@ pub struct SessionOptions {
     pub kv: Option<KvStrategy>,
     /// How many sequences run at a time, and in how much memory.
     pub batch: BatchOptions,
+    /// Quantises the matrices first.
+    pub quantize: Option<Quantization>,
     /// Called while weights are uploaded.
     pub on_load: Option<Box<dyn FnMut(LoadProgress)>>,
 }
@@ -188,9 +191,13 @@ impl Session {
             Some(kv) => checkpoint.with_kv(kv)?,
             None => checkpoint,
         };
+        let checkpoint = match options.quantize {
+            Some(quantization) => checkpoint.quantize(quantization)?,
+            None => checkpoint,
+        };
         let gpu = Gpu::open(&options.gpu)?;
         let precision = options.precision.unwrap_or(if gpu.caps().is_cpu { Precision::F32 } else { Precision::F16 });
-        let total_bytes = device_bytes(&checkpoint, precision);
+        let total_bytes = checkpoint.device_bytes(precision, None);
         check_memory(&gpu, checkpoint.config(), total_bytes, (0, 0))?;
         let mut progress = |uploaded_bytes| {
             if let Some(on_load) = &mut options.on_load {
@@ -695,15 +702,6 @@ fn open(source: ModelSource) -> Result<(Checkpoint, Option<Tokenizer>)> {
         }
         ModelSource::Random { config, seed, dtype } => Ok((Checkpoint::random(config, seed, dtype), None)),
     }
-}
-
-/// Bytes that the weights take on the device, padding aside.
-fn device_bytes(checkpoint: &Checkpoint, precision: Precision) -> u64 {
-    let bytes = |id| {
-        let elems = checkpoint.shape(id).iter().product::<usize>();
-        (elems * precision.weight_dtype(checkpoint.dtype(id)).bytes()) as u64
-    };
-    checkpoint.tensor_ids().map(bytes).sum()
 }
 
 /// Refuses what does not fit the adapter; `kv` are the bytes of the caches for so many positions.

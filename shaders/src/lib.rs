@@ -28,6 +28,7 @@ shaders![
     "shared/kv",
     "shared/order_key",
     "shared/pcg4d",
+    "shared/quantized",
     "shared/radix_select",
     "shared/reduce",
     "shared/rows",

@@ -1,6 +1,7 @@
 //! Writes the embedding of every active row's token into a stream.
 
 use crate::caps::DeviceCaps;
+use crate::epilogue::define_weight;
 use crate::error::{KernelError, Result};
 use crate::kernel::{Binding, Kernel};
 use crate::plan::{Grid, PlanBuilder};
@@ -12,7 +13,7 @@ use crate::tensor::{DType, Tensor};
 /// this shard; other rows are left alone.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbedTokens {
-    /// Element type of the embedding: f32, f16 or bf16.
+    /// Element type of the embedding: f32, f16, bf16 or quantised.
     pub weight: DType,
     /// Threads of a workgroup.
     pub workgroup_size: u32,
@@ -80,10 +81,7 @@ impl Kernel for EmbedTokens {
     type Bindings<'a> = EmbedTokensBindings<'a>;
 
     fn definitions(&self, _: &DeviceCaps) -> Definitions {
-        Definitions::new()
-            .u32("WORKGROUP_SIZE", self.workgroup_size)
-            .flag("WEIGHT_F16", self.weight == DType::F16)
-            .flag("WEIGHT_BF16", self.weight == DType::BF16)
+        define_weight(Definitions::new().u32("WORKGROUP_SIZE", self.workgroup_size), self.weight)
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
@@ -108,6 +106,7 @@ mod tests {
     use crate::Gpu;
     use crate::oracle::embed_tokens::embed_tokens;
     use crate::parity::{self, Output, Rng, Tolerance};
+    use crate::quantize;
     use crate::rows::{ActiveRow, Row};
 
     /// A tensor of `values` in `dtype` and what they are after rounding to it.
@@ -122,6 +121,16 @@ mod tests {
                 halves(values.iter().map(|v| bf16::from_f32(*v).to_bits()).collect()),
                 values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect(),
             ),
+            DType::Q8 | DType::Q4 => {
+                let row_bytes = dtype.row_bytes(shape[1]);
+                let (mut rows, mut seen) = (vec![0; shape[0] * row_bytes], vec![0.0; values.len()]);
+                let packed = rows.chunks_mut(row_bytes).zip(seen.chunks_mut(shape[1]));
+                for (values, (row, seen)) in values.chunks(shape[1]).zip(packed) {
+                    quantize::quantize_row(dtype, values, row).expect("a test's values are small");
+                    quantize::dequantize_row(dtype, row, seen);
+                }
+                (Tensor::from_slice(gpu, "weight", dtype, &shape, &rows).expect("it fits"), seen)
+            }
             _ => (Tensor::from_slice(gpu, "weight", dtype, &shape, values).expect("it fits"), values.to_vec()),
         }
     }
@@ -131,7 +140,7 @@ mod tests {
         const VOCAB_SIZE: usize = 50;
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("embed_tokens");
-            for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8, DType::Q4] {
                 for hidden_size in [8, 56, 512, 520, 4096] {
                     for num_active in [0, 1, 7, 33] {
                         let num_rows = num_active + 3;

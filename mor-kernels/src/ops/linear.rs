@@ -375,7 +375,7 @@ mod tests {
     use crate::oracle::linear::{epilogue, gather, halves, linear, norm_factors};
     use crate::parity::{self, EpilogueCase, Output, Rng, Tolerance};
 
-    const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+    const DTYPES: [DType; 5] = [DType::F32, DType::F16, DType::BF16, DType::Q8, DType::Q4];
 
     /// All tiles that [`LinearTile::for_shape`] may choose anywhere, as far as the device can run them.
     fn tiles(gpu: &Gpu) -> Vec<LinearTile> {
@@ -419,19 +419,23 @@ mod tests {
     fn products_match_oracle() {
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("linear");
+            // Of quantised rows, K that fill their last group and K that do not.
             let shapes = [
-                (0, 34, 8),
-                (1, 2, 8),
-                (7, 34, 56),
-                (33, 96, 64),
-                (63, 130, 56),
-                (64, 512, 64),
-                (65, 130, 256),
-                (130, 96, 264),
-                (33, 34, 4096),
+                (DType::F32, 0, 34, 8),
+                (DType::F16, 1, 2, 8),
+                (DType::BF16, 7, 34, 56),
+                (DType::F32, 33, 96, 64),
+                (DType::F16, 63, 130, 56),
+                (DType::BF16, 64, 512, 64),
+                (DType::F32, 65, 130, 256),
+                (DType::F16, 130, 96, 264),
+                (DType::BF16, 33, 34, 4096),
+                (DType::Q8, 7, 34, 56),
+                (DType::Q8, 65, 130, 256),
+                (DType::Q4, 33, 34, 264),
+                (DType::Q4, 64, 96, 1024),
             ];
-            for (case, (num_active, num_outputs, in_features)) in shapes.into_iter().enumerate() {
-                let dtype = DTYPES[case % 3];
+            for (case, (dtype, num_active, num_outputs, in_features)) in shapes.into_iter().enumerate() {
                 let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
                 let num_rows = num_active + 2;
                 let active = parity::some_rows(&mut rng, num_rows, num_active);
@@ -492,7 +496,7 @@ mod tests {
             for (kind_index, kind) in EpilogueKind::ALL.into_iter().enumerate() {
                 for num_active in [6, 65] {
                     let in_features = 72;
-                    let (dtype, by_row) = (DTYPES[kind_index % 3], kind_index % 2 == 0);
+                    let (dtype, by_row) = (DTYPES[kind_index % DTYPES.len()], kind_index % 2 == 0);
                     // One of the tiles without matrix units, and one with.
                     let is_cooperative = |tile: &LinearTile| matches!(tile, LinearTile::Cooperative { .. });
                     let (cooperative, others): (Vec<_>, Vec<_>) = tiles.iter().copied().partition(is_cooperative);

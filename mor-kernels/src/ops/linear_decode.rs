@@ -1,6 +1,6 @@
 //! `y = x W^T` for few rows, with RMSNorm or the attention merge before it and an epilogue after it.
 
-use crate::caps::{DeviceCaps, Lanes};
+use crate::caps::DeviceCaps;
 use crate::epilogue::{Epilogue, EpilogueKind, LinearParams, define_weight};
 use crate::error::Result;
 use crate::kernel::{Binding, Kernel};
@@ -77,6 +77,9 @@ impl<'a> Prologue<'a> {
     }
 }
 
+/// Lanes of the widest [`Lanes`](crate::caps::Lanes).
+const WIDEST_LANES: u32 = 32;
+
 /// `y = f(x) W^T`, weights read once for [`LinearDecode::rows`] rows.
 ///
 /// # Source
@@ -93,9 +96,14 @@ pub struct LinearDecode {
     pub epilogue: EpilogueKind,
     /// Active rows one workgroup handles.
     pub rows: u32,
+    /// Elements of a weight that a lane fetches at once: 8, or 16 bytes of codes unless too few inputs are staged for as
+    /// many lanes.
+    pub unit: u32,
+    /// Lanes that share an output, no more than a row has units.
+    pub lanes: u32,
     /// Pairs of outputs one lane group owns.
     pub pairs: u32,
-    /// Lane groups of a workgroup.
+    /// Groups of lanes of a workgroup.
     pub groups: u32,
 }
 
@@ -123,11 +131,25 @@ impl LinearDecode {
         max_rows: u32,
     ) -> Self {
         let rows = max_rows.next_power_of_two().clamp(1, 8);
+        let mut kernel =
+            Self { in_features, weight_dtype, prologue, epilogue, rows, unit: 8, lanes: 1, pairs: 1, groups: 1 };
+        let width = caps.lanes().width();
+        let wide = match weight_dtype {
+            DType::Q8 => 16,
+            DType::Q4 => 32,
+            _ => 8,
+        };
+        if caps.is_cpu {
+            // A software rasteriser pays for every load of every lane: many outputs share one of the activation.
+            return Self { unit: wide, lanes: width, pairs: 32, ..kernel };
+        }
         // Wide workgroups stage the activation fewer times; several rows need the memory for their sums.
-        let threads = if rows == 1 { 256.min(caps.max_workgroup_size) } else { 128 };
-        // A software rasteriser pays for every load of every lane: many outputs share one of the activation.
-        let (pairs, groups) = if caps.is_cpu { (32, 1) } else { (1, threads / caps.lanes().width()) };
-        Self { in_features, weight_dtype, prologue, epilogue, rows, pairs, groups }
+        kernel.groups = if rows == 1 { 256.min(caps.max_workgroup_size) } else { 128 };
+        if wide / 8 * WIDEST_LANES <= kernel.fitting(caps) {
+            kernel.unit = wide;
+        }
+        let lanes = width.min(in_features.div_ceil(kernel.unit).next_power_of_two());
+        Self { lanes, groups: kernel.groups / lanes, ..kernel }
     }
 
     /// Records the kernel over all active rows.
@@ -142,32 +164,33 @@ impl LinearDecode {
         num_outputs.div_ceil(2 * self.groups * self.pairs)
     }
 
-    fn threads(&self, caps: &DeviceCaps) -> u32 {
-        self.groups * caps.lanes().width()
-    }
-
     /// Workgroup memory of the reductions, in bytes.
     fn reduction_bytes(&self, caps: &DeviceCaps) -> u32 {
-        let squares =
-            if self.prologue == PrologueKind::Norm && !caps.is_cpu { 4 * self.rows * self.threads(caps) } else { 0 };
-        let scratch = if caps.lanes().uses_subgroups() { 0 } else { 4 * self.threads(caps) };
+        let threads = self.lanes * self.groups;
+        let squares = if self.prologue == PrologueKind::Norm && !caps.is_cpu { 4 * self.rows * threads } else { 0 };
+        let scratch = if caps.lanes().uses_subgroups() { 0 } else { 4 * threads };
         squares + scratch
     }
 
-    /// Units of 8 inputs staged at a time: all of them if WebGPU's default 16 KiB of workgroup memory hold them
-    /// beside the reductions, else whole steps of the widest lanes.
+    /// Groups of 8 inputs that WebGPU's default 16 KiB of workgroup memory hold beside the reductions.
+    fn fitting(&self, caps: &DeviceCaps) -> u32 {
+        // 36 bytes for each group's 32, and one vec4 a row: the padding against bank conflicts.
+        (16 * 1024 - self.reduction_bytes(caps) - 16 * self.rows) / (36 * self.rows)
+    }
+
+    /// Groups of 8 inputs staged at a time: all of them if they fit, else whole steps of the widest lanes.
     ///
     /// A software rasteriser holds them in private memory instead, which costs it loads but no limit; unrolled over
     /// more steps the code would be large.
     fn chunk(&self, caps: &DeviceCaps) -> u32 {
-        let units = self.in_features / 8;
+        let groups = self.in_features.div_ceil(8);
         if caps.is_cpu {
-            let width = caps.lanes().width();
-            return units.div_ceil(width).min((24 / self.rows).max(4)) * width;
+            let step = self.lanes * self.unit / 8;
+            return groups.div_ceil(step).min(((24 / self.rows).max(4) * 8 / self.unit).max(1)) * step;
         }
-        // 36 bytes for each unit's 32, and one vec4 a row: the padding against bank conflicts.
-        let fit = (16 * 1024 - self.reduction_bytes(caps) - 16 * self.rows) / (36 * self.rows);
-        if units.next_multiple_of(4) <= fit { units.next_multiple_of(4) } else { fit / 32 * 32 }
+        let (fitting, step) = (self.fitting(caps), WIDEST_LANES * self.unit / 8);
+        let whole = groups.next_multiple_of(4);
+        if whole <= fitting { whole } else { fitting / step * step }
     }
 }
 
@@ -177,26 +200,30 @@ impl Kernel for LinearDecode {
     type Bindings<'a> = LinearDecodeBindings<'a>;
 
     fn definitions(&self, caps: &DeviceCaps) -> Definitions {
-        let lanes = caps.lanes();
-        let steps = self.chunk(caps).div_ceil(lanes.width());
+        let (lanes, parts) = (self.lanes, self.unit / 8);
+        let chunk = self.chunk(caps) / parts;
+        let steps = chunk.div_ceil(lanes);
         // More rows need the registers for sums.
         let prefetch = steps.min(if self.rows == 1 { 8 } else { 2 });
-        let exact = matches!((lanes, caps.subgroup_sizes), (Lanes::Subgroup { width }, Some((min, max))) if min == max && width == min);
+        let exact = caps.lanes().uses_subgroups() && caps.subgroup_sizes == Some((lanes, lanes));
         let splits = if let PrologueKind::Merge { num_splits } = self.prologue { num_splits } else { 1 };
         let definitions = Definitions::new()
             .u32("IN_FEATURES", self.in_features)
-            .u32("CHUNK", self.chunk(caps))
+            .u32("UNIT", 8 * parts)
+            .flag("WIDE", parts > 1)
+            .u32("PARTS", parts)
+            .u32("CHUNK", chunk)
             .u32("ROWS", self.rows)
             .u32("PAIRS", self.pairs)
             .u32("GROUPS", self.groups)
-            .u32("LANES", lanes.width())
-            .u32("LOG2_LANES", lanes.width().ilog2())
+            .u32("LANES", lanes)
+            .u32("LOG2_LANES", lanes.ilog2())
             .u32("PREFETCH", prefetch)
             .u32("STEPS", steps)
             .u32("TEXEL_ROW", TEXEL_ROW)
             .flag("TEXELS", caps.is_cpu)
             .u32("SPLITS", splits)
-            .flag("SUBGROUP", lanes.uses_subgroups())
+            .flag("SUBGROUP", caps.lanes().uses_subgroups())
             .flag("SUBGROUP_EXACT", exact)
             .flag("NORM", self.prologue == PrologueKind::Norm)
             .flag("MERGE", matches!(self.prologue, PrologueKind::Merge { .. }))
@@ -227,25 +254,31 @@ mod tests {
     use crate::oracle::rms_norm::rms_norm;
     use crate::parity::{self, EpilogueCase, Rng, Tolerance};
 
-    const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
-
     #[test]
     fn products_match_oracle() {
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("linear_decode");
-            // Each case is three pipelines; the row counts go round so that every ROWS meets small and large K.
+            // Each case is three pipelines; the row counts go round so that every ROWS meets small and large K. Of
+            // quantised rows, K that fill their last group and K that do not.
             let cases = [
-                (8, 2, 0, 1),
-                (56, 34, 7, 8),
-                (64, 130, 1, 1),
-                (264, 66, 3, 4),
-                (960, 320, 1, 1),
-                (2560, 32, 2, 2),
-                (8192, 6, 9, 8),
+                (DType::F32, 8, 2, 0, 1),
+                (DType::F16, 56, 34, 7, 8),
+                (DType::BF16, 64, 130, 1, 1),
+                (DType::F32, 264, 66, 3, 4),
+                (DType::F16, 960, 320, 1, 1),
+                (DType::BF16, 2560, 32, 2, 2),
+                (DType::F32, 8192, 6, 9, 8),
+                (DType::Q8, 8, 6, 1, 1),
+                (DType::Q8, 264, 66, 3, 4),
+                (DType::Q8, 960, 130, 1, 1),
+                (DType::Q8, 8192, 6, 9, 8),
+                (DType::Q4, 56, 34, 7, 8),
+                (DType::Q4, 256, 66, 2, 2),
+                (DType::Q4, 2560, 34, 1, 1),
+                (DType::Q4, 8200, 6, 5, 4),
             ];
-            for (case, (in_features, num_outputs, num_active, max_rows)) in cases.into_iter().enumerate() {
+            for (dtype, in_features, num_outputs, num_active, max_rows) in cases {
                 {
-                    let dtype = DTYPES[case % 3];
                     let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
                     let active = parity::some_rows(&mut rng, num_active + 2, num_active);
                     let x = rng.normals((num_active + 2) * in_features);

@@ -106,6 +106,7 @@ impl TinyModel {
                     Dtype::F32 => data.extend(value.to_le_bytes()),
                     Dtype::F16 => data.extend(half::f16::from_f32(*value).to_le_bytes()),
                     Dtype::BF16 => data.extend(half::bf16::from_f32(*value).to_le_bytes()),
+                    Dtype::Q8 | Dtype::Q4 => unreachable!("checkpoints are quantised after they are opened"),
                 }
             }
             let info = json!({ "dtype": dtype.to_string(), "shape": shape, "data_offsets": [start, data.len()] });
