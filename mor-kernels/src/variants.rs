@@ -8,8 +8,8 @@ use crate::epilogue::EpilogueKind;
 use crate::kernel::{self, Kernel};
 use crate::ops::{
     AttentionDecode, AttentionPrefill, AttentionShape, CrossEntropy, EmbedTokens, ExpertGate, Linear, LinearDecode,
-    LinearTile, PrologueKind, RmsNorm, RouterExpert, RouterToken, RouterTopk, SampleToken, SlotsCompact, TokenGate,
-    TokensCompact,
+    LinearTile, PrologueKind, RmsNorm, RouterExpert, RouterToken, RouterTopk, SamplePartial, SampleToken, SlotsCompact,
+    TokenGate, TokensCompact,
 };
 use crate::rows::KvTable;
 use crate::tensor::DType;
@@ -139,6 +139,7 @@ pub fn all() -> Vec<Variant> {
         add_slots_compact(&mut list);
         list.add(&CrossEntropy::default());
         list.add(&RmsNorm::default());
+        list.add(&SamplePartial::default());
         list.add(&SampleToken::new(&list.caps));
         for dtype in WEIGHT_DTYPES {
             list.add(&EmbedTokens::new(dtype));

@@ -12,9 +12,9 @@ use mor_kernels::ops::{
     AttentionPrefillParams, AttentionShape, DepthRule, EmbedTokens, EmbedTokensBindings, EmbedTokensParams, ExpertGate,
     Hybrid, KvGroups, Linear, LinearBindings, LinearDecode, LinearDecodeBindings, LinearTile, Prologue, RmsNorm,
     RmsNormBindings, RmsNormParams, RouterExpert, RouterExpertBindings, RouterExpertParams, RouterToken,
-    RouterTokenBindings, RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, SampleToken,
-    SampleTokenBindings, SampleTokenParams, Selection, SlotKv, SlotPhase, SlotRecursion, SlotsCompact,
-    SlotsCompactBindings, TokenGate, TokensCompact, TokensCompactBindings,
+    RouterTokenBindings, RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, SamplePartial,
+    SamplePartialBindings, SamplePartialParams, SampleToken, SampleTokenBindings, SampleTokenParams, Selection, SlotKv,
+    SlotPhase, SlotRecursion, SlotsCompact, SlotsCompactBindings, TokenGate, TokensCompact, TokensCompactBindings,
 };
 use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::{KvTable, NONE, PAGE_SIZE, RowSet};
@@ -196,6 +196,8 @@ pub struct StepTensors {
     router_hidden: Option<Tensor>,
     /// `[n, V]`, V padded to an even number.
     pub logits: Tensor,
+    /// `[n, parts of V, 4]` u32, see [`SamplePartial`].
+    partials: Tensor,
     depthwise: Option<DepthwiseTensors>,
 }
 
@@ -379,6 +381,11 @@ impl MorModel {
         self.config.vocab_size.next_multiple_of(2)
     }
 
+    /// Parts of the vocabulary that [`SamplePartial`] draws from.
+    fn vocab_parts(&self) -> usize {
+        SamplePartial::num_parts(self.config.vocab_size as u32) as usize
+    }
+
     /// Elements of a head on the device: the configuration's, padded to a multiple of 8 with zeros.
     pub fn head_dim(&self) -> usize {
         device_head_dim(self.config.head_dim)
@@ -470,6 +477,7 @@ impl MorModel {
             mlp: f32s("mlp", &[t, config.intermediate_size.next_multiple_of(8)])?,
             router_hidden: router_width.map(|width| f32s("router_hidden", &[t, width])).transpose()?,
             logits: f32s("logits", &[logit_rows, self.logits_stride()])?,
+            partials: Tensor::zeros(gpu, "partials", DType::U32, &[logit_rows, self.vocab_parts(), 4])?,
             depthwise: depthwise.then(|| self.depthwise_tensors(t)).transpose()?,
         })
     }
@@ -500,7 +508,7 @@ impl MorModel {
     pub fn step_bytes(&self, capacity: usize, logit_rows: usize) -> u64 {
         let config = &self.config;
         let per_row = 6 * config.hidden_size + 2 * self.q_dim() + config.intermediate_size + 64;
-        4 * (capacity * per_row + logit_rows * self.logits_stride()) as u64
+        4 * (capacity * per_row + logit_rows * (self.logits_stride() + 4 * self.vocab_parts())) as u64
     }
 
     /// Records a step over the rows in `step.rows`: embedding, layers, routing, head, and for
@@ -1143,20 +1151,18 @@ impl<'a> Recorder<'a> {
 
     /// Draws the tokens that follow the rows of `sampled`.
     fn record_draw(&self, plan: &mut PlanBuilder<'_>) -> Result<()> {
-        let (config, step) = (self.config(), self.step);
-        let bindings = SampleTokenBindings {
-            rows: &step.sampled,
-            logits: &step.logits,
-            sampling: &self.sample.sampling,
-            seen: &self.sample.seen,
-            next_rows: &self.sample.next_rows,
-            results: &self.sample.results,
-        };
-        let params = SampleTokenParams {
-            vocab_size: config.vocab_size as u32,
-            logits_stride: self.model.logits_stride() as u32,
-            seen_words: self.sample.seen.shape()[1] as u32,
-        };
+        let (step, sample) = (self.step, self.sample);
+        let (rows, logits, partials) = (&step.sampled, &step.logits, &step.partials);
+        let (sampling, seen) = (&sample.sampling, &sample.seen);
+        let vocab_size = self.config().vocab_size as u32;
+        let logits_stride = self.model.logits_stride() as u32;
+        let seen_words = seen.shape()[1] as u32;
+        let bindings = SamplePartialBindings { rows, logits, sampling, seen, partials };
+        let params = SamplePartialParams { vocab_size, logits_stride, seen_words };
+        SamplePartial::default().record(plan, bindings, params)?;
+        let (next_rows, results) = (&sample.next_rows, &sample.results);
+        let bindings = SampleTokenBindings { rows, logits, sampling, partials, seen, next_rows, results };
+        let params = SampleTokenParams { vocab_size, logits_stride, seen_words };
         SampleToken::new(plan.gpu().caps()).record(plan, bindings, params)
     }
 }
