@@ -152,9 +152,11 @@ pub(crate) struct Engine {
 
 impl Engine {
     /// Submits ahead of the host's knowledge, so that the device never waits for it.
-    const SUBMITS_IN_FLIGHT: usize = 4;
-    /// Ticks of one submit; more would cost the host less and let it know later.
-    const TICKS_PER_SUBMIT: usize = 2;
+    const SUBMITS_IN_FLIGHT: usize = 3;
+    /// Decode steps or ticks of one submit: about two tokens each. More would cost the host less, and let it know later
+    /// that a slot is free.
+    const STEPS_PER_SUBMIT: usize = 2;
+    const TICKS_PER_SUBMIT: usize = 4;
     /// A submit should take less than this, far below any watchdog.
     const BUDGET: Duration = Duration::from_millis(100);
     /// Least rows of a prefill step.
@@ -184,17 +186,18 @@ impl Engine {
         // A device of unknown speed starts with short submits.
         let starts_slow = !matches!(model.gpu().summary().kind, AdapterKind::Discrete | AdapterKind::Cpu);
         let config = model.config();
+        let (ticks, ticks_of_token) = match runner.batching() {
+            Batching::Lockstep => (Self::STEPS_PER_SUBMIT, 1),
+            Batching::Depthwise => (Self::TICKS_PER_SUBMIT, config.num_recursions),
+        };
         let scheduler = Scheduler::new(SchedulerOptions {
             layout,
             class_of_group,
             pages_in_class: options.pages_in_class,
             num_slots: options.num_slots,
             prefill_rows: if starts_slow { options.prefill_rows.min(128) } else { options.prefill_rows },
-            ticks: Self::TICKS_PER_SUBMIT,
-            ticks_of_token: match runner.batching() {
-                Batching::Lockstep => 1,
-                Batching::Depthwise => config.num_recursions,
-            },
+            ticks,
+            ticks_of_token,
             share_prefixes: options.share_prefixes,
             first_id: options.first_id,
         });
