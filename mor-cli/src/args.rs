@@ -145,6 +145,9 @@ pub(crate) struct BatchArgs {
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
+    /// Random weights of the shape in a config.json; requests then give `prompt_tokens` or no prompt
+    #[arg(long, value_name = "CONFIG", help_heading = "Benchmarks", conflicts_with = "model")]
+    pub(crate) random_weights: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -97,7 +97,10 @@ pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
     let total = BufReader::new(&input).lines().map_while(Result::ok).filter(|line| !line.trim().is_empty()).count();
     let mut input = BufReader::new(File::open(&args.input)?);
 
-    let model = Model::named(args.model.as_deref())?;
+    let model = match &args.random_weights {
+        Some(config) => Model::Random(config.clone()),
+        None => Model::named(args.model.as_deref())?,
+    };
     let kv = args.kv.map(|kv| kv.strategy());
     if let Some(kv) = kv {
         model.config()?.with_kv(kv)?;

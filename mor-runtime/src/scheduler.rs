@@ -486,9 +486,9 @@ impl Scheduler {
         running.count(&self.options.layout, &prefix.depths);
         let shared: Vec<usize> = running.pages.iter().map(Vec::len).collect();
         let mut fits = true;
-        for group in 0..num_groups {
+        for (group, shared) in shared.iter().enumerate() {
             let Some(class) = self.options.class_of_group[group] else { continue };
-            let needed = pages_for(running.bound(group, self.options.ticks)) - shared[group];
+            let needed = pages_for(running.bound(group, self.options.ticks)) - shared;
             match self.take_pages(class, needed) {
                 Some(pages) => running.pages[group].extend(pages),
                 None => {

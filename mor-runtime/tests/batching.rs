@@ -31,7 +31,7 @@ fn requests(rng: &mut Rng, count: usize, vocab_size: usize, longest: usize, draw
     let request = |index: usize| {
         let mut prompt = common[..[0, longest / 8, longest / 3, longest / 2][rng.below(4)]].to_vec();
         prompt.extend((0..1 + rng.below(longest / 8)).map(|_| token(rng)));
-        let sampling = match draws && index % 2 == 0 {
+        let sampling = match draws && index.is_multiple_of(2) {
             true => SamplingParams { temperature: 1.0, seed: index as u64, ..SamplingParams::default() },
             false => SamplingParams::greedy(),
         };
