@@ -19,8 +19,8 @@
 //           from radix selection over the bits of l, masses are integers (unit 2^-26 of p_max): no sum depends on an
 //           order. Ties: lowest token; NaN never before a number, token 0 if all are NaN; infinities as +-3.4e38.
 //           The noise depends on seed, position and token alone, so the draw neither on the batch nor on the place in it.
-//           It is added to (l - l_max) / temperature; without top-k and top-p, first to that of each part (see
-//           sample_partial), whose winners are scored anew: rounding may then favour another of two equal scores.
+//           It is added to (l - l_max) / temperature. Without top-k and top-p the parts' winners alone are scored, each
+//           having won relative to its part: this differs from scoring all by rounding alone.
 // Source    penalty: Keskar et al. 2019 (arXiv 1909.05858); top-p: Holtzman et al. 2020 (arXiv 1904.09751); min-p: Nguyen
 //           et al. 2024 (arXiv 2407.01082); Gumbel-max: Gumbel 1954; pcg4d: Jarzynski and Olano 2020 (JCGT 9.3)
 #import shared/rows

@@ -59,7 +59,8 @@ pub struct SamplePartialBindings<'a> {
 }
 
 impl SamplePartial {
-    /// Tokens of a part. The same for every batch and device, since a draw compares scores within its part first.
+    /// Tokens of a part: the same for every batch and device, for draws compare within parts first, and rounding is
+    /// relative to the part.
     pub const PART_SIZE: u32 = 2048;
 
     /// Parts of a vocabulary.
