@@ -8,7 +8,7 @@
 // Bindings  0 params uniform; 1 active_rows read; 2 x read; 3 weight read; 4 logits write; 5 gates write;
 //           6 depth write; 7 token_weight write; 8 bias read [BIAS]
 // Grid      (1, n, 1) workgroups; one per active row; WORKGROUP_SIZE threads stride over K, one finishes
-// Spec      WORKGROUP_SIZE power of two; NUM_RECURSIONS 2..=16; X_BY_ROW; SOFTMAX; BIAS; WEIGHT_F16 or WEIGHT_BF16
+// Spec      WORKGROUP_SIZE power of two; NUM_RECURSIONS 2..=256; X_BY_ROW; SOFTMAX; BIAS; WEIGHT_F16 or WEIGHT_BF16
 // Limits    4 * NUM_RECURSIONS * WORKGROUP_SIZE bytes of workgroup memory
 // Numerics  f32 throughout; tree sums; ties: lowest index; NaN never chosen before a number, index 0 if all are NaN
 // Source    Bae et al. 2025 (arXiv 2507.10524), token-choice routing; bias: Wang et al. 2024 (arXiv 2408.15664)

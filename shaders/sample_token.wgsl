@@ -1,24 +1,33 @@
 // sample_token: draw the next token of every sampled row from its logits, and prepare the sequence's next row.
 // Math      l = logits[i], by the repetition penalty of seen tokens; greedy: argmax(l); else, with z = l / temperature,
 //           keep the top-k, of those the top-p, of those the min-p tokens, and draw argmax(z + gumbel) among them
-// Why       the token goes to the next step without leaving the device
-// Shapes    active_rows [n]; logits [n, logits_stride] f32; sampling [S]; seen [S, seen_words] u32, a bit a token;
-//           next_rows [S]; results [S, RESULTS, 2] u32 of (token, depth), a ring by position; S sequences
-// Bindings  0 params uniform; 1 active_rows read; 2 logits read; 3 sampling read; 4 seen write; 5 next_rows write; 6 results write
-// Grid      (1, n, 1) workgroups; one per sampled row; WORKGROUP_SIZE threads stride over the vocabulary
-// Spec      WORKGROUP_SIZE 16..=1024; MAX_LISTED: 4 * MAX_LISTED bytes of workgroup memory; MIN_TEMPERATURE: greedy below; RESULTS;
-//           SUBGROUP
+// Why       the token goes to the next step without leaving the device; without top-k and top-p the parts that
+//           sample_partial left decide, so that the vocabulary is read by many workgroups, and not again
+// Shapes    active_rows [n]; logits [n, logits_stride] f32; sampling [S]; partials [n, P, 4] u32 as sample_partial writes
+//           them, P = ceil(vocab_size / PART_SIZE); seen [S, seen_words] u32, a bit a token; next_rows [S];
+//           results [S, RESULTS, 2] u32 of (token, depth), a ring by position; S sequences
+// Bindings  0 params uniform; 1 active_rows read; 2 logits read; 3 sampling read; 4 partials read; 5 seen write;
+//           6 next_rows write; 7 results write
+// Grid      (1, n, 1) workgroups; one per sampled row; WORKGROUP_SIZE threads stride over the parts, and over the
+//           vocabulary where tokens are cut off
+// Spec      WORKGROUP_SIZE 16..=1024; MAX_LISTED: 4 * MAX_LISTED bytes of workgroup memory; MIN_TEMPERATURE: greedy below;
+//           PART_SIZE; RESULTS; SUBGROUP
 // Limits    vocab_size <= 2^18; one row a sequence; penalty and temperature not NaN
 // Numerics  penalty: l > 0 ? l / p : l * p. Order: penalty, temperature, top-k, top-p, min-p, draw. top-k keeps
 //           l >= the k-th largest; top-p the fewest tokens whose mass, renormalised after top-k, is >= top_p; both keep
 //           all ties at the border; min-p keeps p >= min_p * p_max; the most likely token always stays. Thresholds come
 //           from radix selection over the bits of l, masses are integers (unit 2^-26 of p_max): no sum depends on an
 //           order. Ties: lowest token; NaN never before a number, token 0 if all are NaN; infinities as +-3.4e38.
-//           The draw depends on seed, position and token alone, so neither on the batch nor on the place in it.
+//           The noise depends on seed, position and token alone, so the draw neither on the batch nor on the place in it.
+//           It is added to (l - l_max) / temperature. Without top-k and top-p the parts' winners alone are scored, each
+//           having won relative to its part: this differs from scoring all by rounding alone.
 // Source    penalty: Keskar et al. 2019 (arXiv 1909.05858); top-p: Holtzman et al. 2020 (arXiv 1904.09751); min-p: Nguyen
 //           et al. 2024 (arXiv 2407.01082); Gumbel-max: Gumbel 1954; pcg4d: Jarzynski and Olano 2020 (JCGT 9.3)
 #import shared/rows
 #import shared/order_key
+#import shared/pcg4d
+#import shared/sampling
+#import shared/best
 #import shared/radix_select
 
 struct Params {
@@ -27,36 +36,14 @@ struct Params {
     seen_words: u32,
 }
 
-// Mirrors GpuSampling in ops/sample_token.rs.
-struct Sampling {
-    temperature: f32,
-    top_k: u32,
-    top_p: f32,
-    min_p: f32,
-    repetition_penalty: f32,
-    seed_low: u32,
-    seed_high: u32,
-    limit: u32,
-    eos: vec4<u32>,
-}
-
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
 @group(0) @binding(2) var<storage, read> logits: array<f32>;
 @group(0) @binding(3) var<storage, read> sampling: array<Sampling>;
-@group(0) @binding(4) var<storage, read_write> seen: array<u32>;
-@group(0) @binding(5) var<storage, read_write> next_rows: array<Row>;
-@group(0) @binding(6) var<storage, read_write> results: array<vec2<u32>>;
-
-// Where a row's logits come from and how they are scaled; the same for all threads.
-struct Source {
-    first_logit: u32,
-    first_seen: u32,
-    penalty: f32,
-    inverse_temperature: f32,
-    best_key: u32,
-    best_logit: f32,
-}
+@group(0) @binding(4) var<storage, read> partials: array<vec4<u32>>;
+@group(0) @binding(5) var<storage, read_write> seen: array<u32>;
+@group(0) @binding(6) var<storage, read_write> next_rows: array<Row>;
+@group(0) @binding(7) var<storage, read_write> results: array<vec2<u32>>;
 
 // The tokens in question: those of `listed` when num_listed is not NONE, else the vocabulary; of these, the ones with
 // a key of at least `threshold`.
@@ -67,18 +54,7 @@ struct Candidates {
 
 var<workgroup> listed: array<u32, MAX_LISTED>;
 var<workgroup> num_appended: atomic<u32>;
-var<workgroup> best_key: atomic<u32>;
-var<workgroup> best_token: atomic<u32>;
-var<workgroup> broadcast: vec2<u32>;
-
-// Order key of a token's logit after the penalty.
-fn token_key(source: Source, token: u32) -> u32 {
-    var logit = logits[source.first_logit + token];
-    if source.penalty != 1.0 && ((seen[source.first_seen + token / 32u] >> (token % 32u)) & 1u) == 1u {
-        logit = select(logit * source.penalty, logit / source.penalty, logit > 0.0);
-    }
-    return order_key(logit);
-}
+var<workgroup> broadcast: u32;
 
 fn num_candidates(candidates: Candidates) -> u32 {
     return select(candidates.num_listed, params.vocab_size, candidates.num_listed == NONE);
@@ -89,62 +65,6 @@ fn candidate(candidates: Candidates, i: u32) -> u32 {
         return i;
     }
     return listed[i];
-}
-
-// (largest key, lowest token that has it) over the workgroup. Uniform.
-fn workgroup_best(best: vec2<u32>, thread: u32, lane: u32) -> vec2<u32> {
-    if thread == 0u {
-        atomicStore(&best_key, 0u);
-        atomicStore(&best_token, NONE);
-    }
-    workgroupBarrier();
-#if SUBGROUP
-    let subgroup_key = subgroupMax(best.x);
-    if lane == 0u {
-        atomicMax(&best_key, subgroup_key);
-    }
-#else
-    atomicMax(&best_key, best.x);
-#endif
-    workgroupBarrier();
-    let key = atomicLoad(&best_key);
-    if best.x == key {
-        atomicMin(&best_token, best.y);
-    }
-    workgroupBarrier();
-    if thread == 0u {
-        broadcast = vec2<u32>(key, atomicLoad(&best_token));
-    }
-    return workgroupUniformLoad(&broadcast);
-}
-
-// Logits a thread fetches before it looks at them.
-const AHEAD: u32 = 8u;
-
-fn most_likely(source: Source, thread: u32, lane: u32) -> vec2<u32> {
-    var best = vec2<u32>(0u, NONE);
-    for (var first = thread; first < params.vocab_size; first += AHEAD * WORKGROUP_SIZE) {
-        // Fetched together: one workgroup alone waits for memory, not for arithmetic.
-        var keys: array<u32, AHEAD>;
-        for (var i = 0u; i < AHEAD; i++) {
-            keys[i] = 0u;
-            if first + i * WORKGROUP_SIZE < params.vocab_size {
-                keys[i] = token_key(source, first + i * WORKGROUP_SIZE);
-            }
-        }
-        for (var i = 0u; i < AHEAD; i++) {
-            // A thread's tokens ascend, so the first of equals stays.
-            if keys[i] > best.x {
-                best = vec2<u32>(keys[i], first + i * WORKGROUP_SIZE);
-            }
-        }
-    }
-    return workgroup_best(best, thread, lane);
-}
-
-// log(p / p_max)
-fn log_ratio(source: Source, key: u32) -> f32 {
-    return (value_of_key(key) - source.best_logit) * source.inverse_temperature;
 }
 
 // Weight of a token in a selection: 1 by count, p / p_max in units of 2^-26 by mass.
@@ -188,9 +108,9 @@ fn shortlist(source: Source, candidates: Candidates, digit: u32, thread: u32) ->
     }
     workgroupBarrier();
     if thread == 0u {
-        broadcast = vec2<u32>(atomicLoad(&num_appended), 0u);
+        broadcast = atomicLoad(&num_appended);
     }
-    let appended = workgroupUniformLoad(&broadcast).x;
+    let appended = workgroupUniformLoad(&broadcast);
     return Candidates(candidates.threshold, select(NONE, appended, appended <= MAX_LISTED));
 }
 
@@ -234,27 +154,37 @@ fn keep_top(source: Source, before: Candidates, count: u32, mass: f32, thread: u
     return Candidates(max(candidates.threshold, threshold), candidates.num_listed);
 }
 
-fn pcg4d(seed: vec4<u32>) -> vec4<u32> {
-    var v = seed * 1664525u + 1013904223u;
-    v.x += v.y * v.w;
-    v.y += v.z * v.x;
-    v.z += v.x * v.y;
-    v.w += v.y * v.z;
-    v ^= v >> vec4<u32>(16u);
-    v.x += v.y * v.w;
-    v.y += v.z * v.x;
-    v.z += v.x * v.y;
-    v.w += v.y * v.z;
-    return v;
+// Whether min-p keeps a token.
+fn is_likely(source: Source, s: Sampling, key: u32) -> bool {
+    return !(s.min_p > 0.0 && key != source.best_key && exp(log_ratio(source, key)) < s.min_p);
 }
 
-// A sample of the Gumbel distribution: -log(-log(1 - u)), u = (bits + 1/2) / 2^32 strictly between 0 and 1. Winners
-// have a small u, where -log(1 - u) from the built-in would have no digit left; a series serves there.
-fn gumbel(bits: u32) -> f32 {
-    let u = (f32(bits) + 0.5) * 2.3283064365386963e-10;
-    let series = u * (1.0 + u * (0.5 + u * (0.33333334 + u * 0.25)));
-    let exact = -log((f32(~bits) + 0.5) * 2.3283064365386963e-10);
-    return -log(select(exact, series, u < 0.0625));
+// The most likely token of row i, with its key.
+fn most_likely(num_parts: u32, i: u32, thread: u32, lane: u32) -> vec2<u32> {
+    var best = vec2<u32>(0u, NONE);
+    for (var part = thread; part < num_parts; part += WORKGROUP_SIZE) {
+        let partial = partials[i * num_parts + part];
+        // A thread's parts ascend, so the first of equals stays.
+        if partial.x > best.x {
+            best = partial.xy;
+        }
+    }
+    return workgroup_best(best, thread, lane);
+}
+
+// The winner of the tokens drawn from the parts of row i: the draw among all tokens.
+fn draw_of_parts(source: Source, num_parts: u32, i: u32, s: Sampling, position: u32, thread: u32, lane: u32) -> u32 {
+    var best = vec2<u32>(0u, NONE);
+    for (var part = thread; part < num_parts; part += WORKGROUP_SIZE) {
+        let drawn = partials[i * num_parts + part].zw;
+        if drawn.x != 0u {
+            let score = token_score(source, s, position, drawn.y, drawn.x);
+            if score > best.x {
+                best = vec2<u32>(score, drawn.y);
+            }
+        }
+    }
+    return workgroup_best(best, thread, lane).y;
 }
 
 fn draw(source: Source, candidates: Candidates, s: Sampling, position: u32, thread: u32, lane: u32) -> u32 {
@@ -262,15 +192,10 @@ fn draw(source: Source, candidates: Candidates, s: Sampling, position: u32, thre
     for (var i = thread; i < num_candidates(candidates); i += WORKGROUP_SIZE) {
         let token = candidate(candidates, i);
         let key = token_key(source, token);
-        if key < candidates.threshold {
+        if key < candidates.threshold || !is_likely(source, s, key) {
             continue;
         }
-        let log_p = log_ratio(source, key);
-        if s.min_p > 0.0 && key != source.best_key && exp(log_p) < s.min_p {
-            continue;
-        }
-        let bits = pcg4d(vec4<u32>(s.seed_low, s.seed_high, position, token)).x;
-        let score = order_key(log_p + gumbel(bits));
+        let score = token_score(source, s, position, token, key);
         // A list is in no order.
         if score > best.x || (score == best.x && token < best.y) {
             best = vec2<u32>(score, token);
@@ -306,30 +231,30 @@ fn main(
         return;
     }
     let s = sampling[entry.sequence];
-    var source = Source(
-        workgroup.y * params.logits_stride,
-        entry.sequence * params.seen_words,
-        s.repetition_penalty,
-        1.0,
-        0u,
-        0.0,
-    );
-    let best = most_likely(source, thread, lane);
+    let num_parts = (params.vocab_size + PART_SIZE - 1u) / PART_SIZE;
+    let best = most_likely(num_parts, workgroup.y, thread, lane);
     // A row of NaN alone has no key above 0.
     var token = select(best.y, 0u, best.x == 0u);
-    if s.temperature >= MIN_TEMPERATURE && best.x != 0u {
-        source.inverse_temperature = 1.0 / s.temperature;
-        source.best_key = best.x;
-        source.best_logit = value_of_key(best.x);
+    if !is_greedy(s) && best.x != 0u {
+        let source = relative_to(source_of(s, workgroup.y, entry.sequence), s, best.x);
         // Key 0 is NaN.
         var candidates = Candidates(1u, NONE);
-        if s.top_k > 0u && s.top_k < params.vocab_size {
-            candidates = keep_top(source, candidates, s.top_k, 0.0, thread);
+        var is_drawn = false;
+        if has_threshold(s) {
+            if s.top_k > 0u && s.top_k < params.vocab_size {
+                candidates = keep_top(source, candidates, s.top_k, 0.0, thread);
+            }
+            if s.top_p < 1.0 {
+                candidates = keep_top(source, candidates, 0u, s.top_p, thread);
+            }
+        } else {
+            token = draw_of_parts(source, num_parts, workgroup.y, s, entry.position, thread, lane);
+            // The winner among all tokens is the winner among those that min-p keeps, if it keeps it.
+            is_drawn = is_likely(source, s, partials[workgroup.y * num_parts + token / PART_SIZE].z);
         }
-        if s.top_p < 1.0 {
-            candidates = keep_top(source, candidates, 0u, s.top_p, thread);
+        if !is_drawn {
+            token = draw(source, candidates, s, entry.position, thread, lane);
         }
-        token = draw(source, candidates, s, entry.position, thread, lane);
     }
     if thread == 0u {
         finish(entry, s, token);

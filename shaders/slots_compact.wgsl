@@ -19,6 +19,7 @@
 // Numerics  integers; a recursion is taken if its logit >= 0 (NaN does not pass) or its capacity is 1
 // Source    MoR, continuous depth-wise batching (arXiv 2507.10524, section 4.2)
 #import shared/rows
+#import shared/scan
 
 struct Params {
     num_slots: u32,
@@ -66,8 +67,6 @@ struct Grids {
 #if KV_SLOTS
 @group(0) @binding(10) var<storage, read_write> kv_slots: array<u32>;
 #endif
-
-var<workgroup> counts: array<u32, WORKGROUP_SIZE>;
 
 fn is_running(slot: u32) -> bool {
     return (rows[slot].flags & ROW_ACTIVE) != 0u;
@@ -211,17 +210,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     for (var slot = first; slot < last; slot++) {
         mine += u32(is_listed(slot));
     }
-    counts[thread] = mine;
-    workgroupBarrier();
-    for (var step = 1u; step < WORKGROUP_SIZE; step = step * 2u) {
-        var before = 0u;
-        if thread >= step {
-            before = counts[thread - step];
-        }
-        workgroupBarrier();
-        counts[thread] += before;
-        workgroupBarrier();
-    }
+    scan(mine, thread);
     let total = counts[WORKGROUP_SIZE - 1u];
 
     // A slot's fate depends on that slot alone, so it may change while other threads decide.

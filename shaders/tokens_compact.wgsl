@@ -12,6 +12,7 @@
 // Numerics  integers; the decision threshold is logit >= 0 (NaN does not pass)
 // Source    MoR, expert-choice and token-choice routing (arXiv 2507.10524)
 #import shared/rows
+#import shared/scan
 
 struct Params {
     num_rows: u32,
@@ -51,8 +52,6 @@ struct Grids {
 #if KV_SLOTS
 @group(0) @binding(9) var<storage, read_write> slots: array<u32>;
 #endif
-
-var<workgroup> counts: array<u32, WORKGROUP_SIZE>;
 
 // Bit 0: listed. Bit 1: selected, that is counted into the token's depth.
 fn keep(r: u32) -> u32 {
@@ -104,17 +103,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     for (var r = first; r < last; r++) {
         mine += keep(r) & 1u;
     }
-    counts[thread] = mine;
-    workgroupBarrier();
-    for (var step = 1u; step < WORKGROUP_SIZE; step = step * 2u) {
-        var before = 0u;
-        if thread >= step {
-            before = counts[thread - step];
-        }
-        workgroupBarrier();
-        counts[thread] += before;
-        workgroupBarrier();
-    }
+    scan(mine, thread);
     let total = counts[WORKGROUP_SIZE - 1u];
 
     var place = counts[thread] - mine;
@@ -154,11 +143,9 @@ fn main(@builtin(local_invocation_index) thread: u32) {
                     entry.kv_len = slot + 1u;
                 }
 #if KV_SLOTS
-                if params.first_hybrid_group == NONE {
-                    entry.kv_table = (row.sequence * params.num_groups + params.write_group) * params.max_positions;
-                    slots[entry.kv_table + row.position] = entry.kv_slot;
-                    entry.kv_len = row.position + 1u;
-                }
+                entry.kv_table = (row.sequence * params.num_groups + params.write_group) * params.max_positions;
+                slots[entry.kv_table + row.position] = entry.kv_slot;
+                entry.kv_len = row.position + 1u;
 #endif
             }
 #endif

@@ -10,6 +10,7 @@ mod rms_norm;
 mod router_expert;
 mod router_token;
 mod router_topk;
+mod sample_partial;
 mod sample_token;
 mod slots_compact;
 mod tokens_compact;
@@ -33,6 +34,7 @@ fn main() {
     router_expert::bench(&mut criterion, gpu);
     router_token::bench(&mut criterion, gpu);
     router_topk::bench(&mut criterion, gpu);
+    sample_partial::bench(&mut criterion, gpu);
     sample_token::bench(&mut criterion, gpu);
     slots_compact::bench(&mut criterion, gpu);
     tokens_compact::bench(&mut criterion, gpu);

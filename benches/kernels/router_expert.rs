@@ -24,9 +24,15 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 weight: &parity::upload(gpu, &weight),
                 logits: &logits.tensor,
                 gates: Some(&gates.tensor),
+                keep: None,
             };
-            let params =
-                RouterExpertParams { in_features: shape.hidden_size, input_scale: 1.0, alpha: 0.1, num_recursions: 1 };
+            let params = RouterExpertParams {
+                in_features: shape.hidden_size,
+                input_scale: 1.0,
+                alpha: 0.1,
+                num_recursions: 1,
+                ..Default::default()
+            };
             let id = format!("{}/{num_rows}", shape.name);
             let grid = Grid::Fixed([1, num_rows as u32, 1]);
             let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else {

@@ -1,9 +1,13 @@
-//! `sample_token`: one row, greedy and the usual ways to draw, of small and SmolLM vocabularies.
+//! `sample_token`: one row, greedy and the usual ways to draw, of small and SmolLM vocabularies; what `sample_partial` left
+//! lies ready.
 
 use criterion::Criterion;
 use mor_bench::{record, time};
 use mor_kernels::gpu::Gpu;
-use mor_kernels::ops::{GpuSampling, SampleToken, SampleTokenBindings, SampleTokenParams};
+use mor_kernels::ops::{
+    GpuSampling, SamplePartial, SamplePartialBindings, SamplePartialParams, SampleToken, SampleTokenBindings,
+    SampleTokenParams,
+};
 use mor_kernels::oracle::sample_token::sample_token;
 use mor_kernels::parity::{self, Output, Rng};
 use mor_kernels::plan::Grid;
@@ -25,17 +29,25 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
         let logits: Vec<f32> = rng.normals(vocab_size as usize).iter().map(|logit| 3.0 * logit).collect();
         for (name, sampling) in cases {
             let active = parity::some_rows(&mut rng, 1, 1);
-            let seen_words = vocab_size.div_ceil(32);
+            let (logits_stride, seen_words) = (vocab_size, vocab_size.div_ceil(32));
+            let num_parts = SamplePartial::num_parts(vocab_size);
             let results = Output::new(gpu, 2);
             let bindings = SampleTokenBindings {
                 rows: &parity::row_set(gpu, &active),
                 logits: &parity::upload(gpu, &logits),
                 sampling: &parity::upload_u32(gpu, bytemuck::cast_slice(&[sampling])),
+                partials: &Output::new(gpu, 4 * num_parts as usize).tensor,
                 seen: &parity::upload_u32(gpu, &vec![0; seen_words as usize]),
                 next_rows: &Output::new(gpu, 4).tensor,
                 results: &results.tensor,
             };
-            let params = SampleTokenParams { vocab_size, logits_stride: vocab_size, seen_words };
+            let SampleTokenBindings { rows, logits: row, sampling: how, partials, seen, .. } = bindings;
+            let before = SamplePartialBindings { rows, logits: row, sampling: how, seen, partials };
+            parity::run(gpu, |plan| {
+                let params = SamplePartialParams { vocab_size, logits_stride, seen_words };
+                plan.dispatch(&SamplePartial::default(), &before, &params, Grid::Fixed([num_parts, 1, 1]))
+            });
+            let params = SampleTokenParams { vocab_size, logits_stride, seen_words };
             let id = format!("{name}/{vocab_size}");
             let grid = Grid::Fixed([1, 1, 1]);
             let kernel = SampleToken::new(gpu.caps());
@@ -44,7 +56,9 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
             };
             gpu.run(&plan).expect("the device answers");
             assert_eq!(results.read_u32(gpu)[0], sample_token(&logits, &sampling, &[], 0), "{id}");
-            time(criterion, gpu, "sample_token", &id, 4 * u64::from(vocab_size), &plan);
+            let cuts_off = sampling.top_k > 0 || sampling.top_p < 1.0;
+            let bytes = if cuts_off { 4 * u64::from(vocab_size) } else { 16 * u64::from(num_parts) };
+            time(criterion, gpu, "sample_token", &id, bytes, &plan);
         }
     }
 }

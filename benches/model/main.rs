@@ -38,6 +38,8 @@ fn bench(name: &str, source: &ModelSource, options: &Options) {
     let mut session_options = SessionOptions::default();
     session_options.gpu.device = options.device.clone();
     session_options.precision = options.precision;
+    // Every run shall read its prompt.
+    session_options.batch.share_prefixes = false;
     session_options.quantize = options.quantize;
     let mut session = Session::load(source.clone(), session_options).unwrap_or_else(|error| panic!("{name}: {error}"));
     let vocab_size = session.config().vocab_size as u32;
@@ -145,7 +147,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Options {
 
 /// Time by kernel of a decode step, each dispatch in a pass of its own.
 fn print_profile(session: &mut Session, context: usize) {
-    let profile = session.profile_decode(context).unwrap_or_else(|error| panic!("{error}"));
+    let profile = session.profile_decode(1, context).unwrap_or_else(|error| panic!("{error}"));
     eprintln!("decode step: device {:.1} us, host {:.1} us", profile.device_micros, profile.host_micros);
     let mut by_kernel: std::collections::BTreeMap<&str, (usize, f64)> = std::collections::BTreeMap::new();
     for (label, micros) in profile.dispatches {

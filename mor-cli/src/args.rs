@@ -18,6 +18,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Continue a prompt
     Generate(GenerateArgs),
+    /// Answer a file of requests, many at a time
+    Batch(BatchArgs),
     /// Run full sequences and write everything they compute
     Forward(ForwardArgs),
     /// Measure the likelihood of a text
@@ -28,6 +30,15 @@ pub(crate) enum Command {
     Quantize(QuantizeArgs),
     /// List the adapters of this machine
     Devices(DevicesArgs),
+    /// Measure
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Tokens a second of many sequences, against models of the same depth without recursions
+    Throughput(ThroughputArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -82,6 +93,9 @@ pub(crate) struct GenerateArgs {
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
+    /// Compute each sequence to the same bits whatever runs beside it; slower
+    #[arg(long)]
+    pub(crate) batch_invariant: bool,
     /// Mark each token with its depth: by colour in a terminal, else as token(depth)
     #[arg(long)]
     pub(crate) show_depth: bool,
@@ -89,6 +103,49 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     pub(crate) json: bool,
     /// Random weights of the shape in a config.json; only with --prompt-tokens or no prompt
+    #[arg(long, value_name = "CONFIG", help_heading = "Benchmarks", conflicts_with = "model")]
+    pub(crate) random_weights: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct BatchArgs {
+    /// JSON Lines: a request object per line with `prompt` or `prompt_tokens`, and any of `id`, `max_new_tokens`,
+    /// `temperature`, `top_k`, `top_p`, `min_p`, `repeat_penalty`, `seed`, `stop`, `ignore_eos`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input: PathBuf,
+    /// JSON Lines to write, an answer per line in the order of completion
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Go on with an output that an earlier run has begun: requests whose ids it holds are skipped
+    #[arg(long, conflicts_with = "force")]
+    pub(crate) resume: bool,
+    /// Replace an output that exists
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Sequences that decode at a time on each device
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one, allow_negative_numbers = true)]
+    pub(crate) concurrency: usize,
+    /// Adapters that share the work, by index or name [default: the best one]
+    #[arg(long, value_name = "IDX|NAME,...", value_delimiter = ',', env = "MOR_DEVICES")]
+    pub(crate) devices: Vec<String>,
+    /// Compute each sequence to the same bits whatever runs beside it; slower
+    #[arg(long)]
+    pub(crate) batch_invariant: bool,
+    /// K/V memory of each device in MiB [default: what all sequences can need, up to half of what is free]
+    #[arg(long, value_name = "MIB", value_parser = at_least_one, allow_negative_numbers = true)]
+    pub(crate) kv_memory: Option<usize>,
+    /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    pub(crate) dtype: DtypeArg,
+    #[command(flatten)]
+    pub(crate) quantize: QuantizeArg,
+    /// Which recursions store keys and values [default: as the model's config says]
+    #[arg(long, value_enum)]
+    pub(crate) kv: Option<KvArg>,
+    /// Random weights of the shape in a config.json; requests then give `prompt_tokens` or no prompt
     #[arg(long, value_name = "CONFIG", help_heading = "Benchmarks", conflicts_with = "model")]
     pub(crate) random_weights: Option<PathBuf>,
 }
@@ -172,6 +229,78 @@ pub(crate) struct DevicesArgs {
     pub(crate) json: bool,
 }
 
+/// The protocol of the paper: no prompt, lengths from a normal distribution, many more requests than slots.
+#[derive(Debug, clap::Args)]
+#[command(group = ArgGroup::new("what").required(true))]
+pub(crate) struct ThroughputArgs {
+    /// config.json of an expert-choice middle_cycle model; it and the models it is compared with get random weights
+    #[arg(long, value_name = "CONFIG", group = "what")]
+    pub(crate) config: Option<PathBuf>,
+    /// Folder of such a model, which is compared with itself: modes mor-lockstep and mor-depthwise
+    #[arg(long, value_name = "DIR", group = "what")]
+    pub(crate) model: Option<PathBuf>,
+    /// What to run [default: all there are]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub(crate) modes: Vec<ModeArg>,
+    /// Sequences that decode at a time; max is the most that fit the memory in every mode, up to 1024
+    #[arg(long, value_name = "N|max", value_delimiter = ',', value_parser = slots, default_value = "32,128,max")]
+    pub(crate) slots: Vec<SlotsArg>,
+    /// Sequences, all there from the start; more than slots [default: 4 a slot]
+    #[arg(long, value_name = "N", value_parser = up_to_a_million, allow_negative_numbers = true)]
+    pub(crate) requests: Option<usize>,
+    /// Mean of the new tokens of a sequence, which are normally distributed within 1 and what the context leaves
+    #[arg(long, value_name = "N", default_value_t = 256.0, value_parser = not_negative, allow_negative_numbers = true)]
+    pub(crate) mean_new: f64,
+    /// Their standard deviation
+    #[arg(long, value_name = "N", default_value_t = 64.0, value_parser = not_negative, allow_negative_numbers = true)]
+    pub(crate) std_new: f64,
+    /// Seed of weights, lengths, depths and tokens
+    #[arg(long, value_name = "S", default_value_t = 0, allow_negative_numbers = true)]
+    pub(crate) seed: u64,
+    /// Recursions that a token takes: as its routers say, or drawn so that recursion r takes the share of all tokens that
+    /// the config's capacity gives it [default: model with --model, capacities with --config]
+    #[arg(long, value_enum)]
+    pub(crate) depths: Option<DepthsArg>,
+    /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    pub(crate) dtype: DtypeArg,
+    #[command(flatten)]
+    pub(crate) device: DeviceArg,
+    /// Markdown tables, or one JSON object
+    #[arg(short, long, value_enum, default_value_t = FormatArg::Md)]
+    pub(crate) output: FormatArg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ModeArg {
+    /// All weights distinct, the same depth
+    Vanilla,
+    /// Every token takes all recursions
+    Recursive,
+    /// Routed; a step takes every token through all its recursions and lasts as long as the deepest
+    MorLockstep,
+    /// Routed; a tick takes every token through one recursion
+    MorDepthwise,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SlotsArg {
+    Count(usize),
+    Max,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DepthsArg {
+    Model,
+    Capacities,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatArg {
+    Md,
+    Json,
+}
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct DeviceArg {
     /// Adapter by its index in `mor devices` or a part of its name [default: the best]
@@ -181,14 +310,23 @@ pub(crate) struct DeviceArg {
 
 impl DeviceArg {
     pub(crate) fn selector(&self) -> DeviceSelector {
-        match self.device.as_deref().map(str::trim) {
-            // An empty environment variable is an unset one.
-            None | Some("") => DeviceSelector::Best,
-            Some(text) => match text.parse() {
-                Ok(index) => DeviceSelector::Index(index),
-                Err(_) => DeviceSelector::Name(text.to_owned()),
-            },
-        }
+        // An empty environment variable is an unset one.
+        self.device.as_deref().filter(|text| !text.trim().is_empty()).map_or(DeviceSelector::Best, device_selector)
+    }
+}
+
+impl BatchArgs {
+    pub(crate) fn selectors(&self) -> Vec<DeviceSelector> {
+        let named = self.devices.iter().filter(|text| !text.trim().is_empty());
+        let selectors: Vec<_> = named.map(|text| device_selector(text)).collect();
+        if selectors.is_empty() { vec![DeviceSelector::Best] } else { selectors }
+    }
+}
+
+fn device_selector(text: &str) -> DeviceSelector {
+    match text.trim().parse() {
+        Ok(index) => DeviceSelector::Index(index),
+        Err(_) => DeviceSelector::Name(text.trim().to_owned()),
     }
 }
 
@@ -295,6 +433,24 @@ fn token_list(text: &str) -> Result<TokenList, String> {
 
 fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&count| count > 0).ok_or_else(|| "expected a whole number, 1 or more".to_owned())
+}
+
+/// What is listed before anything is known of the device.
+fn up_to_a_million(text: &str) -> Result<usize, String> {
+    let count = at_least_one(text).ok().filter(|count| *count <= 1_000_000);
+    count.ok_or_else(|| "expected a whole number from 1 to 1000000".to_owned())
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0);
+    number.ok_or_else(|| "expected a number, 0 or more".to_owned())
+}
+
+fn slots(text: &str) -> Result<SlotsArg, String> {
+    match text {
+        "max" => Ok(SlotsArg::Max),
+        text => up_to_a_million(text).map(SlotsArg::Count).map_err(|expected| format!("{expected}, or max")),
+    }
 }
 
 fn document_range(text: &str) -> Result<Range<usize>, String> {

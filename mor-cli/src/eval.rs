@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mor_model::{MorConfig, Quantization};
-use mor_runtime::{Score, Tokenizer};
+use mor_runtime::{Score, SessionOptions, Tokenizer};
 use serde::Serialize;
 
 use crate::args::EvalArgs;
@@ -45,7 +45,12 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let text = read_text(&args.text)?;
     let documents = chosen(split_documents(&text), args.documents.clone(), &origin)?;
 
-    let mut session = model.load(args.device.selector(), args.dtype.precision(), args.quantize.quantization(), None)?;
+    let options = SessionOptions {
+        precision: args.dtype.precision(),
+        quantize: args.quantize.quantization(),
+        ..SessionOptions::default()
+    };
+    let mut session = model.load(args.device.selector(), options)?;
     let tokenizer = session
         .tokenizer()
         .ok_or_else(|| bad_input!("{}: there is no tokenizer.json, so text cannot be encoded", model.name()))?;

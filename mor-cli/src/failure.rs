@@ -29,7 +29,7 @@ macro_rules! bad_input {
 pub(crate) use bad_input;
 
 const FAILURE: u8 = 1;
-const BAD_INPUT: u8 = 2;
+pub(crate) const BAD_INPUT: u8 = 2;
 /// As a shell reports a program that SIGINT ended.
 pub(crate) const INTERRUPTED: u8 = 130;
 
@@ -97,7 +97,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 }
 
 /// The library speaks of parameters; here they are options.
-fn sentence(error: &anyhow::Error) -> String {
+pub(crate) fn sentence(error: &anyhow::Error) -> String {
     match error.downcast_ref::<RuntimeError>() {
         Some(RuntimeError::Parameter { name, found, expected }) => {
             let option = match *name {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use mor_model::{Mode, MorConfig};
-use mor_runtime::{RuntimeError, SequenceOutput};
+use mor_runtime::{RuntimeError, SequenceOutput, SessionOptions};
 use safetensors::{Dtype, SafeTensors, View};
 
 use crate::args::ForwardArgs;
@@ -20,7 +20,12 @@ pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
     let batch = Batch::read(&args.tokens, &config)?;
     check_target(&args.out)?;
 
-    let mut session = model.load(args.device.selector(), args.dtype.precision(), args.quantize.quantization(), None)?;
+    let options = SessionOptions {
+        precision: args.dtype.precision(),
+        quantize: args.quantize.quantization(),
+        ..SessionOptions::default()
+    };
+    let mut session = model.load(args.device.selector(), options)?;
     let output = session.forward(&batch.sequences, args.routing.routing())?;
     let tensors = output_tensors(&output.sequences, batch.padded_len, &config);
     write_atomically(&args.out, tensors)?;

@@ -7,7 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use mor_model::{MorConfig, Quantization};
-use mor_runtime::{Event, GenerateRequest, RuntimeError, SamplingParams, Session, Summary, TextStream, Tokenizer};
+use mor_runtime::{
+    BatchOptions, Event, GenerateRequest, RuntimeError, SamplingParams, Session, SessionOptions, Summary, TextStream,
+    Tokenizer,
+};
 use serde::Serialize;
 
 use crate::args::GenerateArgs;
@@ -83,7 +86,15 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     check_request(&prompt, args, &model, &config)?;
 
     let kv = args.kv.map(|kv| kv.strategy());
-    let mut session = model.load(args.device.selector(), args.dtype.precision(), args.quantize.quantization(), kv)?;
+    let batch = BatchOptions { batch_invariant: args.batch_invariant, ..BatchOptions::default() };
+    let options = SessionOptions {
+        precision: args.dtype.precision(),
+        quantize: args.quantize.quantization(),
+        kv,
+        batch,
+        ..SessionOptions::default()
+    };
+    let mut session = model.load(args.device.selector(), options)?;
     let tokens = match (prompt, session.tokenizer()) {
         (Prompt::Tokens(tokens), _) => tokens,
         (Prompt::Text(text), _) if text.is_empty() => Vec::new(),

@@ -4,6 +4,8 @@
 //! of this program, 2 bad input (one sentence says what, where, what was expected and what to do), 130 interrupted.
 
 mod args;
+mod batch;
+mod bench;
 mod devices;
 mod embedded;
 mod eval;
@@ -22,7 +24,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use crate::args::{Args, Command};
+use crate::args::{Args, BenchCommand, Command};
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
@@ -34,11 +36,13 @@ fn main() -> ExitCode {
     };
     let result = match args.command {
         Command::Generate(args) => generate::run(&args),
+        Command::Batch(args) => batch::run(&args),
         Command::Forward(args) => forward::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quantize(args) => quantize::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(BenchCommand::Throughput(args)) => bench::throughput(&args).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| failure::report(&error))
 }

@@ -4,10 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use mor_model::{Checkpoint, Dtype, KvStrategy, MorConfig};
+use mor_model::{Checkpoint, Dtype, MorConfig};
 use mor_runtime::{
-    AdapterKind, AdapterSummary, DeviceSelector, GpuOptions, LoadProgress, ModelSource, Precision, Quantization,
-    Session, SessionOptions,
+    AdapterKind, AdapterSummary, DeviceSelector, GpuOptions, LoadProgress, ModelSource, Session, SessionOptions,
 };
 
 use crate::failure::bad_input;
@@ -83,21 +82,20 @@ impl Model {
         })
     }
 
-    /// Loads it onto a device, with a progress bar where that takes a while.
-    pub(crate) fn load(
-        &self,
-        device: DeviceSelector,
-        precision: Option<Precision>,
-        quantize: Option<Quantization>,
-        kv: Option<KvStrategy>,
-    ) -> anyhow::Result<Session> {
-        let was_chosen = device != DeviceSelector::Best;
-        let gpu = GpuOptions { device, ..GpuOptions::default() };
-        let options = SessionOptions { gpu, precision, kv, quantize, on_load: Some(Box::new(progress_bar())) };
-        let session = Session::load(self.source()?, options)?;
-        warn_of_software(session.device(), was_chosen);
-        Ok(session)
+    /// Loads it onto a device.
+    pub(crate) fn load(&self, device: DeviceSelector, options: SessionOptions) -> anyhow::Result<Session> {
+        load(self.source()?, device, options)
     }
+}
+
+/// Loads a model onto a device, with a progress bar where that takes a while.
+pub(crate) fn load(source: ModelSource, device: DeviceSelector, options: SessionOptions) -> anyhow::Result<Session> {
+    let was_chosen = device != DeviceSelector::Best;
+    let gpu = GpuOptions { device, ..options.gpu };
+    let options = SessionOptions { gpu, on_load: Some(Box::new(progress_bar())), ..options };
+    let session = Session::load(source, options)?;
+    warn_of_software(session.device(), was_chosen);
+    Ok(session)
 }
 
 /// How a session stores numbers, for people.

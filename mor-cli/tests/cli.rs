@@ -423,6 +423,28 @@ fn models_larger_than_the_adapter() {
 }
 
 #[test]
+fn benchmarks_that_cannot_be_run() {
+    let config = |name: &str| root().join("benches/configs").join(name).display().to_string();
+    let (vanilla, routed) = (config("360m-vanilla.json"), config("360m-mor-r3.json"));
+    let throughput = |args: &[&str], words: &[&str]| refused(&[&["bench", "throughput"], args].concat(), words);
+    throughput(&[], &["--config", "--model"]);
+    throughput(&["--config", &routed, "--model", &model("tinystories-mor-expert-5m")], &["cannot be used with"]);
+    let words =
+        ["360m-vanilla.json", "mode vanilla with sharing none", "expected mode expert with sharing middle_cycle"];
+    throughput(&["--config", &vanilla], &words);
+    throughput(&["--model", &model("tinystories-mor-token-5m")], &["mode token with sharing middle_cycle"]);
+    throughput(&["--config", "no-such.json"], &["no-such.json"]);
+    throughput(&["--config", &routed, "--modes", "vanilla,deepest"], &["deepest", "--modes"]);
+    throughput(&["--model", &model("tinystories-mor-expert-5m"), "--modes", "vanilla"], &["--modes has vanilla"]);
+    throughput(&["--config", &routed, "--slots", "32,0"], &["'0'", "--slots", "from 1 to 1000000, or max"]);
+    throughput(&["--config", &routed, "--slots", "32", "--requests", "32"], &["--requests is 32", "the 32 slots"]);
+    throughput(&["--config", &routed, "--slots", &usize::MAX.to_string()], &["--slots"]);
+    throughput(&["--config", &routed, "--mean-new", "nan"], &["'nan'", "--mean-new", "0 or more"]);
+    throughput(&["--config", &routed, "--output", "xml"], &["xml", "--output"]);
+    refused(&["bench", "thruput"], &["thruput", "did you mean 'throughput'?"]);
+}
+
+#[test]
 fn prompts_that_are_no_text_or_too_long() {
     // Standard input is held to the same as a file.
     let pipe = |bytes: &[u8]| {

@@ -270,6 +270,87 @@ fn models_without_a_tokenizer_give_ids() {
     assert_eq!(stdout(&args).split_whitespace().collect::<Vec<_>>(), ids);
 }
 
+/// Every run of a report answers all requests with all their tokens, and its numbers agree.
+fn check_runs(report: &Value, num_tokens: u64, modes: &[&str]) {
+    let runs = report["runs"].as_array().unwrap();
+    assert_eq!(runs.iter().map(|run| run["mode"].as_str().unwrap()).collect::<Vec<_>>(), modes);
+    for run in runs {
+        let of = |path: &str| run.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("{path} of {run}"));
+        let by_depth: Vec<u64> = serde_json::from_value(run["tokens_by_depth"].clone()).unwrap();
+        assert_eq!(run["whole"]["tokens"], num_tokens, "{run}");
+        assert_eq!(by_depth.iter().sum::<u64>(), num_tokens, "{run}");
+        let passes: u64 = by_depth.iter().zip(0..).map(|(tokens, depth)| tokens * depth).sum();
+        assert!((of("/mean_depth") - passes as f64 / num_tokens as f64).abs() < 1e-9, "{run}");
+        let rate = of("/whole/tokens") / of("/whole/seconds");
+        assert!((of("/whole/tokens_per_s") / rate - 1.0).abs() < 1e-6, "{run}");
+        assert!((0.0..=1.0).contains(&of("/whole/occupancy")) && of("/whole/occupancy") > 0.3, "{run}");
+        assert!((0.0..=1.0).contains(&of("/whole/scheduling")), "{run}");
+        assert!(of("/kv/peak_used") > 0.0 && of("/kv/peak_used") <= of("/kv/peak_reserved"), "{run}");
+        assert_eq!(run["preemptions"], 0, "{run}");
+        if !run["time"].is_null() {
+            assert!(
+                ["device", "prelude", "block", "coda"].iter().all(|part| of(&format!("/time/{part}")) > 0.0),
+                "{run}"
+            );
+        }
+    }
+}
+
+#[test]
+fn throughput_adds_up() {
+    if !gpu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    let config = serde_json::json!({
+        "model_type": "mor", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 128,
+        "mor": { "mode": "expert", "sharing": "middle_cycle", "num_recursion": 3 },
+    });
+    std::fs::write(&path, config.to_string()).unwrap();
+    let command = ["bench", "throughput", "--slots", "2", "--requests", "7", "--output", "json"];
+    let report = json(&[&command[..], &["--config", text(&path), "--mean-new", "24", "--std-new", "0"]].concat());
+    check_runs(&report, 7 * 24, &["vanilla", "recursive", "mor-lockstep", "mor-depthwise"]);
+    assert_eq!(report["protocol"]["depths"], "capacities");
+    let runs = report["runs"].as_array().unwrap();
+    assert_eq!(runs[0]["tokens_by_depth"], serde_json::json!([0, 168]));
+    assert_eq!(runs[1]["tokens_by_depth"], serde_json::json!([0, 0, 0, 168]));
+    assert_eq!(runs[0]["whole"]["to_vanilla"], 1.0);
+    for run in runs {
+        let found = |field: &str| run["kv"][field].as_f64().unwrap();
+        // A token stores an entry in the layers of every recursion it takes.
+        let routed = run["mode"].as_str().unwrap().starts_with("mor");
+        let shared = if routed { run["mean_depth"].as_f64().unwrap() / 3.0 } else { 1.0 };
+        assert!((found("shared_layers_to_vanilla") - shared).abs() < 1e-9, "{run}");
+        assert!((found("to_vanilla") - (2.0 + 6.0 * shared) / 8.0).abs() < 1e-9, "{run}");
+        assert_eq!(run["bounds"].is_null(), !routed, "{run}");
+        // Capacities 1, 2/3 and 1/3: each depth from 1 on is as likely, and five standard errors of 168 tokens are 0.32.
+        let distance = run["mean_depth"].as_f64().unwrap() - 2.0;
+        assert!(!routed || run["tokens_by_depth"][0] == 0 && distance.abs() < 0.32, "{run}");
+    }
+}
+
+#[test]
+fn throughput_of_a_model_takes_its_own_depths() {
+    if !gpu() {
+        return;
+    }
+    let folder = fixtures_dir().join("expert_middle_cycle_r3");
+    let command = ["bench", "throughput", "--slots", "2", "--requests", "5", "--mean-new", "9", "--std-new", "0"];
+    let command = [&command[..], &["--model", text(&folder)]].concat();
+    let report = json(&[&command[..], &["--output", "json"]].concat());
+    check_runs(&report, 5 * 9, &["mor-lockstep", "mor-depthwise"]);
+    assert_eq!(report["protocol"]["depths"], "model");
+    assert_eq!(report["runs"][0]["whole"]["to_vanilla"], Value::Null);
+    let table = stdout(&[&command[..], &["--modes", "mor-depthwise"]].concat());
+    let rows: Vec<_> = table.lines().filter(|line| line.starts_with("| mor-depthwise | 2 |")).collect();
+    assert_eq!(rows.len(), 2, "{table}");
+    let columns = |line: &str| line.matches('|').count();
+    let heads: Vec<_> = table.lines().filter(|line| line.starts_with("| mode |")).collect();
+    assert!(heads.iter().zip(&rows).all(|(head, row)| columns(head) == columns(row)), "{table}");
+}
+
 #[test]
 fn quantised_while_loading_or_before_is_the_same() {
     if !gpu() {

@@ -111,6 +111,8 @@ pub(crate) struct GpuInner {
     pub(crate) summary: AdapterSummary,
     pub(crate) checked: bool,
     pub(crate) pipelines: Mutex<HashMap<PipelineKey, Arc<CompiledKernel>>>,
+    /// Staging buffers that no readback uses, for the next ones.
+    pub(crate) staging: Mutex<Vec<wgpu::Buffer>>,
     fault: Arc<Mutex<Option<Fault>>>,
 }
 
@@ -193,6 +195,7 @@ impl Gpu {
                 summary,
                 checked: options.checked,
                 pipelines: Mutex::new(HashMap::new()),
+                staging: Mutex::new(Vec::new()),
                 fault,
             }),
         })

@@ -65,6 +65,8 @@ impl Step {
 #[derive(Debug)]
 pub struct Plan {
     steps: Vec<Step>,
+    /// Name and first step of each part, ascending; the first one starts at 0.
+    parts: Vec<(&'static str, usize)>,
     description: Vec<String>,
 }
 
@@ -87,9 +89,29 @@ impl Plan {
         })
     }
 
+    /// Names of the parts, in order; see [`PlanBuilder::part`].
+    pub fn parts(&self) -> impl Iterator<Item = &'static str> {
+        self.parts.iter().map(|(name, _)| *name)
+    }
+
     /// Encodes all steps, in one compute pass unless copies stand between dispatches.
     pub(crate) fn encode(&self, encoder: &mut wgpu::CommandEncoder) {
-        let mut steps = self.steps.iter().peekable();
+        Self::encode_steps(&self.steps, encoder);
+    }
+
+    /// As [`Plan::encode`], with passes that end where parts end. Part i lies between queries `first + i` and
+    /// `first + i + 1`.
+    pub(crate) fn encode_parts(&self, encoder: &mut wgpu::CommandEncoder, queries: &wgpu::QuerySet, first: u32) {
+        encoder.write_timestamp(queries, first);
+        let ends = self.parts.iter().skip(1).map(|(_, start)| *start).chain([self.steps.len()]);
+        for (i, ((_, start), end)) in (1..).zip(self.parts.iter().zip(ends)) {
+            Self::encode_steps(&self.steps[*start..end], encoder);
+            encoder.write_timestamp(queries, first + i);
+        }
+    }
+
+    fn encode_steps(steps: &[Step], encoder: &mut wgpu::CommandEncoder) {
+        let mut steps = steps.iter().peekable();
         while let Some(step) = steps.peek() {
             if let Step::Copy { from, from_offset, to, to_offset, bytes } = step {
                 encoder.copy_buffer_to_buffer(from, *from_offset, to, *to_offset, *bytes);
@@ -126,6 +148,7 @@ impl Plan {
 pub struct PlanBuilder<'g> {
     gpu: &'g Gpu,
     pending: Vec<Pending>,
+    parts: Vec<(&'static str, usize)>,
     params: Vec<u8>,
     grids: Vec<[u32; 4]>,
     grid_table: Tensor,
@@ -176,6 +199,7 @@ impl<'g> PlanBuilder<'g> {
         Ok(Self {
             gpu,
             pending: Vec::new(),
+            parts: Vec::new(),
             params: Vec::new(),
             grids: Vec::new(),
             grid_table,
@@ -197,6 +221,14 @@ impl<'g> PlanBuilder<'g> {
     #[cfg(test)]
     pub(crate) fn intern_grid(&mut self, grid: [u32; 4]) -> Result<()> {
         self.grid_index("test", grid).map(|_| ())
+    }
+
+    /// Names the steps recorded from here on, for measurements; see [`timing::parts`](crate::timing::parts). A plan that names
+    /// none is one part, `all`.
+    pub fn part(&mut self, name: &'static str) {
+        if self.parts.last().is_none_or(|(last, _)| *last != name) {
+            self.parts.push((name, self.pending.len()));
+        }
     }
 
     /// Records one dispatch.
@@ -304,7 +336,11 @@ impl<'g> PlanBuilder<'g> {
             });
         }
         self.gpu.check()?;
-        Ok(Plan { steps, description: self.description })
+        let mut parts = self.parts;
+        if parts.first().is_none_or(|(_, start)| *start > 0) {
+            parts.insert(0, ("all", 0));
+        }
+        Ok(Plan { steps, parts, description: self.description })
     }
 
     fn check_grid(&self, kernel: &'static str, counts: [u32; 3]) -> Result<()> {

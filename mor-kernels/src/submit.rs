@@ -1,8 +1,8 @@
 //! [`Submission`]: plans, copies and readbacks handed to the device together; [`Readback`]: bytes on their way
 //! to the host. This is the one place that maps buffers.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
@@ -41,8 +41,7 @@ impl<'g> Submission<'g> {
     /// # Errors
     /// [`KernelError::OutOfMemory`] if the staging buffer cannot be had.
     pub fn read(&mut self, tensor: &Tensor, offset: u64, bytes: u64) -> Result<Readback> {
-        use wgpu::BufferUsages as U;
-        let staging = self.gpu.create_buffer("readback", bytes.max(4), U::MAP_READ | U::COPY_DST)?;
+        let staging = self.gpu.take_staging(bytes)?;
         self.encoder.copy_buffer_to_buffer(&tensor.buffer, offset, &staging, 0, bytes);
         let state = Arc::new(AtomicU8::new(PENDING));
         let arrived = Arc::clone(&state);
@@ -103,11 +102,39 @@ impl Readback {
             return Err(failed("a readback buffer could not be mapped".to_owned()));
         }
         let view = self.staging.get_mapped_range(..).map_err(|error| failed(error.to_string()))?;
-        Ok(view[..self.bytes].to_vec())
+        let data = view[..self.bytes].to_vec();
+        drop(view);
+        self.staging.unmap();
+        self.gpu.return_staging(self.staging);
+        Ok(data)
     }
 }
 
+/// Bytes of the largest staging buffer that is kept for the next readback, and how many are kept: those of the steps
+/// under way. Making one anew takes about as long as recording a few dispatches.
+const KEPT_STAGING_BYTES: u64 = 1 << 20;
+const KEPT_STAGING_BUFFERS: usize = 32;
+
 impl Gpu {
+    /// A staging buffer of at least `bytes` bytes.
+    fn take_staging(&self, bytes: u64) -> Result<wgpu::Buffer> {
+        use wgpu::BufferUsages as U;
+        // Few sizes, so that the next readback finds one that fits.
+        let size = if bytes <= KEPT_STAGING_BYTES { bytes.next_power_of_two().max(256) } else { bytes };
+        let mut kept = self.inner.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        match kept.iter().position(|buffer| buffer.size() == size) {
+            Some(index) => Ok(kept.swap_remove(index)),
+            None => self.create_buffer("readback", size, U::MAP_READ | U::COPY_DST),
+        }
+    }
+
+    fn return_staging(&self, buffer: wgpu::Buffer) {
+        let mut kept = self.inner.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        if buffer.size() <= KEPT_STAGING_BYTES && kept.len() < KEPT_STAGING_BUFFERS {
+            kept.push(buffer);
+        }
+    }
+
     /// Reads a whole tensor's elements and waits for them: for tests and one-off reads, never in a hot path.
     ///
     /// # Errors

@@ -4,6 +4,9 @@ use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
 use crate::plan::Plan;
 
+/// Entries of the largest query set.
+const MAX_QUERIES: u32 = 4096;
+
 /// Runs `plan` `repetitions` times in one submit and returns the device microseconds of one repetition.
 ///
 /// # Errors
@@ -17,6 +20,26 @@ pub fn device_micros(gpu: &Gpu, plan: &Plan, repetitions: u32) -> Result<f64> {
         encoder.write_timestamp(queries, 1);
     })?;
     Ok((stamps[1] - stamps[0]) / f64::from(repetitions.max(1)))
+}
+
+/// Runs `plan` `repetitions` times in one submit and returns name and device microseconds of each of its parts in one
+/// repetition, in order. Parts are passes of their own here, so the sum may be a little more than the plan takes as a whole.
+///
+/// # Errors
+/// As [`device_micros`].
+pub fn parts(gpu: &Gpu, plan: &Plan, repetitions: u32) -> Result<Vec<(&'static str, f64)>> {
+    let mut parts: Vec<_> = plan.parts().map(|name| (name, 0.0)).collect();
+    let stamps_of_run = parts.len() as u32 + 1;
+    let repetitions = repetitions.clamp(1, MAX_QUERIES / stamps_of_run);
+    let stamps = stamps(gpu, repetitions * stamps_of_run, |encoder, queries| {
+        (0..repetitions).for_each(|run| plan.encode_parts(encoder, queries, run * stamps_of_run));
+    })?;
+    for run in stamps.chunks_exact(stamps_of_run as usize) {
+        for ((_, micros), ends) in parts.iter_mut().zip(run.windows(2)) {
+            *micros += (ends[1] - ends[0]) / f64::from(repetitions);
+        }
+    }
+    Ok(parts)
 }
 
 /// Submits what `record` encodes and returns its `count` timestamps in microseconds from the first.
@@ -64,9 +87,9 @@ pub fn profile(gpu: &Gpu, plan: &Plan, repetitions: u32) -> Result<Vec<(&'static
     let labels: Vec<_> = plan.labels().collect();
     let mut best = vec![f64::INFINITY; labels.len()];
     for _ in 0..repetitions {
-        // Query sets are limited to 4096 entries.
-        for first in (0..labels.len()).step_by(2048) {
-            let count = (labels.len() - first).min(2048);
+        let most = MAX_QUERIES as usize / 2;
+        for first in (0..labels.len()).step_by(most) {
+            let count = (labels.len() - first).min(most);
             let stamps = stamps(gpu, 2 * count as u32, |encoder, queries| {
                 plan.encode_timed(encoder, queries, first..first + count);
             })?;

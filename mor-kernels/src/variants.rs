@@ -8,8 +8,8 @@ use crate::epilogue::EpilogueKind;
 use crate::kernel::{self, Kernel};
 use crate::ops::{
     AttentionDecode, AttentionPrefill, AttentionShape, CrossEntropy, EmbedTokens, ExpertGate, Linear, LinearDecode,
-    LinearTile, PrologueKind, RmsNorm, RouterExpert, RouterToken, RouterTopk, SampleToken, SlotsCompact, TokenGate,
-    TokensCompact,
+    LinearTile, PrologueKind, RmsNorm, RouterExpert, RouterToken, RouterTopk, SamplePartial, SampleToken, SlotsCompact,
+    TokenGate, TokensCompact,
 };
 use crate::rows::KvTable;
 use crate::tensor::DType;
@@ -139,6 +139,7 @@ pub fn all() -> Vec<Variant> {
         add_slots_compact(&mut list);
         list.add(&CrossEntropy::default());
         list.add(&RmsNorm::default());
+        list.add(&SamplePartial::default());
         list.add(&SampleToken::new(&list.caps));
         for dtype in WEIGHT_DTYPES {
             list.add(&EmbedTokens::new(dtype));
@@ -217,9 +218,9 @@ fn add_routers(list: &mut List) {
     for weight_dtype in PLAIN_DTYPES {
         for x_by_row in [false, true] {
             for gate in [ExpertGate::Sigmoid, ExpertGate::Tanh, ExpertGate::None] {
-                for logit_only in [false, true] {
-                    let kernel = RouterExpert { gate, weight_dtype, x_by_row, logit_only, ..RouterExpert::default() };
-                    list.add(&kernel);
+                for (logit_only, scripted) in [(false, false), (true, false), (false, true), (true, true)] {
+                    let kernel = RouterExpert::default();
+                    list.add(&RouterExpert { gate, weight_dtype, x_by_row, logit_only, scripted, ..kernel });
                 }
             }
             for num_recursions in [2, 3, 4, 16] {

@@ -49,7 +49,10 @@ pub use config::{
 pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
-pub use model::{Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, Phase, Routing, SampleTensors, StepTensors};
+pub use model::{
+    Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, PARTS, Phase, Routing, SampleTensors, ScriptedRouter,
+    StepTensors,
+};
 pub use sharing::{EffectiveLayer, LayerLayout};
 pub use weights::{
     Checkpoint, Dtype, LayerTensor, LayerTensors, ParameterCounts, RouterTensors, TensorId, TensorName, TensorView,

@@ -5,20 +5,21 @@
 
 use std::ops::Range;
 
+use mor_kernels::caps::DeviceCaps;
 use mor_kernels::epilogue::{Epilogue, LinearParams};
 use mor_kernels::ops::{
     AttentionDecode, AttentionDecodeBindings, AttentionDecodeParams, AttentionPrefill, AttentionPrefillBindings,
     AttentionPrefillParams, AttentionShape, DepthRule, EmbedTokens, EmbedTokensBindings, EmbedTokensParams, ExpertGate,
     Hybrid, KvGroups, Linear, LinearBindings, LinearDecode, LinearDecodeBindings, LinearTile, Prologue, RmsNorm,
     RmsNormBindings, RmsNormParams, RouterExpert, RouterExpertBindings, RouterExpertParams, RouterToken,
-    RouterTokenBindings, RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, SampleToken,
-    SampleTokenBindings, SampleTokenParams, Selection, SlotKv, SlotPhase, SlotRecursion, SlotsCompact,
-    SlotsCompactBindings, TokenGate, TokensCompact, TokensCompactBindings,
+    RouterTokenBindings, RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, SamplePartial,
+    SamplePartialBindings, SamplePartialParams, SampleToken, SampleTokenBindings, SampleTokenParams, Selection, SlotKv,
+    SlotPhase, SlotRecursion, SlotsCompact, SlotsCompactBindings, TokenGate, TokensCompact, TokensCompactBindings,
 };
 use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::{KvTable, NONE, PAGE_SIZE, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
-use mor_kernels::{Gpu, Result};
+use mor_kernels::{Gpu, KernelError, Result};
 
 use crate::device_weights::{DeviceWeights, LayerWeights, Matrix, Precision, RouterWeights, device_head_dim};
 use crate::{
@@ -46,6 +47,49 @@ pub enum Phase {
     },
     /// Many rows.
     Prefill,
+    /// Few or many rows of either kind, computed alike: every sum has an order of its own, which no other row and no
+    /// number of rows changes.
+    Invariant,
+}
+
+/// The kernels that multiply rows with a weight.
+#[derive(Clone, Copy, Debug)]
+enum Product {
+    /// [`LinearDecode`] for up to `max_rows` rows, norm and merge fused.
+    FewRows { max_rows: u32 },
+    /// [`Linear`]; `norm_apart`: after an [`RmsNorm`].
+    ManyRows { tile: LinearTile, norm_apart: bool },
+}
+
+impl Phase {
+    /// Parts into which [`AttentionDecode`] splits the keys; `None` where [`AttentionPrefill`] serves.
+    fn key_splits(self) -> Option<u32> {
+        match self {
+            Phase::Decode { num_splits } => Some(num_splits),
+            Phase::Invariant => Some(1),
+            Phase::Prefill => None,
+        }
+    }
+
+    /// The kernels for up to `max_rows` rows times `num_outputs` of the `weight_rows` rows of a weight. Products of
+    /// halves, on cooperative matrices, are for models that are stored as such.
+    fn product(
+        self,
+        caps: &DeviceCaps,
+        precision: Precision,
+        max_rows: usize,
+        (num_outputs, weight_rows): (u32, u32),
+    ) -> Product {
+        let (max_rows, num_outputs) = match self {
+            // Neither how many rows a step has room for nor which part of the weight it needs may choose the tile.
+            Phase::Invariant => (INVARIANT_ROWS, weight_rows),
+            _ if max_rows <= MAX_FEW_ROWS => return Product::FewRows { max_rows: max_rows as u32 },
+            _ => (max_rows as u32, num_outputs),
+        };
+        let tile = LinearTile::for_shape(caps, max_rows, num_outputs, precision == Precision::F16);
+        // Of the rows of a prompt, every tile of columns would read whole rows again to norm them.
+        Product::ManyRows { tile, norm_apart: self == Phase::Prefill || !tile.fuses_norm() }
+    }
 }
 
 /// How a batch of decoding sequences goes through the recursions.
@@ -57,12 +101,19 @@ pub enum Batching {
     Depthwise,
 }
 
-/// Whether products may be of halves, on cooperative matrices. Not before whole models are shown to draw the same tokens
-/// with them: so far the kernels alone have been compared.
-const HALF_PRODUCTS: bool = false;
+/// Rows that the tiles of [`Phase::Invariant`] are chosen for, whatever the number of rows: a batch of decoding sequences
+/// that is worth batching.
+const INVARIANT_ROWS: u32 = 64;
 
 /// Rows up to which the matrix-vector kernels serve; they also merge the splits of attention.
 pub const MAX_FEW_ROWS: usize = 8;
+
+/// The parts of a step or tick, as [`PlanBuilder::part`] is told: embedding and unshared first layer, the layers between with
+/// their routers, unshared last layer with head and draw. Of a vanilla model the layers in the same places.
+pub const PARTS: [&str; 3] = ["prelude", "block", "coda"];
+const PRELUDE: &str = PARTS[0];
+const BLOCK: &str = PARTS[1];
+const CODA: &str = PARTS[2];
 
 /// The rows whose logits a step computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +196,8 @@ pub struct StepTensors {
     router_hidden: Option<Tensor>,
     /// `[n, V]`, V padded to an even number.
     pub logits: Tensor,
+    /// `[n, parts of V, 4]` u32, see [`SamplePartial`].
+    partials: Tensor,
     depthwise: Option<DepthwiseTensors>,
 }
 
@@ -199,6 +252,38 @@ pub struct MorModel {
     kv_layout: KvLayout,
     precision: Precision,
     weights: DeviceWeights,
+    script: Option<Script>,
+}
+
+/// Routing by draws in place of an expert-choice model's routers, for measurements alone: the routers of random weights
+/// mean nothing, and what a token computes depends on its depth. A token that has come as far as recursion r takes it with
+/// probability `keep[r]`, whatever the capacity. Routers still run and gate, so the cost is that of the model.
+///
+/// Draws depend on the seed, the token's position, its sequence's slot and the recursion, on nothing that was computed.
+/// Top-k routing of full sequences does not follow them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScriptedRouter {
+    /// Seed of the draws.
+    pub seed: u64,
+    /// Per recursion, the share of the tokens that have taken all recursions before it.
+    pub keep: Vec<f64>,
+}
+
+impl ScriptedRouter {
+    /// Depths as the capacities give them: a share of `capacity[r]` of all tokens takes recursion r, so the mean depth is
+    /// the sum of the capacities.
+    pub fn by_capacity(config: &MorConfig, seed: u64) -> Self {
+        let before = std::iter::once(&1.0).chain(&config.capacity);
+        Self { seed, keep: config.capacity.iter().zip(before).map(|(capacity, before)| capacity / before).collect() }
+    }
+}
+
+/// A [`ScriptedRouter`] on the device.
+#[derive(Clone, Debug)]
+struct Script {
+    seed: u64,
+    /// `[R]` f32.
+    keep: Tensor,
 }
 
 /// Where a layer's output goes.
@@ -232,7 +317,33 @@ impl MorModel {
             RouterToken::check_recursions(config.num_recursions as u32)?;
         }
         let weights = DeviceWeights::upload(gpu, checkpoint, precision, progress)?;
-        Ok(Self { gpu: gpu.clone(), config, layout, kv_layout, precision, weights })
+        Ok(Self { gpu: gpu.clone(), config, layout, kv_layout, precision, weights, script: None })
+    }
+
+    /// The model, routed by a script from the steps on that are recorded with it: for measurements.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if the model is not one of expert choice, or the script has
+    /// not one share between 0 and 1 for every recursion.
+    pub fn with_scripted_router(mut self, script: &ScriptedRouter) -> Result<Self> {
+        let unfit = |what, found, expected| Err(KernelError::Shape { kernel: "router_expert", what, found, expected });
+        if self.config.mode != Mode::Expert {
+            return unfit("mode", format!("{:?}", self.config.mode), "Expert, to follow a script".to_owned());
+        }
+        let num_recursions = self.config.num_recursions;
+        if script.keep.len() != num_recursions || !script.keep.iter().all(|keep| (0.0..=1.0).contains(keep)) {
+            let expected = format!("{num_recursions} shares from 0 to 1, one a recursion");
+            return unfit("keep", format!("{:?}", script.keep), expected);
+        }
+        let keep: Vec<f32> = script.keep.iter().map(|keep| *keep as f32).collect();
+        let keep = Tensor::from_slice(&self.gpu, "keep", DType::F32, &[num_recursions], &keep)?;
+        self.script = Some(Script { seed: script.seed, keep });
+        Ok(self)
+    }
+
+    /// Whether every token that comes as far as recursion `r` takes it.
+    fn takes_all(&self, r: usize) -> bool {
+        self.script.is_none() && self.config.capacity.get(r).is_none_or(|capacity| *capacity >= 1.0)
     }
 
     /// The device.
@@ -268,6 +379,11 @@ impl MorModel {
     /// Columns of a row of logits: the vocabulary, padded to an even number.
     pub fn logits_stride(&self) -> usize {
         self.config.vocab_size.next_multiple_of(2)
+    }
+
+    /// Parts of the vocabulary that [`SamplePartial`] draws from.
+    fn vocab_parts(&self) -> usize {
+        SamplePartial::num_parts(self.config.vocab_size as u32) as usize
     }
 
     /// Elements of a head on the device: the configuration's, padded to a multiple of 8 with zeros.
@@ -361,6 +477,7 @@ impl MorModel {
             mlp: f32s("mlp", &[t, config.intermediate_size.next_multiple_of(8)])?,
             router_hidden: router_width.map(|width| f32s("router_hidden", &[t, width])).transpose()?,
             logits: f32s("logits", &[logit_rows, self.logits_stride()])?,
+            partials: Tensor::zeros(gpu, "partials", DType::U32, &[logit_rows, self.vocab_parts(), 4])?,
             depthwise: depthwise.then(|| self.depthwise_tensors(t)).transpose()?,
         })
     }
@@ -373,7 +490,7 @@ impl MorModel {
                 SlotRecursion {
                     write_group: place.write_group.map_or(NONE, |group| group as u32),
                     read_group: place.read_group as u32,
-                    always: config.capacity.get(r).is_none_or(|capacity| *capacity >= 1.0).into(),
+                    always: self.takes_all(r).into(),
                     reserved: 0,
                 }
             })
@@ -391,7 +508,7 @@ impl MorModel {
     pub fn step_bytes(&self, capacity: usize, logit_rows: usize) -> u64 {
         let config = &self.config;
         let per_row = 6 * config.hidden_size + 2 * self.q_dim() + config.intermediate_size + 64;
-        4 * (capacity * per_row + logit_rows * self.logits_stride()) as u64
+        4 * (capacity * per_row + logit_rows * (self.logits_stride() + 4 * self.vocab_parts())) as u64
     }
 
     /// Records a step over the rows in `step.rows`: embedding, layers, routing, head, and for
@@ -411,7 +528,9 @@ impl MorModel {
     ) -> Result<()> {
         let (phase, routing, logit_rows) = how;
         let recorder = Recorder { model: self, step, kv, sample, phase, routing };
+        plan.part(PRELUDE);
         let stream = recorder.record_layers(plan, after_recursion)?;
+        plan.part(CODA);
         match logit_rows {
             LogitRows::Sampled => {
                 recorder.record_set(plan, Selection::Sample, 0, &step.sampled, None)?;
@@ -422,7 +541,8 @@ impl MorModel {
         }
     }
 
-    /// Records a tick of depth-wise batching over the slots of `step`, which was made for it: tokens that have taken
+    /// Records a tick of depth-wise batching over the slots of `step`, which was made for it, with the kernels of `phase`:
+    /// tokens that have taken
     /// their last recursion run the last layers and are replaced by the next of their sequence, these run the first
     /// layers, and all run the shared block once.
     ///
@@ -437,9 +557,8 @@ impl MorModel {
         step: &StepTensors,
         kv: &KvTensors,
         sample: &SampleTensors,
-        num_splits: u32,
+        phase: Phase,
     ) -> Result<()> {
-        let phase = Phase::Decode { num_splits };
         Recorder { model: self, step, kv, sample, phase, routing: Routing::Causal }.record_tick(plan)
     }
 }
@@ -473,6 +592,7 @@ impl<'a> Recorder<'a> {
                 self.record_set(plan, Selection::Fixed, 0, &step.all, Some(UNSHARED_GROUP))?;
                 self.record_embedding(plan, &step.layer_out)?;
                 for l in 0..=last {
+                    plan.part(self.part_of(l));
                     self.record_layer(plan, l, &step.all, &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
                 }
                 Ok(&step.layer_out)
@@ -484,6 +604,7 @@ impl<'a> Recorder<'a> {
                 }
                 self.record_embedding(plan, &step.layer_out)?;
                 for l in 0..=last {
+                    plan.part(self.part_of(l));
                     let set = self.model.layout.recursion(l).map_or(&step.all, |r| &step.recursions[r as usize]);
                     self.record_layer(plan, l, set, &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
                 }
@@ -497,10 +618,12 @@ impl<'a> Recorder<'a> {
                 } else {
                     self.record_embedding(plan, &step.hidden)?;
                 }
+                plan.part(BLOCK);
                 for r in 0..config.num_recursions {
                     self.record_recursion(plan, r)?;
                     after_recursion(plan, r);
                 }
+                plan.part(CODA);
                 if config.sharing == SharingStrategy::MiddleCycle {
                     self.record_layer(plan, last, &step.all, &step.hidden, LayerEnd::Stream(&step.layer_out))?;
                     Ok(&step.layer_out)
@@ -508,6 +631,16 @@ impl<'a> Recorder<'a> {
                     Ok(&step.hidden)
                 }
             }
+        }
+    }
+
+    /// The part that layer `l` belongs to.
+    fn part_of(&self, l: usize) -> &'static str {
+        match l {
+            _ if self.model.layout.recursion(l).is_some() => BLOCK,
+            0 => PRELUDE,
+            l if l + 1 == self.config().num_hidden_layers => CODA,
+            _ => BLOCK,
         }
     }
 
@@ -523,7 +656,7 @@ impl<'a> Recorder<'a> {
                 match self.routing {
                     Routing::Causal => {
                         let decision = step.aux_logits.get(r).unwrap_or(&step.router_logits[r]);
-                        Selection::Expert { decision, always: config.capacity[r] >= 1.0, keep_all }
+                        Selection::Expert { decision, always: self.model.takes_all(r), keep_all }
                     }
                     Routing::TopK => Selection::Expert { decision: &step.topk_decision, always: false, keep_all },
                 }
@@ -570,6 +703,7 @@ impl<'a> Recorder<'a> {
             Mode::Vanilla | Mode::Recursive => DepthRule::Fixed,
         };
 
+        plan.part(CODA);
         self.record_slots(plan, SlotPhase::Exit(rule), &step.sampled, middle)?;
         let mut stream = &step.hidden;
         if middle {
@@ -580,6 +714,7 @@ impl<'a> Recorder<'a> {
         self.record_head(plan, stream, &step.sampled)?;
         self.record_draw(plan)?;
 
+        plan.part(PRELUDE);
         self.record_slots(plan, SlotPhase::Enter { next_rows: &self.sample.next_rows }, all, middle)?;
         if middle {
             self.record_embedding(plan, &step.layer_out)?;
@@ -598,6 +733,7 @@ impl<'a> Recorder<'a> {
             Mode::Vanilla | Mode::Recursive => {}
         }
 
+        plan.part(BLOCK);
         self.record_slots(plan, SlotPhase::Block(rule), block, true)?;
         if config.kv == KvStrategy::Sharing {
             // Those that store keys and values.
@@ -756,8 +892,8 @@ impl<'a> Recorder<'a> {
             self.record_linear(plan, first, norm(input), (&weights.qkv_proj, q_dim..all_columns), qkv, base)?;
         }
 
-        let mixes = in_block && config.kv == KvStrategy::Hybrid;
-        let kv_table = if place.fallback_group.is_some() || mixes { KvTable::Slots } else { KvTable::Pages };
+        let is_shared = self.model.layout.recursion(layer).is_some();
+        let kv_table = if is_shared && config.kv == KvStrategy::Hybrid { KvTable::Slots } else { KvTable::Pages };
         let attended = self.record_attention(plan, rows, (k_cache, v_cache), kv_table)?;
 
         let all = |matrix: &Matrix| 0..matrix.num_rows as u32;
@@ -803,8 +939,8 @@ impl<'a> Recorder<'a> {
             KvTable::Slots => self.kv.slots.as_ref().expect("hybrid caches have a slot table"),
         };
         let q = &step.q;
-        match self.phase {
-            Phase::Decode { num_splits } => {
+        match self.phase.key_splits() {
+            Some(num_splits) => {
                 let stats = (num_splits > 1).then_some(&step.attention_stats);
                 let bindings = AttentionDecodeBindings {
                     rows,
@@ -825,7 +961,7 @@ impl<'a> Recorder<'a> {
                     None => Input::Compact { x: &step.attention },
                 })
             }
-            Phase::Prefill => {
+            None => {
                 let bindings = AttentionPrefillBindings { rows, q, keys, values, kv_table, out: &step.attention };
                 AttentionPrefill::new(shape).record(plan, bindings, AttentionPrefillParams { scale })?;
                 Ok(Input::Compact { x: &step.attention })
@@ -846,23 +982,22 @@ impl<'a> Recorder<'a> {
     ) -> Result<()> {
         let in_features = weight.in_features as u32;
         let max_rows = match self.phase {
-            Phase::Decode { .. } => self.step.capacity,
             // A prompt ends in one row.
             Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
             Phase::Prefill => self.step.capacity.max(MAX_FEW_ROWS + 1),
+            _ => self.step.capacity,
         };
-        let few_rows = max_rows <= MAX_FEW_ROWS;
-        let tile =
-            LinearTile::for_shape(plan.gpu().caps(), max_rows as u32, columns.end - columns.start, HALF_PRODUCTS);
-        let x = match input {
-            // Of many rows, every tile of columns would read whole rows again to norm them.
-            Input::Norm { x, weight } if !few_rows && (self.phase == Phase::Prefill || !tile.fuses_norm()) => {
+        let num_outputs = columns.end - columns.start;
+        let rows_of_weight = (num_outputs, weight.num_rows as u32);
+        let product = self.phase.product(plan.gpu().caps(), self.model.precision, max_rows, rows_of_weight);
+        let x = match (input, product) {
+            (Input::Norm { x, weight }, Product::ManyRows { norm_apart: true, .. }) => {
                 let norm = RmsNormParams { hidden_size: in_features, eps: params.eps };
                 let bindings = RmsNormBindings { rows, x, weight, y: &self.step.normed };
                 RmsNorm::default().record(plan, bindings, norm)?;
                 Input::Compact { x: &self.step.normed }
             }
-            other => other,
+            _ => input,
         };
         for shard in &weight.shards {
             let first_output = shard.first_row as u32;
@@ -877,23 +1012,19 @@ impl<'a> Recorder<'a> {
                 Input::Norm { x, weight } => Prologue::Norm { x, weight },
                 Input::Merge { partial, stats, num_splits } => Prologue::Merge { partial, stats, num_splits },
             };
-            if few_rows {
-                let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
-                LinearDecode::new(
-                    plan.gpu().caps(),
-                    in_features,
-                    weight.dtype,
-                    prologue.kind(),
-                    epilogue.kind(),
-                    max_rows as u32,
-                )
-                .record(plan, &bindings, &params)?;
-            } else {
-                let shape = [max_rows as u32, num_outputs, in_features];
-                let kinds = (prologue.kind(), epilogue.kind());
-                let kernel = Linear::for_shape(plan.gpu().caps(), shape, HALF_PRODUCTS, weight.dtype, kinds.0, kinds.1);
-                let bindings = LinearBindings { rows, weight: &shard.tensor, prologue, epilogue };
-                kernel.record(plan, &bindings, &params)?;
+            match product {
+                Product::FewRows { max_rows } => {
+                    let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
+                    let kinds = (prologue.kind(), epilogue.kind());
+                    LinearDecode::new(plan.gpu().caps(), in_features, weight.dtype, kinds.0, kinds.1, max_rows)
+                        .record(plan, &bindings, &params)?;
+                }
+                Product::ManyRows { tile, .. } => {
+                    let bindings = LinearBindings { rows, weight: &shard.tensor, prologue, epilogue };
+                    let (prologue, epilogue) = (prologue.kind(), epilogue.kind());
+                    Linear { in_features, weight_dtype: weight.dtype, prologue, epilogue, tile }
+                        .record(plan, &bindings, &params)?;
+                }
             }
         }
         Ok(())
@@ -929,20 +1060,27 @@ impl<'a> Recorder<'a> {
         };
         let mut score = |router: &RouterWeights, temp: f64, logits: &Tensor, gates: Option<&Tensor>| {
             let input = self.record_router_hidden(plan, rows, router.hidden.get(r), (1.0 / temp) as f32)?;
+            // The auxiliary router decides where there is one.
+            let script = self.model.script.as_ref().filter(|_| gates.is_none() || routers.aux.is_none());
             let kernel = RouterExpert {
                 gate,
                 weight_dtype: router.output.dtype(),
                 x_by_row: input.by_row,
                 logit_only: gates.is_none(),
+                scripted: script.is_some(),
                 ..RouterExpert::default()
             };
-            let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates };
+            let keep = script.map(|script| &script.keep);
+            let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates, keep };
+            let seed = script.map_or(0, |script| script.seed);
             let num_recursions = config.num_recursions as u32;
             let params = RouterExpertParams {
                 in_features: router.output.num_elems() as u32 / num_recursions,
                 input_scale: input.scale,
                 alpha: config.alpha as f32,
                 num_recursions,
+                seed_low: seed as u32,
+                seed_high: (seed >> 32) as u32,
             };
             kernel.record(plan, bindings, params)
         };
@@ -1013,20 +1151,18 @@ impl<'a> Recorder<'a> {
 
     /// Draws the tokens that follow the rows of `sampled`.
     fn record_draw(&self, plan: &mut PlanBuilder<'_>) -> Result<()> {
-        let (config, step) = (self.config(), self.step);
-        let bindings = SampleTokenBindings {
-            rows: &step.sampled,
-            logits: &step.logits,
-            sampling: &self.sample.sampling,
-            seen: &self.sample.seen,
-            next_rows: &self.sample.next_rows,
-            results: &self.sample.results,
-        };
-        let params = SampleTokenParams {
-            vocab_size: config.vocab_size as u32,
-            logits_stride: self.model.logits_stride() as u32,
-            seen_words: self.sample.seen.shape()[1] as u32,
-        };
+        let (step, sample) = (self.step, self.sample);
+        let (rows, logits, partials) = (&step.sampled, &step.logits, &step.partials);
+        let (sampling, seen) = (&sample.sampling, &sample.seen);
+        let vocab_size = self.config().vocab_size as u32;
+        let logits_stride = self.model.logits_stride() as u32;
+        let seen_words = seen.shape()[1] as u32;
+        let bindings = SamplePartialBindings { rows, logits, sampling, seen, partials };
+        let params = SamplePartialParams { vocab_size, logits_stride, seen_words };
+        SamplePartial::default().record(plan, bindings, params)?;
+        let (next_rows, results) = (&sample.next_rows, &sample.results);
+        let bindings = SampleTokenBindings { rows, logits, sampling, partials, seen, next_rows, results };
+        let params = SampleTokenParams { vocab_size, logits_stride, seen_words };
         SampleToken::new(plan.gpu().caps()).record(plan, bindings, params)
     }
 }

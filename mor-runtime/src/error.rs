@@ -62,6 +62,20 @@ pub enum RuntimeError {
         /// What to do.
         advice: &'static str,
     },
+    /// A sequence that needs more K/V memory than the session has.
+    #[error(
+        "a sequence of {context} tokens needs {needed} bytes of K/V pages where the session has {available}, and its longest is {positions} tokens; give the session more K/V memory or a longer context, or ask for fewer tokens"
+    )]
+    NeverFits {
+        /// Tokens of the sequence at its end.
+        context: usize,
+        /// Tokens of the longest sequence.
+        positions: usize,
+        /// Bytes of the kind of pages that do not suffice; 0 if only the length is at fault.
+        needed: u64,
+        /// Bytes of such pages that there are.
+        available: u64,
+    },
     /// An empty prompt for a model without an end-of-text token.
     #[error(
         "the prompt is empty and the model's config names no eos_token_id to start from; give a prompt or --prompt-tokens"

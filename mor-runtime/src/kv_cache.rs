@@ -1,4 +1,4 @@
-//! [`KvCache`]: the K/V buffers and tables of a fixed number of slots.
+//! The K/V buffers and tables of a fixed number of slots.
 
 use mor_kernels::rows::PAGE_SIZE;
 use mor_kernels::tensor::{DType, Tensor};
@@ -127,6 +127,13 @@ impl KvCache {
     pub(crate) fn write_pages(&self, gpu: &Gpu, slot: usize, group: usize, first: usize, pages: &[u32]) {
         let at = (slot * self.num_groups + group) * self.max_pages + first;
         gpu.write(&self.tensors.pages, 4 * at as u64, bytemuck::cast_slice(pages));
+    }
+
+    /// Writes a slot's physical K/V slots of a group, position by position: hybrid caches only.
+    pub(crate) fn write_kv_slots(&self, gpu: &Gpu, slot: usize, group: usize, kv_slots: &[u32]) {
+        let table = self.tensors.slots.as_ref().expect("hybrid caches have a slot table");
+        let at = (slot * self.num_groups + group) * self.tensors.max_positions;
+        gpu.write(table, 4 * at as u64, bytemuck::cast_slice(kv_slots));
     }
 
     /// Sets the number of entries a slot has in each group.

@@ -44,19 +44,28 @@
 //!
 //! [`runner`] is the layer below, for programs that drive batches of sequences themselves.
 
+mod engine;
 mod error;
+mod event;
+mod fleet;
 pub mod kv_cache;
+mod page_pool;
+mod prefix_cache;
 pub mod runner;
 mod sampling;
+mod scheduler;
 mod session;
 mod text;
 
+pub use engine::{KvUse, Statistics};
 pub use error::{Result, RuntimeError};
+pub use event::{Event, SequenceHandle, Summary};
+pub use fleet::{Fleet, Report};
 pub use mor_kernels::gpu::{AdapterKind, AdapterSummary, DeviceSelector, GpuOptions};
-pub use mor_model::{KvStrategy, Precision, Quantization, Routing};
+pub use mor_model::{Batching, KvStrategy, Precision, Quantization, Routing, ScriptedRouter};
 pub use sampling::{FinishReason, GenerateRequest, SamplingParams};
 pub use session::{
-    DecodeProfile, Event, ForwardOutput, Generation, LoadProgress, ModelSource, Score, SequenceOutput, Session,
-    SessionOptions, Summary,
+    BatchOptions, DecodeProfile, ForwardOutput, Generation, LoadProgress, ModelSource, Score, SequenceOutput, Session,
+    SessionOptions,
 };
 pub use text::{Piece, TextStream, Tokenizer};

@@ -11,9 +11,12 @@ use mor_kernels::plan::{Plan, PlanBuilder};
 use mor_kernels::rows::{ActiveRow, NONE, ROW_ACTIVE, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
 use mor_kernels::submit::{Readback, Submission};
 use mor_kernels::tensor::{DType, Tensor};
-use mor_model::{Batching, LogitRows, MAX_FEW_ROWS, Mode, MorModel, Phase, Routing, SampleTensors, StepTensors};
+use mor_model::{
+    Batching, LogitRows, MAX_FEW_ROWS, Mode, MorModel, Phase, Precision, Routing, SampleTensors, StepTensors,
+};
 
 use crate::kv_cache::KvCache;
+pub use crate::scheduler::{Outcome, PageCopy};
 
 /// Tokens of one sequence to feed in a prefill step.
 #[derive(Clone, Copy, Debug)]
@@ -26,17 +29,6 @@ pub struct Feed<'a> {
     pub tokens: &'a [u32],
     /// Whether to draw the token after the last one.
     pub sample: bool,
-}
-
-/// A K/V page to be copied, in all buffers of its class.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PageCopy {
-    /// Class of both pages.
-    pub class: usize,
-    /// Page that is read.
-    pub from: u32,
-    /// Page that is written.
-    pub to: u32,
 }
 
 /// What one submit does, in this order.
@@ -52,17 +44,6 @@ pub struct Work<'a> {
     pub num_slots: usize,
     /// No sequence is longer in these ticks.
     pub max_context: usize,
-}
-
-/// A token that the device drew.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    /// Position of the token that was fed.
-    pub position: usize,
-    /// Recursions it took.
-    pub depth: u32,
-    /// Token drawn after it.
-    pub next_token: u32,
 }
 
 /// The results of a submit on their way to the host.
@@ -134,12 +115,11 @@ pub struct RunnerOptions {
     /// K/V pages per class of [`page_classes`](crate::kv_cache::page_classes); tables are then written by
     /// [`Runner::write_pages`]. `None`: each slot owns the pages of its longest sequence.
     pub pages_in_class: Option<Vec<usize>>,
-}
-
-#[derive(Debug)]
-struct Step {
-    tensors: StepTensors,
-    plan: Arc<Plan>,
+    /// Computes a token to the same bits whatever it shares its steps with: logits, routing, keys and values depend
+    /// neither on other sequences nor on slots, chunks, or whether it came through prefill, decode steps or ticks. Costs
+    /// prefill its tiles of keys and few sequences their kernels of few rows and the splitting of keys. Without it, such
+    /// circumstances change the order of sums, and results by rounding: see [`Runner::rounding`].
+    pub batch_invariant: bool,
 }
 
 /// Runs steps of a model over a fixed number of slots.
@@ -151,14 +131,34 @@ pub struct Runner {
     decode_tensors: StepTensors,
     /// By number of slots and of key splits.
     decode: BTreeMap<(usize, u32), Arc<Plan>>,
-    prefill: Option<Step>,
+    prefill_tensors: Option<StepTensors>,
+    /// By number of rows.
+    prefill: BTreeMap<usize, Arc<Plan>>,
     prefill_rows: usize,
     key_splits: Option<u32>,
+    batch_invariant: bool,
 }
 
 impl Runner {
     /// Most ticks of one submit: what the ring of results holds.
     pub const MAX_TICKS: usize = SampleToken::RESULTS as usize - 1;
+
+    /// Rows that prefill plans are made for, besides the most.
+    const PREFILL_SIZES: [usize; 3] = [32, 128, 512];
+
+    /// How far a logit may lie from what it is in another batch, relative to the largest of its row, unless the runner is
+    /// batch-invariant.
+    ///
+    /// In f32 only the order of sums differs: 1.4e-6 at most in models of 5M to 135M parameters, some twenty units of
+    /// rounding. With K/V in f16 such a difference may turn the last bit of a key or value, a unit of 4.9e-4 that
+    /// attention averages: 2e-4 at most. The bounds leave room for deeper models and longer contexts. A token with a
+    /// smaller lead, or routed by a smaller distance, may become another, and what follows it differs freely.
+    pub const fn rounding(precision: Precision) -> f32 {
+        match precision {
+            Precision::F32 => 1e-5,
+            Precision::F16 => 2e-3,
+        }
+    }
 
     /// Allocates caches and streams.
     ///
@@ -191,8 +191,18 @@ impl Runner {
             // The drawn tokens are the next step's rows; no copy stands between.
             decode_tensors.rows = sample.next_rows.clone();
         }
-        let (decode, prefill, prefill_rows) = (BTreeMap::new(), None, options.prefill_rows);
-        Ok(Self { kv, sample, batching, decode_tensors, decode, prefill, prefill_rows, key_splits: None })
+        Ok(Self {
+            kv,
+            sample,
+            batching,
+            decode_tensors,
+            decode: BTreeMap::new(),
+            prefill_tensors: None,
+            prefill: BTreeMap::new(),
+            prefill_rows: options.prefill_rows,
+            key_splits: None,
+            batch_invariant: options.batch_invariant,
+        })
     }
 
     /// Longest sequence.
@@ -217,7 +227,7 @@ impl Runner {
 
     /// Splits the keys of every decode step into this many parts (a power of two up to
     /// [`AttentionDecode::MAX_SPLITS`]) whatever the context's length; `None` lets the length decide. More than
-    /// [`MAX_FEW_ROWS`] slots split nothing. The result does not depend on it: for tests and measurements.
+    /// [`MAX_FEW_ROWS`] slots split nothing, nor does a batch-invariant runner. The result does not depend on it: for tests and measurements.
     pub fn set_key_splits(&mut self, key_splits: Option<u32>) {
         self.key_splits = key_splits.map(|splits| splits.next_power_of_two().clamp(1, AttentionDecode::MAX_SPLITS));
     }
@@ -265,6 +275,12 @@ impl Runner {
         self.kv.write_pages(model.gpu(), slot, group, first, pages);
     }
 
+    /// Writes what a slot's keys of a group are, position by position from the first on, in hybrid caches: physical
+    /// K/V slots.
+    pub fn write_kv_slots(&self, model: &MorModel, slot: usize, group: usize, kv_slots: &[u32]) {
+        self.kv.write_kv_slots(model.gpu(), slot, group, kv_slots);
+    }
+
     /// Submits `work` and returns at once.
     ///
     /// # Errors
@@ -276,9 +292,9 @@ impl Runner {
         assert!(work.ticks <= Self::MAX_TICKS, "{} ticks in one submit", work.ticks);
         let num_slots = if work.num_slots == 0 { self.num_slots() } else { work.num_slots };
         let fed: usize = work.feeds.iter().map(|feed| feed.tokens.len()).sum();
-        if fed > 0 {
-            self.prepare_prefill(model)?;
-            write_rows(model, &self.prefill.as_ref().expect("recorded above").tensors, work.feeds);
+        let prefill = (fed > 0).then(|| self.prefill_plan(model, fed)).transpose()?;
+        if let Some((_, tensors)) = &prefill {
+            write_rows(model, tensors, work.feeds);
         }
         let decode = (work.ticks > 0).then(|| self.decode_plan(model, num_slots, work.max_context)).transpose()?;
         let mut submission = Submission::new(model.gpu());
@@ -290,9 +306,9 @@ impl Runner {
             }
         }
         let mut depths = None;
-        if let Some(step) = self.prefill.as_ref().filter(|_| fed > 0) {
-            submission.plan(&step.plan);
-            depths = Some(submission.read(&step.tensors.depth, 0, 4 * fed as u64)?);
+        if let Some((plan, tensors)) = &prefill {
+            submission.plan(plan);
+            depths = Some(submission.read(&tensors.depth, 0, 4 * fed as u64)?);
         }
         for _ in 0..work.ticks {
             submission.plan(decode.as_ref().expect("recorded above"));
@@ -317,10 +333,7 @@ impl Runner {
     /// # Errors
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
     pub fn logits(&self, model: &MorModel, last_was_decode: bool) -> Result<Vec<(usize, Vec<f32>)>> {
-        let tensors = match &self.prefill {
-            Some(step) if !last_was_decode => &step.tensors,
-            _ => &self.decode_tensors,
-        };
+        let tensors = self.prefill_tensors.as_ref().filter(|_| !last_was_decode).unwrap_or(&self.decode_tensors);
         let count = model.gpu().read::<u32>(&tensors.sampled.dispatch)?[0] as usize;
         let rows: Vec<ActiveRow> = model.gpu().read(&tensors.sampled.active)?;
         let logits: Vec<f32> = model.gpu().read(&tensors.logits)?;
@@ -335,8 +348,7 @@ impl Runner {
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
     pub fn rows_processed(&self, model: &MorModel) -> Result<Vec<u64>> {
         let mut rows = vec![0; model.config().num_recursions];
-        let prefill = self.prefill.as_ref().map(|step| &step.tensors);
-        for tensors in [Some(&self.decode_tensors), prefill].into_iter().flatten() {
+        for tensors in [Some(&self.decode_tensors), self.prefill_tensors.as_ref()].into_iter().flatten() {
             for (rows, set) in rows.iter_mut().zip(&tensors.recursions) {
                 *rows += u64::from(model.gpu().read::<u32>(&set.dispatch)?[1]);
             }
@@ -352,7 +364,7 @@ impl Runner {
         // Few sizes, so that few plans exist.
         let num_slots = num_slots.next_power_of_two().min(self.num_slots());
         let num_splits = match self.key_splits {
-            _ if num_slots > MAX_FEW_ROWS => 1,
+            _ if num_slots > MAX_FEW_ROWS || self.batch_invariant => 1,
             Some(splits) => splits.min(self.decode_tensors.max_key_splits(num_slots)),
             None => {
                 let (shape, caps) = (model.attention_shape(), model.gpu().caps());
@@ -365,13 +377,14 @@ impl Runner {
         }
         let tensors = self.decode_tensors.limited_to(num_slots);
         let mut plan = PlanBuilder::new(model.gpu())?;
+        let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Decode { num_splits } };
         match self.batching {
             Batching::Lockstep => {
-                let how = (Phase::Decode { num_splits }, Routing::Causal, LogitRows::Sampled);
+                let how = (phase, Routing::Causal, LogitRows::Sampled);
                 model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
             }
             Batching::Depthwise => {
-                model.record_tick(&mut plan, &tensors, &self.kv.tensors, &self.sample, num_splits)?;
+                model.record_tick(&mut plan, &tensors, &self.kv.tensors, &self.sample, phase)?;
             }
         }
         let plan = Arc::new(plan.finish()?);
@@ -379,12 +392,15 @@ impl Runner {
         Ok(plan)
     }
 
-    /// Records the plans of prefill and of decode up to `max_context` positions, so that no later call compiles.
+    /// Records the plans of prefill steps of `num_rows` rows and of decode up to `max_context` positions, so that no
+    /// later call compiles.
     ///
     /// # Errors
     /// As [`PlanBuilder::dispatch`].
-    pub fn prepare(&mut self, model: &MorModel, num_slots: usize, max_context: usize) -> Result<()> {
-        self.prepare_prefill(model)?;
+    pub fn prepare(&mut self, model: &MorModel, num_rows: usize, num_slots: usize, max_context: usize) -> Result<()> {
+        if num_rows > 0 {
+            self.prefill_plan(model, num_rows)?;
+        }
         let mut context = 1;
         while context < max_context {
             self.decode_plan(model, num_slots, context)?;
@@ -394,15 +410,26 @@ impl Runner {
         Ok(())
     }
 
-    fn prepare_prefill(&mut self, model: &MorModel) -> Result<()> {
-        if self.prefill.is_none() {
-            let tensors = model.step_tensors(self.prefill_rows, self.num_slots(), None)?;
-            let how = (Phase::Prefill, Routing::Causal, LogitRows::Sampled);
-            let mut plan = PlanBuilder::new(model.gpu())?;
-            model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
-            self.prefill = Some(Step { plan: Arc::new(plan.finish()?), tensors });
+    /// The plan of a prefill step of `num_rows` rows, and the tensors it works in.
+    fn prefill_plan(&mut self, model: &MorModel, num_rows: usize) -> Result<(Arc<Plan>, StepTensors)> {
+        assert!(num_rows <= self.prefill_rows, "{num_rows} rows in a prefill step of {}", self.prefill_rows);
+        if self.prefill_tensors.is_none() {
+            self.prefill_tensors = Some(model.step_tensors(self.prefill_rows, self.num_slots(), None)?);
         }
-        Ok(())
+        // Few sizes, so that few plans exist; each with the kernels that suit it.
+        let size = Self::PREFILL_SIZES.into_iter().find(|size| num_rows <= *size);
+        let size = size.unwrap_or(self.prefill_rows).min(self.prefill_rows);
+        let tensors = self.prefill_tensors.as_ref().expect("made above").limited_to(size);
+        if let Some(plan) = self.prefill.get(&size) {
+            return Ok((Arc::clone(plan), tensors));
+        }
+        let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Prefill };
+        let how = (phase, Routing::Causal, LogitRows::Sampled);
+        let mut plan = PlanBuilder::new(model.gpu())?;
+        model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
+        let plan = Arc::new(plan.finish()?);
+        self.prefill.insert(size, Arc::clone(&plan));
+        Ok((plan, tensors))
     }
 }
 
@@ -449,7 +476,8 @@ pub(crate) struct Captured {
 #[derive(Debug)]
 pub(crate) struct Evaluator {
     kv: KvCache,
-    step: Step,
+    tensors: StepTensors,
+    plan: Arc<Plan>,
     pub(crate) key: (Routing, Capture),
     labels: Tensor,
     nll: Tensor,
@@ -505,15 +533,15 @@ impl Evaluator {
             };
             CrossEntropy::default().record(&mut plan, bindings, params)?;
         }
-        let step = Step { plan: Arc::new(plan.finish()?), tensors };
-        Ok(Self { kv, step, key: (routing, capture), labels, nll, captured })
+        let plan = Arc::new(plan.finish()?);
+        Ok(Self { kv, tensors, plan, key: (routing, capture), labels, nll, captured })
     }
 
     /// Whether it has room for these sizes.
     pub(crate) fn fits(&self, num_sequences: usize, max_positions: usize, capacity: usize) -> bool {
         self.kv.num_slots >= num_sequences
             && self.kv.tensors.max_positions >= max_positions
-            && self.step.tensors.capacity >= capacity
+            && self.tensors.capacity >= capacity
     }
 
     /// Forgets all sequences.
@@ -524,7 +552,7 @@ impl Evaluator {
     /// Runs one step and waits for its results: per feed, what was captured of its rows. `labels` has one entry a
     /// row, in feed order, for [`Capture::Nll`].
     pub(crate) fn run(&self, model: &MorModel, feeds: &[Feed<'_>], labels: &[u32]) -> Result<Vec<Captured>> {
-        let (gpu, config, tensors) = (model.gpu(), model.config(), &self.step.tensors);
+        let (gpu, config, tensors) = (model.gpu(), model.config(), &self.tensors);
         write_rows(model, tensors, feeds);
         let (routing, capture) = self.key;
         if capture == Capture::Nll {
@@ -543,7 +571,7 @@ impl Evaluator {
         }
         let num_rows: usize = feeds.iter().map(|feed| feed.tokens.len()).sum();
         let mut submission = Submission::new(gpu);
-        submission.plan(&self.step.plan);
+        submission.plan(&self.plan);
         let mut reads = Vec::new();
         let mut read = |tensor: &Tensor, per_row: usize| -> Result<usize> {
             reads.push(submission.read(tensor, 0, (4 * num_rows * per_row) as u64)?);

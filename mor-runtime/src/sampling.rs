@@ -71,7 +71,8 @@ impl GenerateRequest {
     }
 }
 
-/// Why a generation ended.
+/// Why a sequence ended.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
     /// `max_new_tokens` were generated.
@@ -80,15 +81,18 @@ pub enum FinishReason {
     Stop,
     /// An end-of-text token was drawn.
     Eos,
+    /// The sequence was cancelled.
+    Cancelled,
 }
 
 impl FinishReason {
-    /// `length`, `stop` or `eos`.
+    /// `length`, `stop`, `eos` or `cancelled`.
     pub fn as_str(self) -> &'static str {
         match self {
             FinishReason::Length => "length",
             FinishReason::Stop => "stop",
             FinishReason::Eos => "eos",
+            FinishReason::Cancelled => "cancelled",
         }
     }
 }

@@ -1,9 +1,8 @@
 //! [`Session`]: a loaded model that generates, evaluates and scores.
 
 use std::borrow::Cow;
-use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mor_kernels::Gpu;
 use mor_kernels::gpu::{AdapterSummary, GpuOptions};
@@ -11,13 +10,18 @@ use mor_kernels::ops::GpuSampling;
 use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_SAMPLE, Row};
 use mor_kernels::submit::Submission;
 use mor_kernels::timing;
-use mor_model::{Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Quantization, Routing};
+use mor_model::{
+    Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Quantization, Routing,
+    ScriptedRouter,
+};
 
+use crate::engine::{Engine, EngineOptions, Statistics};
 use crate::error::{Result, RuntimeError};
-use crate::kv_cache::{kv_bytes, pages_for_all};
-use crate::runner::{Capture, Captured, Evaluator, Feed, Outcome, Pending, Reply, Runner, RunnerOptions, Work};
-use crate::sampling::{FinishReason, GenerateRequest};
-use crate::text::{TextStream, Tokenizer};
+use crate::event::{Event, SequenceHandle};
+use crate::kv_cache::{PageClass, kv_bytes, page_classes, pages_for_all};
+use crate::runner::{Capture, Captured, Evaluator, Feed, Runner, RunnerOptions, Work};
+use crate::sampling::GenerateRequest;
+use crate::text::Tokenizer;
 
 /// Where a model comes from.
 #[non_exhaustive]
@@ -65,56 +69,47 @@ pub struct SessionOptions {
     pub precision: Option<Precision>,
     /// Replaces the configuration's K/V strategy.
     pub kv: Option<KvStrategy>,
+    /// How many sequences run at a time, and in how much memory.
+    pub batch: BatchOptions,
     /// Quantises the matrices first.
     pub quantize: Option<Quantization>,
     /// Called while weights are uploaded.
     pub on_load: Option<Box<dyn FnMut(LoadProgress)>>,
 }
 
-/// What a generation tells while it runs.
-#[non_exhaustive]
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// The prompt has been read.
-    Prompt {
-        /// Recursions each of its tokens took.
-        depths: Vec<u32>,
-    },
-    /// A new token.
-    Token {
-        /// Its id.
-        token: u32,
-        /// What it adds to the text; empty while a character or a possible stop text is incomplete, or without a
-        /// tokenizer.
-        text: String,
-        /// Recursions it took; `None` for the last token, which is never fed.
-        depth: Option<u32>,
-    },
-    /// The end.
-    Finished(Summary),
+/// How a session runs several sequences.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BatchOptions {
+    /// Sequences that decode at a time, each in a slot; more wait.
+    pub max_sequences: usize,
+    /// Bytes of K/V memory. `None`: what all slots need at their longest, but no more than half of what the weights leave
+    /// of the adapter's memory.
+    pub kv_bytes: Option<u64>,
+    /// Tokens of the longest sequence. `None`: the model's context; with one slot, what its sequence needs.
+    pub max_context: Option<usize>,
+    /// Sequences that begin alike share what the beginning has computed, also after the first of them has ended.
+    pub share_prefixes: bool,
+    /// How tokens go through the recursions; `None` is depth-wise where the model allows it.
+    pub batching: Option<Batching>,
+    /// Most rows of a prefill step.
+    pub prefill_rows: usize,
+    /// Computes a sequence to the same bits whatever runs beside it; see [`RunnerOptions::batch_invariant`].
+    pub batch_invariant: bool,
 }
 
-/// A finished generation.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Summary {
-    /// Why it ended.
-    pub finish_reason: FinishReason,
-    /// The prompt as fed.
-    pub prompt_tokens: Vec<u32>,
-    /// The new tokens; an end-of-text token that ended it is the last.
-    pub tokens: Vec<u32>,
-    /// Recursions of every token fed, prompt first: one less than prompt and new tokens together.
-    pub depths: Vec<u32>,
-    /// The new text, with a tokenizer.
-    pub text: Option<String>,
-    /// K/V entries per effective layer.
-    pub kv_entries: Vec<usize>,
-    /// Mean of `depths`.
-    pub mean_depth: f64,
-    /// Prompt tokens read a second.
-    pub prefill_tokens_per_s: f64,
-    /// New tokens a second after the first; 0 if there was none.
-    pub decode_tokens_per_s: f64,
+impl Default for BatchOptions {
+    /// One sequence at a time, 512 rows of prefill, shared beginnings.
+    fn default() -> Self {
+        Self {
+            max_sequences: 1,
+            kv_bytes: None,
+            max_context: None,
+            share_prefixes: true,
+            batching: None,
+            prefill_rows: 512,
+            batch_invariant: false,
+        }
+    }
 }
 
 /// A full-sequence forward pass of several sequences.
@@ -163,6 +158,8 @@ pub struct DecodeProfile {
     pub device_micros: f64,
     /// Host time to record and submit a step.
     pub host_micros: f64,
+    /// Device time of each of the [`PARTS`](mor_model::PARTS) of a step among others like it, in the order in which they run.
+    pub parts: Vec<(&'static str, f64)>,
     /// Kernel name and device time of every dispatch, each in a pass of its own; more than `device_micros` in all.
     pub dispatches: Vec<(&'static str, f64)>,
 }
@@ -172,9 +169,11 @@ pub struct DecodeProfile {
 pub struct Session {
     model: MorModel,
     tokenizer: Option<Tokenizer>,
-    runner: Option<Runner>,
+    batch: BatchOptions,
+    engine: Option<Engine>,
+    /// Number of the next sequence of the next engine.
+    next_id: u64,
     evaluator: Option<Evaluator>,
-    chunk: Chunk,
     load_ms: f64,
 }
 
@@ -186,6 +185,7 @@ impl Session {
     /// device, [`RuntimeError::DoesNotFit`] if the device's memory is too small, and the tokenizer variants.
     pub fn load(source: ModelSource, mut options: SessionOptions) -> Result<Self> {
         let start = Instant::now();
+        options.batch.validate()?;
         let (checkpoint, tokenizer) = open(source)?;
         let checkpoint = match options.kv {
             Some(kv) => checkpoint.with_kv(kv)?,
@@ -206,7 +206,7 @@ impl Session {
         };
         let model = MorModel::load(&gpu, &checkpoint, precision, &mut progress)?;
         let load_ms = start.elapsed().as_secs_f64() * 1e3;
-        Ok(Self { tokenizer, load_ms, ..Self::around(model) })
+        Ok(Self { tokenizer, load_ms, batch: options.batch, ..Self::from_model(model) })
     }
 
     /// Loads a checkpoint onto a device that is open already; without a tokenizer.
@@ -214,12 +214,42 @@ impl Session {
     /// # Errors
     /// [`RuntimeError::Kernel`] if the device refuses a buffer.
     pub fn on_gpu(gpu: Gpu, checkpoint: &Checkpoint, precision: Precision) -> Result<Self> {
-        Ok(Self::around(MorModel::load(&gpu, checkpoint, precision, &mut |_| {})?))
+        Ok(Self::from_model(MorModel::load(&gpu, checkpoint, precision, &mut |_| {})?))
     }
 
-    fn around(model: MorModel) -> Self {
-        let chunk = Chunk::new(model.gpu());
-        Self { model, tokenizer: None, runner: None, evaluator: None, chunk, load_ms: 0.0 }
+    /// A session of a model that is on a device already; without a tokenizer.
+    pub fn from_model(model: MorModel) -> Self {
+        let (tokenizer, engine, evaluator, batch) = (None, None, None, BatchOptions::default());
+        Self { model, tokenizer, batch, engine, next_id: 0, evaluator, load_ms: 0.0 }
+    }
+
+    /// The session with other sizes of batches.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Parameter`] for sizes of nothing.
+    pub fn with_batch(mut self, batch: BatchOptions) -> Result<Self> {
+        batch.validate()?;
+        self.forget_engine();
+        self.batch = batch;
+        Ok(self)
+    }
+
+    /// The session with depths that are drawn from a script, for measurements.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Kernel`] as [`MorModel::with_scripted_router`].
+    pub fn with_scripted_router(mut self, script: &ScriptedRouter) -> Result<Self> {
+        self.forget_engine();
+        self.evaluator = None;
+        self.model = self.model.with_scripted_router(script)?;
+        Ok(self)
+    }
+
+    /// Gives caches and plans up; sequences under way are lost.
+    fn forget_engine(&mut self) {
+        if let Some(engine) = self.engine.take() {
+            self.next_id = engine.next_id();
+        }
     }
 
     /// The model's configuration.
@@ -255,52 +285,130 @@ impl Session {
     /// Dispatches of a decode step at `context` positions, those with an empty grid included.
     ///
     /// # Errors
-    /// [`RuntimeError::Kernel`] if the device refuses the caches.
+    /// [`RuntimeError::Kernel`] if the device refuses the caches; as [`Session::submit`] while sequences run.
     pub fn decode_dispatches(&mut self, context: usize) -> Result<usize> {
         self.reserve(context)?;
-        let runner = self.runner.as_mut().expect("reserved above");
+        let runner = self.engine.as_mut().expect("reserved above").runner_mut();
         Ok(runner.decode_plan(&self.model, 1, context)?.num_dispatches())
     }
 
-    /// Where the time of a decode step goes, at about half of `context` positions.
+    /// Records the plans of all decode steps of up to [`Session::max_sequences`] sequences and `context` positions, so that
+    /// nothing compiles while sequences run.
     ///
     /// # Errors
-    /// [`RuntimeError::Kernel`] if the device writes no timestamps.
-    pub fn profile_decode(&mut self, context: usize) -> Result<DecodeProfile> {
-        const REPETITIONS: u32 = 32;
-        self.reserve(context.max(2 * REPETITIONS as usize + 8))?;
-        let runner = self.runner.as_mut().expect("reserved above");
-        let gpu = self.model.gpu();
-        let row = Row { token: 1, position: context as u32 / 2, sequence: 0, flags: ROW_ACTIVE | ROW_SAMPLE };
-        let plan = &*runner.decode_plan(&self.model, 1, context)?;
-        // Once to warm up: a clock that has fallen takes long to rise.
-        let mut device_micros = f64::INFINITY;
-        for _ in 0..4 {
-            runner.set_next_row(&self.model, row);
-            device_micros = device_micros.min(timing::device_micros(gpu, plan, REPETITIONS)?);
+    /// As [`Session::decode_dispatches`].
+    pub fn prepare_decode(&mut self, context: usize) -> Result<()> {
+        self.reserve(context)?;
+        let most = self.batch.max_sequences;
+        let runner = self.engine.as_mut().expect("reserved above").runner_mut();
+        let fewer = std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|n| *n < most);
+        for num_slots in fewer.chain([most]) {
+            runner.prepare(&self.model, 0, num_slots, context)?;
         }
-        runner.set_next_row(&self.model, row);
+        self.model.gpu().wait_idle()?;
+        Ok(())
+    }
+
+    /// Where the time of a decode step or tick of `num_sequences` sequences goes, from about half of `context` positions on.
+    /// Caches are made anew for it; sequences under way are lost.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Kernel`] if the device writes no timestamps, or refuses the caches.
+    pub fn profile_decode(&mut self, num_sequences: usize, context: usize) -> Result<DecodeProfile> {
+        /// Of one measurement; there are three, and a few more ticks. The other room is for sequences ahead of others.
+        const TICKS: usize = 32;
+        const TICKS_PER_SUBMIT: usize = 2;
+        self.forget_engine();
+        let (model, gpu) = (&self.model, self.model.gpu());
+        let middle = (context / 2).max(1);
+        let options = RunnerOptions {
+            num_slots: num_sequences,
+            max_positions: context + 5 * TICKS,
+            prefill_rows: 16,
+            batching: self.batch.batching,
+            pages_in_class: None,
+            batch_invariant: self.batch.batch_invariant,
+        };
+        let mut runner = Runner::new(model, &options)?;
+        let tick = |runner: &mut Runner, ticks| -> Result<usize> {
+            let work = Work { ticks, max_context: context, ..Work::default() };
+            let reply = runner.submit(model, &work)?.wait()?;
+            Ok((0..num_sequences).map(|slot| reply.drawn(slot, 0).count()).sum())
+        };
+        // Sequences start one after the other, lest their tokens go through the recursions in step.
+        let period = model.config().num_recursions;
+        for turn in 0..period {
+            for slot in (turn..num_sequences).step_by(period) {
+                let limit = options.max_positions as u32;
+                let sampling = GpuSampling { temperature: 1.0, seed_low: slot as u32, limit, ..GpuSampling::default() };
+                runner.start(model, slot, &sampling, [], None);
+                let flags = ROW_ACTIVE | ROW_SAMPLE;
+                runner.set_next_row(model, Row { token: 1, position: 0, sequence: slot as u32, flags });
+            }
+            tick(&mut runner, 1)?;
+        }
+        // No token takes more than a tick a recursion, and one to be drawn.
+        for _ in 0..(period + 1) * middle {
+            if tick(&mut runner, TICKS_PER_SUBMIT)? >= num_sequences * middle {
+                break;
+            }
+        }
+        let plan = &*runner.decode_plan(model, num_sequences, context)?;
+        let device_micros = timing::device_micros(gpu, plan, TICKS as u32)?;
+        let parts = timing::parts(gpu, plan, TICKS as u32)?;
         let start = Instant::now();
-        for _ in 0..REPETITIONS {
+        for _ in 0..TICKS {
             let mut submission = Submission::new(gpu);
             submission.plan(plan);
             submission.submit();
         }
-        let host_micros = start.elapsed().as_secs_f64() * 1e6 / f64::from(REPETITIONS);
+        let host_micros = start.elapsed().as_secs_f64() * 1e6 / TICKS as f64;
         gpu.wait_idle()?;
-        runner.set_next_row(&self.model, row);
         let dispatches = timing::profile(gpu, plan, 10)?;
-        runner.stop(&self.model, 0);
-        Ok(DecodeProfile { device_micros, host_micros, dispatches })
+        Ok(DecodeProfile { device_micros, host_micros, parts, dispatches })
     }
 
-    /// Continues a prompt. The prompt has been read when this returns; the iterator yields the events.
+    /// How many sequences of `context` tokens can run at a time: their K/V entries and activations must fit what `others`
+    /// bytes and the weights leave of the adapter's memory, and each buffer a binding. `None` if the backend does not tell
+    /// how much memory there is.
+    pub fn sequences_that_fit(&self, context: usize, others: u64) -> Option<usize> {
+        let (model, gpu) = (&self.model, self.model.gpu());
+        let taken = others + model.weights().num_bytes();
+        // A tenth is for the driver and other programs.
+        let left = (gpu.summary().memory_bytes?.saturating_sub(taken)) / 10 * 9;
+        let pages = pages_for_all(model, 1, context);
+        let of_memory = left / (kv_bytes(model, &pages) + model.step_bytes(1, 1));
+        let page = |class: &PageClass| class.page_bytes / (2 * class.buffers.len() as u64);
+        let largest = page_classes(model).iter().zip(&pages).map(|(class, pages)| page(class) * *pages as u64).max();
+        let of_binding = gpu.caps().max_storage_binding_bytes / largest.unwrap_or(1).max(1);
+        Some(of_memory.min(of_binding) as usize)
+    }
+
+    /// Takes a sequence in. It runs while [`Session::step`] is called, beside others.
+    ///
+    /// ```no_run
+    /// # use mor_runtime::{BatchOptions, Event, GenerateRequest, ModelSource, Session, SessionOptions};
+    /// let batch = BatchOptions { max_sequences: 8, ..BatchOptions::default() };
+    /// let options = SessionOptions { batch, ..SessionOptions::default() };
+    /// let mut session = Session::load(ModelSource::Folder("path/to/model".into()), options)?;
+    /// let prompts = [vec![1, 2, 3], vec![4, 5]];
+    /// let handles: Vec<_> =
+    ///     prompts.map(|prompt| session.submit(&GenerateRequest::new(prompt))).into_iter().collect::<Result<_, _>>()?;
+    /// while session.step()? {
+    ///     for handle in &handles {
+    ///         while let Some(event) = handle.try_next() {
+    ///             println!("{}: {event:?}", handle.id());
+    ///         }
+    ///     }
+    /// }
+    /// # Ok::<(), mor_runtime::RuntimeError>(())
+    /// ```
     ///
     /// # Errors
     /// [`RuntimeError::Parameter`], [`RuntimeError::TokenOutOfRange`], [`RuntimeError::TooLong`],
-    /// [`RuntimeError::EmptyPrompt`] for a request that cannot be served; [`RuntimeError::Kernel`] if the device
-    /// fails.
-    pub fn generate(&mut self, request: &GenerateRequest) -> Result<Generation<'_>> {
+    /// [`RuntimeError::EmptyPrompt`], [`RuntimeError::NeverFits`] for a request that cannot be served;
+    /// [`RuntimeError::Kernel`] if the device refuses the caches.
+    pub fn submit(&mut self, request: &GenerateRequest) -> Result<SequenceHandle> {
         let config = self.model.config();
         request.sampling.validate()?;
         if !request.stop.is_empty() && self.tokenizer.is_none() {
@@ -316,52 +424,63 @@ impl Session {
             (prompt, _) => prompt.to_vec(),
         };
         check_tokens("prompt", &prompt, config.vocab_size)?;
-        let limit = config.max_position_embeddings;
+        let limit = self.max_context();
         let too_long = |what, found, advice| Err(RuntimeError::TooLong { what, found, limit, advice });
         if prompt.len() > limit {
             return too_long("the prompt", prompt.len(), "shorten it");
         }
-        let context = prompt.len() + request.max_new_tokens;
+        let context = prompt.len().saturating_add(request.max_new_tokens);
         if context > limit {
             return too_long("the prompt with its new tokens", context, "lower --max-new-tokens or shorten the prompt");
         }
-
         let sampling = gpu_sampling(request, context, config.eos_token_ids());
+        let eos = if request.ignore_eos { Vec::new() } else { config.eos_token_ids().to_vec() };
         self.reserve(context)?;
-        let runner = self.runner.as_mut().expect("reserved above");
-        let config = self.model.config();
-        runner.start(&self.model, 0, &sampling, prompt.iter().copied(), None);
-        runner.prepare(&self.model, 1, context)?;
-        self.model.gpu().wait_idle()?;
+        let engine = self.engine.as_mut().expect("reserved above");
+        Ok(engine.submit(request, prompt, sampling, eos, self.tokenizer.as_ref()))
+    }
 
-        let start = Instant::now();
-        let (depths, first) = prefill(&self.model, runner, &mut self.chunk, &prompt, request.max_new_tokens > 0)?;
-        let prefill_time = start.elapsed();
-        let text = self.tokenizer.as_ref().map(|tokenizer| TextStream::new(tokenizer, &request.stop));
-        let mut generation = Generation {
-            model: &self.model,
-            runner,
-            events: VecDeque::from([Event::Prompt { depths: depths.clone() }]),
-            in_flight: VecDeque::new(),
-            context,
-            max_new_tokens: request.max_new_tokens,
-            eos: if request.ignore_eos { Vec::new() } else { config.eos_token_ids().to_vec() },
-            has_text: text.is_some(),
-            text,
-            full_text: String::new(),
-            held: None,
-            prompt,
-            tokens: Vec::new(),
-            depths,
-            prefill_time,
-            decode_start: Instant::now(),
-            finished: false,
-        };
-        match first {
-            Some(outcome) => generation.take_token(outcome.next_token)?,
-            None => generation.finish(FinishReason::Length)?,
+    /// Submits work ahead of its results and takes in what has come: events go to the handles. `false` if no sequence is
+    /// left.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Kernel`] if the device fails; all sequences are lost then.
+    pub fn step(&mut self) -> Result<bool> {
+        self.engine.as_mut().map_or(Ok(false), |engine| engine.step(&self.model))
+    }
+
+    /// Sequences that decode at a time.
+    pub fn max_sequences(&self) -> usize {
+        self.batch.max_sequences
+    }
+
+    /// What sequences have used and done since the caches were made, or since
+    /// [`Session::reset_statistics`].
+    pub fn statistics(&self) -> Statistics {
+        self.engine.as_ref().map(Engine::statistics).unwrap_or_default()
+    }
+
+    /// Counts from zero again.
+    pub fn reset_statistics(&mut self) {
+        if let Some(engine) = &mut self.engine {
+            engine.reset_statistics();
         }
-        Ok(generation)
+    }
+
+    /// Continues a prompt: [`Session::submit`] and [`Session::step`] in one. The iterator yields the sequence's events;
+    /// other sequences of the session run on beside it.
+    ///
+    /// # Errors
+    /// As [`Session::submit`].
+    pub fn generate(&mut self, request: &GenerateRequest) -> Result<Generation<'_>> {
+        let handle = self.submit(request)?;
+        let engine = self.engine.as_mut().expect("a sequence was submitted");
+        let prompt = request.prompt.len().max(1);
+        let rows = (prompt - usize::from(request.max_new_tokens > 0)).min(self.batch.prefill_rows);
+        // Nothing compiles while tokens are awaited.
+        engine.runner_mut().prepare(&self.model, rows, 1, prompt + request.max_new_tokens)?;
+        self.model.gpu().wait_idle()?;
+        Ok(Generation { session: self, handle, finished: false })
     }
 
     /// Runs full sequences and returns everything they compute.
@@ -491,25 +610,72 @@ impl Session {
         if feeds.is_empty() { Ok(()) } else { run(&feeds, &names) }
     }
 
-    /// Makes sure that the runner has room for `context` positions.
+    /// Tokens of the longest sequence that this session takes.
+    fn max_context(&self) -> usize {
+        let limit = self.model.config().max_position_embeddings;
+        self.batch.max_context.map_or(limit, |max_context| max_context.min(limit))
+    }
+
+    /// Makes sure that the engine has room for a sequence of `context` positions.
     fn reserve(&mut self, context: usize) -> Result<()> {
-        if self.runner.as_ref().is_none_or(|runner| runner.max_positions() < context) {
-            self.runner = None;
-            let config = self.model.config();
-            let positions = context.next_power_of_two().min(config.max_position_embeddings).max(context);
-            let weights = self.model.weights().num_bytes();
-            let kv = kv_bytes(&self.model, &pages_for_all(&self.model, 1, positions));
-            check_memory(self.model.gpu(), config, weights, (kv, positions))?;
-            let options = RunnerOptions {
-                num_slots: 1,
-                max_positions: positions,
-                prefill_rows: self.chunk.most,
-                batching: None,
-                pages_in_class: None,
-            };
-            self.runner = Some(Runner::new(&self.model, &options)?);
+        if let Some(engine) = &self.engine {
+            let never_fits = engine.never_fits(context);
+            if engine.max_positions() >= context && never_fits.is_none() {
+                return Ok(());
+            }
+            if !engine.is_idle() || self.batch.kv_bytes.is_some() {
+                let (needed, available) = never_fits.unwrap_or_default();
+                return Err(RuntimeError::NeverFits { context, positions: engine.max_positions(), needed, available });
+            }
+            self.forget_engine();
         }
-        Ok(())
+        let (config, num_slots) = (self.model.config(), self.batch.max_sequences);
+        let longest = self.max_context();
+        let positions = if num_slots == 1 { context.next_power_of_two().min(longest) } else { longest };
+        let gpu = self.model.gpu();
+        let weights = self.model.weights().num_bytes();
+        let one = kv_bytes(&self.model, &pages_for_all(&self.model, 1, positions));
+        let all = one * num_slots as u64;
+        let bytes = self.batch.kv_bytes.unwrap_or_else(|| {
+            let left = gpu.summary().memory_bytes.map(|memory| memory.saturating_sub(weights) / 2);
+            all.min(left.unwrap_or(all)).max(one)
+        });
+        check_memory(gpu, config, weights, (bytes.min(all), positions))?;
+        let pages = pages_for_all(&self.model, num_slots, positions);
+        // All classes alike: what their groups hold depends on the tokens.
+        let share = (bytes as f64 / all as f64).min(1.0);
+        let pages: Vec<usize> = pages.iter().map(|pages| ((*pages as f64 * share) as usize).max(1)).collect();
+        let engine = Engine::new(
+            &self.model,
+            EngineOptions {
+                num_slots,
+                max_positions: positions,
+                pages_in_class: pages,
+                prefill_rows: self.batch.prefill_rows,
+                batching: self.batch.batching,
+                share_prefixes: self.batch.share_prefixes,
+                batch_invariant: self.batch.batch_invariant,
+                first_id: self.next_id,
+            },
+        )?;
+        let never_fits = engine.never_fits(context);
+        self.engine = Some(engine);
+        match never_fits {
+            Some((needed, available)) => Err(RuntimeError::NeverFits { context, positions, needed, available }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl BatchOptions {
+    fn validate(&self) -> Result<()> {
+        let least = |name, value: usize, least: usize, expected| {
+            let error = RuntimeError::Parameter { name, found: value.to_string(), expected };
+            if value < least { Err(error) } else { Ok(()) }
+        };
+        least("max_sequences", self.max_sequences, 1, "1 or more")?;
+        least("max_context", self.max_context.unwrap_or(1), 1, "1 or more")?;
+        least("prefill_rows", self.prefill_rows, 16, "16 or more")
     }
 }
 
@@ -583,188 +749,28 @@ fn gpu_sampling(request: &GenerateRequest, limit: usize, eos_token_ids: &[u32]) 
     }
 }
 
-/// Rows of a prefill step, adapted so that a submit stays far below any watchdog.
-#[derive(Debug)]
-struct Chunk {
-    rows: usize,
-    most: usize,
-}
-
-impl Chunk {
-    const LEAST: usize = 16;
-    /// A submit should take less than this.
-    const BUDGET: Duration = Duration::from_millis(100);
-
-    fn new(gpu: &Gpu) -> Self {
-        let asked = std::env::var("MOR_PREFILL_CHUNK").ok().and_then(|text| text.parse::<usize>().ok());
-        let most = asked.unwrap_or(512).clamp(Self::LEAST, 4096);
-        // A software rasteriser has no watchdog; other adapters start small until measured.
-        let rows = if gpu.caps().is_cpu { most } else { most.min(128) };
-        Self { rows, most }
-    }
-
-    fn adapt(&mut self, gpu: &Gpu, rows: usize, time: Duration) {
-        if gpu.caps().is_cpu || rows < self.rows {
-            return;
-        }
-        if time > Self::BUDGET {
-            self.rows = (self.rows / 2).max(Self::LEAST);
-        } else if time * 4 < Self::BUDGET {
-            self.rows = (self.rows * 2).min(self.most);
-        }
-    }
-}
-
-/// Feeds a prompt to slot 0 in chunks; returns the depths of its tokens and what was drawn after the last.
-fn prefill(
-    model: &MorModel,
-    runner: &mut Runner,
-    chunk: &mut Chunk,
-    prompt: &[u32],
-    sample: bool,
-) -> Result<(Vec<u32>, Option<Outcome>)> {
-    let mut depths = Vec::with_capacity(prompt.len());
-    let mut first = None;
-    while depths.len() < prompt.len() {
-        let start = Instant::now();
-        let position = depths.len();
-        let end = prompt.len().min(position + chunk.rows);
-        let sample = sample && end == prompt.len();
-        let feeds = [Feed { sequence: 0, position, tokens: &prompt[position..end], sample }];
-        let reply = runner.submit(model, &Work { feeds: &feeds, ..Work::default() })?.wait()?;
-        first = reply.drawn(0, prompt.len() - 1).next();
-        depths.extend(reply.depths);
-        chunk.adapt(model.gpu(), end - position, start.elapsed());
-    }
-    Ok((depths, first))
-}
-
-/// A running generation: an iterator of its events, the last of which is [`Event::Finished`].
-///
-/// Decode steps are submitted ahead of the tokens that have arrived: a step's token feeds the next one on the device,
-/// and the host learns it some steps later. Dropping the generation ends it.
+/// A running generation: an iterator of its events, the last of which is [`Event::Finished`]. Dropping it ends it.
 #[derive(Debug)]
 pub struct Generation<'s> {
-    model: &'s MorModel,
-    runner: &'s mut Runner,
-    events: VecDeque<Event>,
-    in_flight: VecDeque<Pending>,
-    /// Tokens at which the sequence ends.
-    context: usize,
-    max_new_tokens: usize,
-    eos: Vec<u32>,
-    text: Option<TextStream<'s>>,
-    has_text: bool,
-    full_text: String,
-    /// The last token and its text, until its depth is known.
-    held: Option<(u32, String)>,
-    prompt: Vec<u32>,
-    tokens: Vec<u32>,
-    depths: Vec<u32>,
-    prefill_time: Duration,
-    decode_start: Instant,
+    session: &'s mut Session,
+    handle: SequenceHandle,
     finished: bool,
-}
-
-impl Generation<'_> {
-    /// Submits ahead of the host's knowledge, so that the device never waits for it.
-    const SUBMITS_IN_FLIGHT: usize = 4;
-    /// Decode steps of one submit once the first tokens are out; fewer submits cost the host less.
-    const STEPS_PER_SUBMIT: usize = 2;
-
-    fn step(&mut self) -> Result<()> {
-        while self.in_flight.len() < Self::SUBMITS_IN_FLIGHT {
-            let work = Work { ticks: Self::STEPS_PER_SUBMIT, max_context: self.context, ..Work::default() };
-            self.in_flight.push_back(self.runner.submit(self.model, &work)?);
-        }
-        let reply: Reply = self.in_flight.pop_front().expect("submitted above").wait()?;
-        for outcome in reply.drawn(0, self.depths.len()) {
-            if self.finished {
-                break;
-            }
-            self.depths.push(outcome.depth);
-            if let Some((token, text)) = self.held.take() {
-                self.events.push_back(Event::Token { token, text, depth: Some(outcome.depth) });
-            }
-            self.take_token(outcome.next_token)?;
-        }
-        Ok(())
-    }
-
-    /// Takes a drawn token in and decides whether it is the last.
-    fn take_token(&mut self, token: u32) -> Result<()> {
-        self.tokens.push(token);
-        let is_eos = self.eos.contains(&token);
-        let (mut text, mut stopped) = (String::new(), false);
-        if let Some(stream) = &mut self.text
-            && !is_eos
-        {
-            let piece = stream.push(token);
-            (text, stopped) = (piece.text, piece.stopped);
-        }
-        let finish_reason = match () {
-            () if is_eos => Some(FinishReason::Eos),
-            () if stopped => Some(FinishReason::Stop),
-            () if self.tokens.len() == self.max_new_tokens => Some(FinishReason::Length),
-            () => None,
-        };
-        if finish_reason.is_some()
-            && !stopped
-            && let Some(stream) = self.text.take()
-        {
-            text.push_str(&stream.finish());
-        }
-        self.full_text.push_str(&text);
-        self.held = Some((token, text));
-        finish_reason.map_or(Ok(()), |reason| self.finish(reason))
-    }
-
-    fn finish(&mut self, finish_reason: FinishReason) -> Result<()> {
-        let decode_time = self.decode_start.elapsed();
-        self.finished = true;
-        self.runner.stop(self.model, 0);
-        if let Some((token, text)) = self.held.take() {
-            self.events.push_back(Event::Token { token, text, depth: None });
-        }
-        let per_s = |count: usize, time: Duration| count as f64 / time.as_secs_f64().max(1e-9);
-        let total: f64 = self.depths.iter().map(|depth| f64::from(*depth)).sum();
-        self.events.push_back(Event::Finished(Summary {
-            finish_reason,
-            kv_entries: self.model.kv_layout().entries_per_layer(&self.depths),
-            mean_depth: total / self.depths.len().max(1) as f64,
-            prefill_tokens_per_s: per_s(self.prompt.len(), self.prefill_time),
-            decode_tokens_per_s: per_s(self.tokens.len().saturating_sub(1), decode_time),
-            text: self.has_text.then(|| std::mem::take(&mut self.full_text)),
-            prompt_tokens: std::mem::take(&mut self.prompt),
-            tokens: std::mem::take(&mut self.tokens),
-            depths: std::mem::take(&mut self.depths),
-        }));
-        Ok(())
-    }
 }
 
 impl Iterator for Generation<'_> {
     type Item = Result<Event>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            if let Some(event) = self.events.pop_front() {
+        while !self.finished {
+            if let Some(event) = self.handle.try_next() {
+                self.finished = matches!(event, Event::Finished(_));
                 return Some(Ok(event));
             }
-            if self.finished {
-                return None;
-            }
-            if let Err(error) = self.step() {
+            if let Err(error) = self.session.step() {
                 self.finished = true;
                 return Some(Err(error));
             }
         }
-    }
-}
-
-impl Drop for Generation<'_> {
-    fn drop(&mut self) {
-        // Steps in flight end with the sequence; the next start resets what they leave.
-        self.runner.stop(self.model, 0);
+        None
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use mor_model::ModelError;
 use tokenizers::DecoderWrapper;
@@ -11,7 +12,7 @@ use crate::error::{Result, RuntimeError};
 /// What a decoder shows where bytes are not a character.
 const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
 
-/// The text side of a model: a Hugging Face `tokenizer.json`.
+/// The text side of a model: a Hugging Face `tokenizer.json`. Clones share it.
 ///
 /// ```no_run
 /// use mor_runtime::Tokenizer;
@@ -21,7 +22,12 @@ const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
 /// assert_eq!(tokenizer.decode(&ids), "Once upon a time");
 /// # Ok::<(), mor_runtime::RuntimeError>(())
 /// ```
+#[derive(Clone)]
 pub struct Tokenizer {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
     inner: tokenizers::Tokenizer,
     origin: String,
     num_entries: usize,
@@ -32,8 +38,8 @@ pub struct Tokenizer {
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokenizer")
-            .field("origin", &self.origin)
-            .field("num_entries", &self.num_entries)
+            .field("origin", &self.shared.origin)
+            .field("num_entries", &self.shared.num_entries)
             .finish_non_exhaustive()
     }
 }
@@ -74,7 +80,8 @@ impl Tokenizer {
         }
         let token_bytes = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
             .then(|| (0..num_entries as u32).map(|id| byte_level_bytes(&inner, id)).collect());
-        Ok(Self { inner, origin: origin.to_owned(), num_entries, token_bytes })
+        let shared = Shared { inner, origin: origin.to_owned(), num_entries, token_bytes };
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// Token ids of `text`. Nothing is added around it, but the text of a special token, for example
@@ -83,32 +90,34 @@ impl Tokenizer {
     /// # Errors
     /// [`RuntimeError::Tokenizer`] when the tokenizer cannot represent the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        match self.inner.encode_fast(text, false) {
+        match self.shared.inner.encode_fast(text, false) {
             Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => Err(RuntimeError::Tokenizer { path: self.origin.clone().into(), reason: error.to_string() }),
+            Err(error) => {
+                Err(RuntimeError::Tokenizer { path: self.shared.origin.clone().into(), reason: error.to_string() })
+            }
         }
     }
 
     /// Text of `ids`. Special tokens and ids without an entry are left out; bytes that are no UTF-8 become `U+FFFD`.
     pub fn decode(&self, ids: &[u32]) -> String {
-        match &self.token_bytes {
+        match &self.shared.token_bytes {
             Some(table) => {
                 let bytes: Vec<u8> = ids.iter().flat_map(|&id| bytes_of(table, id)).copied().collect();
                 String::from_utf8_lossy(&bytes).into_owned()
             }
             // Decoders only rearrange text; the error type is there for user-defined ones.
-            None => self.inner.decode(ids, true).unwrap_or_default(),
+            None => self.shared.inner.decode(ids, true).unwrap_or_default(),
         }
     }
 
     /// Id of the token written `text`, `None` when there is none.
     pub fn token_id(&self, text: &str) -> Option<u32> {
-        self.inner.token_to_id(text)
+        self.shared.inner.token_to_id(text)
     }
 
     /// One more than the largest id.
     pub fn num_entries(&self) -> usize {
-        self.num_entries
+        self.shared.num_entries
     }
 }
 
@@ -171,17 +180,19 @@ pub struct Piece {
 /// # Ok::<(), mor_runtime::RuntimeError>(())
 /// ```
 #[derive(Debug)]
-pub struct TextStream<'t> {
-    characters: Characters<'t>,
+pub struct TextStream {
+    characters: Characters,
     stop: StopTexts,
 }
 
-impl<'t> TextStream<'t> {
+impl TextStream {
     /// Starts a text that ends where one of `stop` appears. An empty stop text is ignored.
-    pub fn new(tokenizer: &'t Tokenizer, stop: &[String]) -> Self {
-        let characters = match &tokenizer.token_bytes {
-            Some(table) => Characters::Bytes { table, pending: Vec::new() },
-            None => Characters::Window { tokenizer, ids: Vec::new(), context_ids: 0, context_bytes: 0 },
+    pub fn new(tokenizer: &Tokenizer, stop: &[String]) -> Self {
+        let tokenizer = tokenizer.clone();
+        let characters = if tokenizer.shared.token_bytes.is_some() {
+            Characters::Bytes { tokenizer, pending: Vec::new() }
+        } else {
+            Characters::Window { tokenizer, ids: Vec::new(), context_ids: 0, context_bytes: 0 }
         };
         let texts = stop.iter().filter(|text| !text.is_empty()).cloned().collect();
         Self { characters, stop: StopTexts { texts, held: String::new(), stopped: false } }
@@ -209,17 +220,17 @@ impl<'t> TextStream<'t> {
 
 /// From ids to whole characters.
 #[derive(Debug)]
-enum Characters<'t> {
+enum Characters {
     /// Byte-level tokens: exact, whatever the boundaries.
     Bytes {
-        table: &'t [Box<[u8]>],
+        tokenizer: Tokenizer,
         /// Beginning of a character, at most three bytes.
         pending: Vec<u8>,
     },
     /// Any other decoder: a few tokens are decoded together with those before them, because what a token looks like
     /// may depend on its neighbours (a leading space, a character spread over byte tokens).
     Window {
-        tokenizer: &'t Tokenizer,
+        tokenizer: Tokenizer,
         /// Tokens shown last, then those not shown yet.
         ids: Vec<u32>,
         /// How many of `ids` have been shown.
@@ -232,10 +243,11 @@ enum Characters<'t> {
 /// Undecided tokens after which a replacement character is taken for what it is: a character has at most four bytes.
 const MAX_UNDECIDED: usize = 8;
 
-impl Characters<'_> {
+impl Characters {
     fn push(&mut self, token: u32) -> String {
         match self {
-            Characters::Bytes { table, pending } => {
+            Characters::Bytes { tokenizer, pending } => {
+                let table = tokenizer.shared.token_bytes.as_deref().unwrap_or_default();
                 pending.extend_from_slice(bytes_of(table, token));
                 let (text, used) = whole_characters(pending);
                 pending.drain(..used);
@@ -400,7 +412,7 @@ mod tests {
     fn the_byte_table_agrees_with_the_tokenizers_own_decoder() {
         let tokenizer = tokenizer();
         for id in 0..4096 {
-            assert_eq!(tokenizer.decode(&[id]), tokenizer.inner.decode(&[id], true).unwrap(), "token {id}");
+            assert_eq!(tokenizer.decode(&[id]), tokenizer.shared.inner.decode(&[id], true).unwrap(), "token {id}");
         }
         let mut bytes: Vec<u8> =
             (0..=u32::from('\u{143}')).filter_map(char::from_u32).filter_map(byte_of_char).collect();

@@ -163,6 +163,7 @@ fn check_decode(case: &GoldenCase, model: &MorModel, batching: Batching, largest
         prefill_rows: 32,
         batching: Some(batching),
         pages_in_class: None,
+        batch_invariant: false,
     };
     let mut runner = Runner::new(model, &options).expect("fits");
     let ids = |i: usize, name: &str| case.expected.ids(&format!("decode.{i}.{name}")).expect("present");

@@ -3,10 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use mor_kernels::parity;
+use mor_kernels::{KernelError, parity};
 use mor_runtime::{
-    Event, FinishReason, GenerateRequest, GpuOptions, ModelSource, Precision, Routing, RuntimeError, SamplingParams,
-    Session, SessionOptions, Summary,
+    BatchOptions, Batching, Event, FinishReason, GenerateRequest, GpuOptions, ModelSource, Precision, Routing,
+    RuntimeError, SamplingParams, ScriptedRouter, Session, SessionOptions, Summary,
 };
 
 fn folder() -> PathBuf {
@@ -58,6 +58,40 @@ fn result(summary: &Summary) -> (FinishReason, &[u32], &[u32], Option<&str>, &[u
 
 const FIRST: &str = "Once upon a time, there was a little";
 const SECOND: &str = "Tom had a red ball. He";
+
+/// A tick begins with the tokens that leave, a step ends with them; every part takes time, and sessions run on after it.
+#[test]
+fn decoding_is_measured_by_parts() {
+    let mut session = session();
+    let request = request(&session, FIRST, 8);
+    let before = run(&mut session, &request);
+    for (batching, parts) in
+        [(Batching::Lockstep, ["prelude", "block", "coda"]), (Batching::Depthwise, ["coda", "prelude", "block"])]
+    {
+        let batch = BatchOptions { batching: Some(batching), max_sequences: 3, ..BatchOptions::default() };
+        session = session.with_batch(batch).expect("the sizes are sound");
+        session.prepare_decode(20).expect("the caches fit");
+        let profile = match session.profile_decode(3, 16) {
+            Err(RuntimeError::Kernel(KernelError::Limit { .. })) => {
+                eprintln!("skipped: no timestamps");
+                return;
+            }
+            profile => profile.expect("the device works"),
+        };
+        assert_eq!(profile.parts.iter().map(|(name, _)| *name).collect::<Vec<_>>(), parts);
+        assert!(profile.parts.iter().all(|(_, micros)| *micros > 0.0) && profile.device_micros > 0.0, "{profile:?}");
+    }
+    session = session.with_batch(BatchOptions::default()).expect("the sizes are sound");
+    assert_eq!(result(&run(&mut session, &request)), result(&before));
+}
+
+#[test]
+fn a_scripted_session_takes_the_drawn_depths() {
+    let script = ScriptedRouter { seed: 7, keep: vec![1.0, 1.0, 0.0] };
+    let mut session = session().with_scripted_router(&script).expect("fits the model");
+    let request = request(&session, FIRST, 8);
+    assert!(run(&mut session, &request).depths.iter().all(|depth| *depth == 2));
+}
 
 #[test]
 fn a_generation_leaves_nothing_behind() {

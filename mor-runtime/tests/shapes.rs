@@ -88,6 +88,7 @@ fn extreme_shapes_never_panic() {
         ("one token", vec![("vocab_size", json!(1))]),
         ("vocabulary of 300000", vec![("vocab_size", json!(300_000))]),
         ("16 recursions", token(16, "linear")),
+        ("256 recursions", token(256, "linear")),
         ("33 recursions", token(33, "mlp")),
         ("100 recursions", token(100, "linear")),
     ];

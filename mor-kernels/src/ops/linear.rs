@@ -258,20 +258,6 @@ impl LinearTile {
 }
 
 impl Linear {
-    /// The variant for up to `max_rows` rows at once of `num_outputs` columns from `in_features` inputs, on a device with
-    /// `caps` and with `half_products` as [`LinearTile::for_shape`] takes it.
-    pub fn for_shape(
-        caps: &DeviceCaps,
-        [max_rows, num_outputs, in_features]: [u32; 3],
-        half_products: bool,
-        weight_dtype: DType,
-        prologue: PrologueKind,
-        epilogue: EpilogueKind,
-    ) -> Self {
-        let tile = LinearTile::for_shape(caps, max_rows, num_outputs, half_products);
-        Self { in_features, weight_dtype, prologue, epilogue, tile }
-    }
-
     /// Records the kernel over all active rows.
     ///
     /// # Errors
@@ -553,6 +539,56 @@ mod tests {
                             epilogue(kind, &case.active, &y, &params, &mut state);
                         }
                         case.assert_matches(gpu, &format!("linear {profile} {kind:?} {tile:?} n={num_active}"), &state);
+                    }
+                }
+            }
+        });
+    }
+
+    /// What batch invariance rests on: a row's results have the same bits wherever it stands and whatever is beside it.
+    #[test]
+    fn rows_do_not_depend_on_their_place() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("linear places");
+            let (in_features, num_outputs, num_rows) = (136, 66, 150);
+            let (weight, _) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::F16);
+            let norm_weight = parity::upload(gpu, &rng.normals(in_features));
+            // All odd rows are alike.
+            let alike = rng.normals(in_features);
+            let mut x = rng.normals(num_rows * in_features);
+            x.chunks_mut(in_features).skip(1).step_by(2).for_each(|row| row.copy_from_slice(&alike));
+            let x = parity::upload(gpu, &x);
+            for tile in tiles(gpu) {
+                let fused = Prologue::Norm { x: &x, weight: &norm_weight };
+                let prologue = if tile.fuses_norm() { fused } else { Prologue::Stream { x: &x } };
+                let mut first: Option<Vec<u32>> = None;
+                for active in [parity::some_rows(&mut rng, 3, 3), parity::some_rows(&mut rng, num_rows, num_rows)] {
+                    let out = Output::new(gpu, active.len() * num_outputs);
+                    let kernel = Linear {
+                        in_features: in_features as u32,
+                        weight_dtype: DType::F16,
+                        prologue: prologue.kind(),
+                        epilogue: EpilogueKind::Store,
+                        tile,
+                    };
+                    let params = LinearParams {
+                        num_outputs: num_outputs as u32,
+                        out_stride: num_outputs as u32,
+                        in_features: in_features as u32,
+                        eps: 1e-5,
+                        scale: 1.0,
+                        ..Default::default()
+                    };
+                    let rows = parity::row_set(gpu, &active);
+                    let epilogue = Epilogue::Store { out: &out.tensor };
+                    let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue };
+                    dispatch(gpu, kernel, &bindings, &params, active.len());
+                    for (entry, y) in active.iter().zip(out.read(gpu).chunks(num_outputs)) {
+                        if entry.row % 2 == 1 {
+                            let bits: Vec<_> = y.iter().map(|value| value.to_bits()).collect();
+                            let what = format!("linear {profile} {tile:?} row {} of {}", entry.row, active.len());
+                            assert_eq!(&bits, first.get_or_insert_with(|| bits.clone()), "{what}");
+                        }
                     }
                 }
             }

@@ -1,5 +1,6 @@
 //! Scores every active row for its next recursion, and gates it.
 
+use super::attention_decode::describe;
 use crate::caps::DeviceCaps;
 use crate::error::{KernelError, Result};
 use crate::kernel::{Binding, Kernel};
@@ -36,11 +37,14 @@ pub struct RouterExpert {
     pub x_by_row: bool,
     /// Writes no gates: for the auxiliary router, which only decides.
     pub logit_only: bool,
+    /// Writes what a script decides in place of logits, for measurements: 1 for a token that takes the recursion, else -1.
+    /// Gates are the router's all the same, and so is the cost.
+    pub scripted: bool,
 }
 
 /// Sizes and constants of a call. Mirrors `struct Params` of the shader.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct RouterExpertParams {
     /// Elements of an input row, a multiple of 8.
     pub in_features: u32,
@@ -50,6 +54,10 @@ pub struct RouterExpertParams {
     pub alpha: f32,
     /// Recursions R; rows that have taken all are left alone.
     pub num_recursions: u32,
+    /// Seed of the script, low half; 0 without one.
+    pub seed_low: u32,
+    /// High half.
+    pub seed_high: u32,
 }
 
 /// Tensors of a call.
@@ -65,6 +73,9 @@ pub struct RouterExpertBindings<'a> {
     pub logits: &'a Tensor,
     /// `[T]` f32, written at the active rows; `None` exactly with `logit_only`.
     pub gates: Option<&'a Tensor>,
+    /// `[R]` f32: the script's share of the tokens that come as far as each recursion and take it; `None` exactly without
+    /// `scripted`.
+    pub keep: Option<&'a Tensor>,
 }
 
 impl Default for RouterExpert {
@@ -75,6 +86,7 @@ impl Default for RouterExpert {
             weight_dtype: DType::F32,
             x_by_row: true,
             logit_only: false,
+            scripted: false,
         }
     }
 }
@@ -83,8 +95,8 @@ impl RouterExpert {
     /// Records the kernel over all active rows.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if `in_features` is no multiple of 8, if the weight has another size or type, or if
-    /// `gates` and `logit_only` contradict each other; else as [`PlanBuilder::dispatch`].
+    /// [`KernelError::Shape`] if `in_features` is no multiple of 8, if the weight or `keep` has another size or type, or
+    /// if `gates` and `logit_only` contradict each other; else as [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: RouterExpertBindings<'_>, p: RouterExpertParams) -> Result<()> {
         check_router(Self::NAME, b.weight, self.weight_dtype, p.num_recursions, p.in_features)?;
         if b.gates.is_some() == self.logit_only {
@@ -93,6 +105,15 @@ impl RouterExpert {
                 what: "gates",
                 found: if self.logit_only { "a tensor" } else { "no tensor" }.to_owned(),
                 expected: format!("the contrary with logit_only = {}", self.logit_only),
+            });
+        }
+        let shares = b.keep.map(|keep| (keep.dtype(), keep.num_elems()));
+        if shares != self.scripted.then_some((DType::F32, p.num_recursions as usize)) {
+            return Err(KernelError::Shape {
+                kernel: Self::NAME,
+                what: "keep",
+                found: b.keep.map_or_else(|| "no tensor".to_owned(), describe),
+                expected: if self.scripted { format!("F32 [{}]", p.num_recursions) } else { "none".to_owned() },
             });
         }
         plan.dispatch(self, &b, &p, Grid::rows(b.rows, 1, 1))
@@ -134,6 +155,7 @@ impl Kernel for RouterExpert {
             .u32("WORKGROUP_SIZE", self.workgroup_size)
             .flag("X_BY_ROW", self.x_by_row)
             .flag("LOGIT_ONLY", self.logit_only)
+            .flag("SCRIPTED", self.scripted)
             .flag("SIGMOID", self.gate == ExpertGate::Sigmoid)
             .flag("TANH", self.gate == ExpertGate::Tanh);
         with_weight_dtype(definitions, self.weight_dtype)
@@ -147,6 +169,7 @@ impl Kernel for RouterExpert {
             Binding::write(4, b.logits),
         ];
         bindings.extend(b.gates.map(|gates| Binding::write(5, gates)));
+        bindings.extend(b.keep.map(|keep| Binding::read(6, keep)));
         bindings
     }
 
@@ -159,7 +182,7 @@ impl Kernel for RouterExpert {
 pub(super) mod tests {
     use super::*;
     use crate::gpu::Gpu;
-    use crate::oracle::router_expert::router_expert;
+    use crate::oracle::router_expert::{router_expert, script};
     use crate::parity::{self, Output, Rng, Tolerance};
     use crate::rows::NONE;
 
@@ -212,6 +235,7 @@ pub(super) mod tests {
                             input_scale: 0.7,
                             alpha: 0.1,
                             num_recursions: 3,
+                            ..Default::default()
                         };
                         router_expert(&kernel, &params, &active, &x, &values, &mut want_logits, Some(&mut want_gates));
                         let bindings = RouterExpertBindings {
@@ -220,6 +244,7 @@ pub(super) mod tests {
                             weight: &weight,
                             logits: &logits.tensor,
                             gates: Some(&gates.tensor),
+                            keep: None,
                         };
                         parity::run(gpu, |plan| {
                             plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, num_active as u32, 1]))
@@ -255,8 +280,15 @@ pub(super) mod tests {
                     weight: &parity::upload(gpu, &weight),
                     logits: &logits.tensor,
                     gates: Some(&gates.tensor),
+                    keep: None,
                 };
-                let params = RouterExpertParams { in_features: 8, input_scale: 1.0, alpha: 1.0, num_recursions: 1 };
+                let params = RouterExpertParams {
+                    in_features: 8,
+                    input_scale: 1.0,
+                    alpha: 1.0,
+                    num_recursions: 1,
+                    ..Default::default()
+                };
                 // More workgroups than rows: the padding entries end them.
                 let grid = Grid::Fixed([1, scales.len() as u32 + 5, 1]);
                 parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
@@ -277,7 +309,13 @@ pub(super) mod tests {
             let active = parity::some_rows(&mut rng, 9, 7);
             let (x, weight) = (rng.normals(9 * 64), rng.normals(64));
             let kernel = RouterExpert { logit_only: true, ..RouterExpert::default() };
-            let params = RouterExpertParams { in_features: 64, input_scale: 1.0, alpha: 1.0, num_recursions: 1 };
+            let params = RouterExpertParams {
+                in_features: 64,
+                input_scale: 1.0,
+                alpha: 1.0,
+                num_recursions: 1,
+                ..Default::default()
+            };
             let logits = Output::new(gpu, 9);
             let mut want = logits.read(gpu);
             router_expert(&kernel, &params, &active, &x, &weight, &mut want, None);
@@ -287,9 +325,53 @@ pub(super) mod tests {
                 weight: &parity::upload(gpu, &weight),
                 logits: &logits.tensor,
                 gates: None,
+                keep: None,
             };
             parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, 7, 1])));
             parity::assert_close(profile, &logits.read(gpu), &want, Tolerance::F32);
+        });
+    }
+
+    #[test]
+    fn follows_the_script() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("router_expert script");
+            let keep = [1.0, 0.75, 0.0, 0.3];
+            let mut active = parity::some_rows(&mut rng, 500, 400);
+            for entry in &mut active {
+                (entry.recursion, entry.sequence) = ([NONE, 0, 1, 2, 3][rng.below(5)], rng.below(40) as u32);
+            }
+            let (x, weight) = (rng.normals(500 * 64), rng.normals(4 * 64));
+            let params = RouterExpertParams {
+                in_features: 64,
+                input_scale: 1.0,
+                alpha: 0.1,
+                num_recursions: 4,
+                seed_low: 5,
+                seed_high: 7,
+            };
+            for logit_only in [false, true] {
+                let kernel = RouterExpert { scripted: true, logit_only, ..RouterExpert::default() };
+                let (logits, gates) = (Output::new(gpu, 500), Output::new(gpu, 500));
+                let (mut want_logits, mut want_gates) = (logits.read(gpu), gates.read(gpu));
+                router_expert(&kernel, &params, &active, &x, &weight, &mut want_logits, Some(&mut want_gates));
+                script(&params, &active, &keep, &mut want_logits);
+                let bindings = RouterExpertBindings {
+                    rows: &parity::row_set(gpu, &active),
+                    x: &parity::upload(gpu, &x),
+                    weight: &parity::upload(gpu, &weight),
+                    logits: &logits.tensor,
+                    gates: (!logit_only).then_some(&gates.tensor),
+                    keep: Some(&parity::upload(gpu, &keep)),
+                };
+                parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, 400, 1])));
+                let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                assert_eq!(bits(logits.read(gpu)), bits(want_logits), "{profile}: decisions");
+                if !logit_only {
+                    // Those of the router, not of the script.
+                    parity::assert_close(profile, &gates.read(gpu), &want_gates, Tolerance::F32);
+                }
+            }
         });
     }
 
@@ -304,14 +386,23 @@ pub(super) mod tests {
             weight: &tensor,
             logits: &tensor,
             gates: None,
+            keep: None,
         };
-        let params = RouterExpertParams { in_features: 64, input_scale: 1.0, alpha: 1.0, num_recursions: 1 };
+        let params = RouterExpertParams {
+            in_features: 64,
+            input_scale: 1.0,
+            alpha: 1.0,
+            num_recursions: 1,
+            ..Default::default()
+        };
         let mut message = |kernel: RouterExpert, params| {
             kernel.record(&mut plan, bindings, params).expect_err("must be refused").to_string()
         };
         assert!(message(RouterExpert::default(), params).contains("gates has no tensor"));
         let short = RouterExpertParams { in_features: 60, ..params };
         assert!(message(RouterExpert::default(), short).contains("in_features has 60"));
+        let scripted = RouterExpert { scripted: true, logit_only: true, ..RouterExpert::default() };
+        assert!(message(scripted, params).contains("keep has no tensor, expected F32 [1]"));
         let half = RouterExpert { weight_dtype: DType::F16, ..RouterExpert::default() };
         assert!(message(half, params).contains("weight has [64] of F32"));
     }

@@ -9,8 +9,11 @@ use crate::rows::RowSet;
 use crate::shader::Definitions;
 use crate::tensor::{DType, Tensor};
 
-/// Most recursions a token router chooses among.
-const MAX_RECURSIONS: u32 = 16;
+/// Most recursions a token router chooses among: each has a sum per thread in workgroup memory.
+const MAX_RECURSIONS: u32 = 256;
+
+/// Sums that workgroup memory holds: 16 KiB, what every device offers.
+const MAX_SUMS: u32 = 4096;
 
 /// What turns a row's logits into its vector of gates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,7 +32,7 @@ pub enum TokenGate {
 pub struct RouterToken {
     /// Threads of a workgroup: a power of two.
     pub workgroup_size: u32,
-    /// Recursions to choose among, 2 to 16.
+    /// Recursions to choose among, 2 to 256.
     pub num_recursions: u32,
     /// The gates' function.
     pub gate: TokenGate,
@@ -78,7 +81,7 @@ impl RouterToken {
     /// A softmax router over `num_recursions` recursions with an f32 weight and no bias, reading a stream.
     pub fn new(num_recursions: u32) -> Self {
         Self {
-            workgroup_size: 64,
+            workgroup_size: 64.min(1 << (MAX_SUMS / num_recursions.clamp(1, MAX_RECURSIONS)).ilog2()),
             num_recursions,
             gate: TokenGate::Softmax,
             weight_dtype: DType::F32,
@@ -108,7 +111,7 @@ impl RouterToken {
     /// Records the kernel over all active rows.
     ///
     /// # Errors
-    /// [`KernelError::Limit`] for more than 16 recursions; [`KernelError::Shape`] if `in_features` is no multiple of 8,
+    /// [`KernelError::Limit`] for more than 256 recursions; [`KernelError::Shape`] if `in_features` is no multiple of 8,
     /// if the weight or the bias has another size or type than the specialisation says; else as
     /// [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: RouterTokenBindings<'_>, p: RouterTokenParams) -> Result<()> {
@@ -228,6 +231,7 @@ mod tests {
                         (3, TokenGate::Sigmoid, DType::BF16, false, true),
                         (4, TokenGate::Softmax, DType::F16, true, true),
                         (16, TokenGate::Sigmoid, DType::F32, true, false),
+                        (256, TokenGate::Softmax, DType::BF16, true, true),
                     ] {
                         let kernel =
                             RouterToken { gate, weight_dtype, x_by_row, bias, ..RouterToken::new(num_recursions) };
@@ -302,7 +306,7 @@ mod tests {
         let params = RouterTokenParams { in_features: 8, input_scale: 1.0, alpha: 1.0 };
         let mut message =
             |kernel: RouterToken| kernel.record(&mut plan, bindings, params).expect_err("must be refused").to_string();
-        assert!(message(RouterToken::new(17)).contains("recursions = 17 exceeds 16"));
+        assert!(message(RouterToken::new(257)).contains("recursions = 257 exceeds 256"));
         assert!(message(RouterToken::new(3)).contains("weight has [16]"));
         assert!(message(RouterToken { bias: true, ..RouterToken::new(2) }).contains("bias has 0 elements"));
     }

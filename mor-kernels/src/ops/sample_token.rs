@@ -1,6 +1,7 @@
 //! Draws the next token of every sampled row from its logits.
 
 use super::router_topk::RADIX_SELECT_BYTES;
+use super::sample_partial::{BEST_BYTES, SamplePartial};
 use crate::caps::DeviceCaps;
 use crate::error::{KernelError, Result};
 use crate::kernel::{Binding, Kernel};
@@ -93,6 +94,8 @@ pub struct SampleTokenBindings<'a> {
     pub logits: &'a Tensor,
     /// `[S]` of [`GpuSampling`].
     pub sampling: &'a Tensor,
+    /// `[n, num_parts, 4]` u32: what [`SamplePartial`] left of the same logits.
+    pub partials: &'a Tensor,
     /// `[S, seen_words]` u32: a bit for every token of the sequence so far, updated.
     pub seen: &'a Tensor,
     /// `[S]` of [`Row`](crate::rows::Row), written: the token at its position, with flags 0 if the sequence ends.
@@ -106,8 +109,8 @@ impl SampleToken {
     /// Draws of a sequence that stay readable: a ring by position.
     pub const RESULTS: u32 = 16;
 
-    /// The kernel in the workgroup size that suits the device: one workgroup reads a whole vocabulary, so on a GPU it
-    /// is as large as it may be.
+    /// The kernel in the workgroup size that suits the device: where tokens are cut off, one workgroup reads a whole
+    /// vocabulary, so on a GPU it is as large as it may be.
     pub fn new(caps: &DeviceCaps) -> Self {
         Self { workgroup_size: if caps.is_cpu { 256 } else { caps.max_workgroup_size.min(1024) } }
     }
@@ -115,33 +118,40 @@ impl SampleToken {
     /// Records the kernel over all rows of the list.
     ///
     /// # Errors
-    /// [`KernelError::Limit`] for more than 2^18 tokens; [`KernelError::Shape`] if `logits_stride` or `seen_words` do
-    /// not fit the vocabulary; else as [`PlanBuilder::dispatch`].
+    /// [`KernelError::Limit`] for more than 2^18 tokens; [`KernelError::Shape`] if `logits_stride`, `seen_words` or
+    /// `partials` do not fit the vocabulary; else as [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: SampleTokenBindings<'_>, p: SampleTokenParams) -> Result<()> {
-        if p.vocab_size > MAX_VOCAB_SIZE {
-            return Err(KernelError::Limit {
-                kernel: Self::NAME,
-                what: "vocab_size",
-                found: u64::from(p.vocab_size),
-                limit: u64::from(MAX_VOCAB_SIZE),
-                why: "exact sums can hold".to_owned(),
-                advice: "this vocabulary is not supported",
-            });
-        }
-        let refuse = |what, found: u32, expected| {
-            Err(KernelError::Shape { kernel: Self::NAME, what, found: found.to_string(), expected })
-        };
-        if p.vocab_size == 0 {
-            return refuse("vocab_size", p.vocab_size, "one token at least".to_owned());
-        }
-        if p.logits_stride < p.vocab_size {
-            return refuse("logits_stride", p.logits_stride, format!("{} at least", p.vocab_size));
-        }
-        if p.seen_words != p.vocab_size.div_ceil(32) {
-            return refuse("seen_words", p.seen_words, format!("{}", p.vocab_size.div_ceil(32)));
-        }
+        check_sizes(Self::NAME, p.vocab_size, p.logits_stride, p.seen_words)?;
+        let num_rows = b.logits.num_elems() / p.logits_stride as usize;
+        SamplePartial::check_partials(Self::NAME, b.partials, num_rows, p.vocab_size)?;
         plan.dispatch(self, &b, &p, Grid::rows(b.rows, 1, 1))
     }
+}
+
+/// Refuses sizes of a call that do not fit each other; `kernel` is who asks.
+pub(super) fn check_sizes(kernel: &'static str, vocab_size: u32, logits_stride: u32, seen_words: u32) -> Result<()> {
+    if vocab_size > MAX_VOCAB_SIZE {
+        return Err(KernelError::Limit {
+            kernel,
+            what: "vocab_size",
+            found: u64::from(vocab_size),
+            limit: u64::from(MAX_VOCAB_SIZE),
+            why: "exact sums can hold".to_owned(),
+            advice: "this vocabulary is not supported",
+        });
+    }
+    let refuse =
+        |what, found: u32, expected| Err(KernelError::Shape { kernel, what, found: found.to_string(), expected });
+    if vocab_size == 0 {
+        return refuse("vocab_size", vocab_size, "one token at least".to_owned());
+    }
+    if logits_stride < vocab_size {
+        return refuse("logits_stride", logits_stride, format!("{vocab_size} at least"));
+    }
+    if seen_words != vocab_size.div_ceil(32) {
+        return refuse("seen_words", seen_words, format!("{}", vocab_size.div_ceil(32)));
+    }
+    Ok(())
 }
 
 impl Kernel for SampleToken {
@@ -153,6 +163,7 @@ impl Kernel for SampleToken {
         Definitions::new()
             .u32("WORKGROUP_SIZE", self.workgroup_size)
             .u32("MAX_LISTED", MAX_LISTED)
+            .u32("PART_SIZE", SamplePartial::PART_SIZE)
             .u32("RESULTS", Self::RESULTS)
             .f32("MIN_TEMPERATURE", MIN_TEMPERATURE)
             .flag("SUBGROUP", caps.lanes().uses_subgroups())
@@ -163,14 +174,15 @@ impl Kernel for SampleToken {
             Binding::read(1, &b.rows.active),
             Binding::read(2, b.logits),
             Binding::read(3, b.sampling),
-            Binding::write(4, b.seen),
-            Binding::write(5, b.next_rows),
-            Binding::write(6, b.results),
+            Binding::read(4, b.partials),
+            Binding::write(5, b.seen),
+            Binding::write(6, b.next_rows),
+            Binding::write(7, b.results),
         ]
     }
 
     fn workgroup_storage_bytes(&self, _: &DeviceCaps) -> u32 {
-        RADIX_SELECT_BYTES + 4 * MAX_LISTED + 4 * 3 + 8
+        RADIX_SELECT_BYTES + BEST_BYTES + 4 * MAX_LISTED + 4 * 2
     }
 }
 
@@ -178,6 +190,7 @@ impl Kernel for SampleToken {
 mod tests {
     use super::*;
     use crate::gpu::Gpu;
+    use crate::ops::{SamplePartialBindings, SamplePartialParams};
     use crate::oracle::sample_token::{is_kept, sample_token, scores};
     use crate::parity::{self, Output, Rng};
     use crate::rows::{ActiveRow, ROW_ACTIVE, ROW_SAMPLE, Row};
@@ -225,22 +238,29 @@ mod tests {
         let next_rows = Output::new(gpu, 4 * num_sequences);
         let results = Output::new(gpu, 2 * RESULTS * num_sequences);
         let (mut want_next, mut want_results) = (next_rows.read_u32(gpu), results.read_u32(gpu));
+        let num_parts = SamplePartial::num_parts(vocab_size as u32);
+        let partials = Output::new(gpu, 4 * num_parts as usize * rows.len());
         let bindings = SampleTokenBindings {
             rows: &parity::row_set(gpu, &active),
             logits: &parity::upload(gpu, &logits),
             sampling: &parity::upload_u32(gpu, bytemuck::cast_slice(&sampling)),
+            partials: &partials.tensor,
             seen: &seen_output.tensor,
             next_rows: &next_rows.tensor,
             results: &results.tensor,
         };
-        let params = SampleTokenParams {
-            vocab_size: vocab_size as u32,
-            logits_stride: stride as u32,
-            seen_words: seen_words as u32,
-        };
+        let SampleTokenBindings { rows: set, logits, sampling, partials, seen: seen_bits, .. } = bindings;
+        let before = SamplePartialBindings { rows: set, logits, sampling, seen: seen_bits, partials };
+        let (vocab_size, logits_stride, seen_words) = (vocab_size as u32, stride as u32, seen_words as u32);
         // More workgroups than rows: the padding entries end them.
-        let grid = Grid::Fixed([1, rows.len() as u32 + 2, 1]);
-        parity::run(gpu, |plan| plan.dispatch(&SampleToken::new(gpu.caps()), &bindings, &params, grid));
+        let grid = |x| Grid::Fixed([x, rows.len() as u32 + 2, 1]);
+        parity::run(gpu, |plan| {
+            let params = SamplePartialParams { vocab_size, logits_stride, seen_words };
+            plan.dispatch(&SamplePartial::default(), &before, &params, grid(num_parts))?;
+            let params = SampleTokenParams { vocab_size, logits_stride, seen_words };
+            plan.dispatch(&SampleToken::new(gpu.caps()), &bindings, &params, grid(1))
+        });
+        let (vocab_size, seen_words) = (vocab_size as usize, seen_words as usize);
 
         let got = results.read_u32(gpu);
         let mut tokens = Vec::new();
@@ -507,9 +527,12 @@ mod tests {
     fn refuses_what_does_not_fit() {
         let gpu = parity::gpu();
         let mut plan = PlanBuilder::new(gpu).expect("a small buffer fits");
+        let vocab_size = 5 * SamplePartial::PART_SIZE;
         let [t, u] = [0; 2].map(|_| parity::upload(gpu, &[0.0; 16]));
         let rows = parity::row_set(gpu, &[]);
-        let b = SampleTokenBindings { rows: &rows, logits: &t, sampling: &t, seen: &u, next_rows: &u, results: &u };
+        let logits = &parity::upload(gpu, &vec![0.0; vocab_size as usize]);
+        let (sampling, partials, seen) = (&t, &t, &u);
+        let b = SampleTokenBindings { rows: &rows, logits, sampling, partials, seen, next_rows: &u, results: &u };
         let mut message = |vocab_size, logits_stride, seen_words| {
             let p = SampleTokenParams { vocab_size, logits_stride, seen_words };
             SampleToken::new(gpu.caps()).record(&mut plan, b, p).expect_err("must be refused").to_string()
@@ -518,5 +541,6 @@ mod tests {
         assert!(message(0, 1, 0).contains("vocab_size has 0"));
         assert!(message(33, 32, 2).contains("logits_stride has 32"));
         assert!(message(33, 33, 1).contains("seen_words has 1"));
+        assert!(message(vocab_size, vocab_size, vocab_size / 32).contains("partials has F32 [16]"));
     }
 }

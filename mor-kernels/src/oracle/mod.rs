@@ -10,6 +10,7 @@ pub mod rms_norm;
 pub mod router_expert;
 pub mod router_token;
 pub mod router_topk;
+pub mod sample_partial;
 pub mod sample_token;
 pub mod slots_compact;
 pub mod tokens_compact;

@@ -1,5 +1,6 @@
 //! CPU reference of `router_expert`.
 
+use super::sample_token::pcg4d;
 use crate::ops::{ExpertGate, RouterExpert, RouterExpertParams};
 use crate::rows::ActiveRow;
 
@@ -32,6 +33,19 @@ pub fn router_expert(
                 ExpertGate::None => logit,
             } as f32;
         }
+    }
+}
+
+/// Puts what the script decides in place of the logits of the rows `active`: `keep` `[R]` is the share of tokens that take
+/// each recursion.
+pub fn script(params: &RouterExpertParams, active: &[ActiveRow], keep: &[f32], logits: &mut [f32]) {
+    for entry in active {
+        let recursion = entry.recursion.wrapping_add(1);
+        let Some(keep) = keep.get(recursion as usize) else { continue };
+        let place = entry.sequence * params.num_recursions + recursion;
+        let [bits, ..] = pcg4d([params.seed_low, params.seed_high, entry.position, place]);
+        let takes_it = f64::from(bits >> 8) / f64::from(1 << 24) < f64::from(*keep);
+        logits[entry.row as usize] = if takes_it { 1.0 } else { -1.0 };
     }
 }
 

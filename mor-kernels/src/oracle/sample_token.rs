@@ -88,7 +88,7 @@ fn penalised(logits: &[f32], sampling: &GpuSampling, seen: &[u32]) -> Vec<f32> {
 ///
 /// # Source
 /// Jarzynski and Olano 2020, "Hash Functions for GPU Rendering", JCGT 9.3.
-fn pcg4d(counters: [u32; 4]) -> [u32; 4] {
+pub(super) fn pcg4d(counters: [u32; 4]) -> [u32; 4] {
     let mix = |v: [u32; 4]| {
         let [mut x, mut y, mut z, mut w] = v;
         x = x.wrapping_add(y.wrapping_mul(w));

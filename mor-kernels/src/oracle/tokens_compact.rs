@@ -110,7 +110,7 @@ pub fn tokens_compact(rows: &[Row], mode: Mode<'_>, sizes: Sizes, state: &mut St
                 if write == sizes.read {
                     entry.kv_len = slot + 1;
                 }
-                if sizes.hybrid == Some(None) {
+                if sizes.hybrid.is_some() {
                     let table = (sequence * num_groups + write) * max_positions;
                     state.slots[table + row.position as usize] = entry.kv_slot;
                     entry.kv_table = table as u32;

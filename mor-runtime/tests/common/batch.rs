@@ -19,7 +19,7 @@ use super::tape::Tape;
 /// Least distance of a decision: far above the rounding of f32, which is about 1e-6 here.
 const MARGIN: f32 = 1e-3;
 /// Prompts of the ragged batch.
-const PROMPTS: [usize; 3] = [13, 1, 6];
+pub(crate) const PROMPTS: [usize; 3] = [13, 1, 6];
 /// New tokens of each sequence; the second one is taken out before the others end.
 const NEW_TOKENS: [usize; 3] = [9, 7, 10];
 
@@ -43,9 +43,9 @@ impl Tally {
 }
 
 /// Sequences and what the oracle says of them: tokens are the prompt and its greedy continuation.
-struct Reference {
-    tokens: [Vec<u32>; 3],
-    outputs: [OracleOutput; 3],
+pub(crate) struct Reference {
+    pub(crate) tokens: [Vec<u32>; 3],
+    pub(crate) outputs: [OracleOutput; 3],
 }
 
 fn argmax(logits: &[f32]) -> usize {
@@ -168,6 +168,7 @@ fn check_decode(
         prefill_rows: 10,
         batching: Some(batching),
         pages_in_class: None,
+        batch_invariant: false,
     };
     let mut runner = Runner::new(model, &options).expect("fits");
     runner.set_key_splits(Some(num_splits));
@@ -253,22 +254,18 @@ fn check_decode(
     }
 }
 
-/// Checks the model that `make` builds, with the first seed whose decisions are clear.
-pub(crate) fn check_model(
-    gpu: &Gpu,
-    name: &str,
-    num_splits: u32,
+/// The model that `make` builds with the first seed whose decisions are clear, and what the oracle says of it.
+pub(crate) fn clear_case(
+    what: &str,
     tally: &mut Tally,
     make: impl Fn(&mut Rng) -> Checkpoint,
-) {
+) -> (Checkpoint, Reference) {
     for attempt in 0..200 {
-        let what = format!("{name} splits {num_splits} attempt {attempt}");
-        let mut rng = Rng::new(&what);
+        let mut rng = Rng::new(&format!("{what} attempt {attempt}"));
         let checkpoint = make(&mut rng);
-        let config = checkpoint.config().clone();
         let oracle = Oracle::new(&checkpoint);
         let bias = checkpoint.router(0).and_then(|router| router.bias).map(|id| checkpoint.to_f32(id));
-        let Some(reference) = reference(&config, &bias.unwrap_or_default(), &oracle, &mut rng) else {
+        let Some(reference) = reference(checkpoint.config(), &bias.unwrap_or_default(), &oracle, &mut rng) else {
             tally.rejected_seeds += 1;
             continue;
         };
@@ -276,19 +273,31 @@ pub(crate) fn check_model(
         for depth in reference.outputs.iter().flat_map(|out| &out.depth) {
             tally.depth_counts[*depth as usize] += 1;
         }
-        let mut session = Session::on_gpu(gpu.clone(), &checkpoint, Precision::F32).expect("the tiny model fits");
-        let forward = session.forward(&reference.tokens, Routing::Causal).expect("runs");
-        for (i, (found, want)) in forward.sequences.iter().zip(&reference.outputs).enumerate() {
-            check_forward(&format!("{what}: forward {i}"), &config, found, want, &mut tally.largest);
-        }
-        let model = session.model();
-        check_decode(&what, model, (Batching::Lockstep, num_splits), &reference, &mut tally.largest);
-        if model.batching() == Batching::Depthwise {
-            check_decode(&what, model, (Batching::Depthwise, num_splits), &reference, &mut tally.largest);
-        }
-        return;
+        return (checkpoint, reference);
     }
-    panic!("{name}: no seed of 200 has clear decisions");
+    panic!("{what}: no seed of 200 has clear decisions");
+}
+
+/// Checks the model that `make` builds.
+pub(crate) fn check_model(
+    gpu: &Gpu,
+    name: &str,
+    num_splits: u32,
+    tally: &mut Tally,
+    make: impl Fn(&mut Rng) -> Checkpoint,
+) {
+    let what = format!("{name} splits {num_splits}");
+    let (checkpoint, reference) = clear_case(&what, tally, make);
+    let mut session = Session::on_gpu(gpu.clone(), &checkpoint, Precision::F32).expect("the tiny model fits");
+    let forward = session.forward(&reference.tokens, Routing::Causal).expect("runs");
+    for (i, (found, want)) in forward.sequences.iter().zip(&reference.outputs).enumerate() {
+        check_forward(&format!("{what}: forward {i}"), checkpoint.config(), found, want, &mut tally.largest);
+    }
+    let model = session.model();
+    check_decode(&what, model, (Batching::Lockstep, num_splits), &reference, &mut tally.largest);
+    if model.batching() == Batching::Depthwise {
+        check_decode(&what, model, (Batching::Depthwise, num_splits), &reference, &mut tally.largest);
+    }
 }
 
 /// Checks a tiny random model of this configuration.

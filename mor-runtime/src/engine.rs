@@ -1,0 +1,549 @@
+//! [`Engine`]: runs what a [`Scheduler`] plans on a [`Runner`] and turns results into events.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use mor_kernels::gpu::AdapterKind;
+use mor_kernels::ops::GpuSampling;
+use mor_kernels::rows::{PAGE_SIZE, ROW_ACTIVE, ROW_SAMPLE, Row};
+use mor_model::{Batching, KvStrategy, MorModel};
+
+use crate::error::Result;
+use crate::event::{Event, SequenceHandle, Summary};
+use crate::kv_cache::{PageClass, page_classes};
+use crate::runner::{Feed, Pending, Runner, RunnerOptions, Work};
+use crate::sampling::{FinishReason, GenerateRequest};
+use crate::scheduler::{Progress, Scheduler, SchedulerOptions, SequenceId, Start, Step};
+use crate::text::{TextStream, Tokenizer};
+
+/// Sizes and habits of an [`Engine`].
+#[derive(Clone, Debug)]
+pub(crate) struct EngineOptions {
+    pub(crate) num_slots: usize,
+    pub(crate) max_positions: usize,
+    pub(crate) pages_in_class: Vec<usize>,
+    pub(crate) prefill_rows: usize,
+    pub(crate) batching: Option<Batching>,
+    pub(crate) share_prefixes: bool,
+    pub(crate) batch_invariant: bool,
+    /// Number of the first sequence.
+    pub(crate) first_id: SequenceId,
+}
+
+/// What sequences have used and done since the caches were made.
+#[non_exhaustive]
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Statistics {
+    /// Sequences in slots.
+    pub running: usize,
+    /// Sequences that wait for a slot or for K/V pages.
+    pub waiting: usize,
+    /// Sequences that have ended.
+    pub finished: u64,
+    /// Slots.
+    pub num_slots: usize,
+    /// Prompt tokens of sequences that have started.
+    pub prompt_tokens: u64,
+    /// Tokens whose K/V entries were taken over from another sequence that began alike.
+    pub reused_tokens: u64,
+    /// New tokens.
+    pub new_tokens: u64,
+    /// Decoded tokens by the number of recursions they took.
+    pub tokens_by_depth: Vec<u64>,
+    /// Submits.
+    pub submits: u64,
+    /// Decode steps, or ticks of depth-wise batching.
+    pub ticks: u64,
+    /// Ticks that slots spent on tokens, as far as their results are known.
+    pub busy_slot_ticks: u64,
+    /// Times that a sequence gave up its slot because K/V pages ran out.
+    pub preemptions: u64,
+    /// Time in which there was work.
+    pub elapsed: Duration,
+    /// The part of it that planning and bookkeeping took on the host.
+    pub scheduling: Duration,
+    /// K/V memory now.
+    pub kv: KvUse,
+}
+
+/// Bytes of K/V memory.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvUse {
+    /// All pages.
+    pub total_bytes: u64,
+    /// Pages that running sequences or kept beginnings hold, each once.
+    pub held_bytes: u64,
+    /// Of these, pages that only kept beginnings hold; they make room when it is needed.
+    pub kept_bytes: u64,
+    /// Pages in the tables of running sequences; a page that two share counts twice.
+    pub reserved_bytes: u64,
+    /// Entries of running sequences whose results are known.
+    pub used_bytes: u64,
+}
+
+impl KvUse {
+    /// Reserved and not used: ends of pages, and room for the ticks under way.
+    pub fn wasted_bytes(&self) -> u64 {
+        self.reserved_bytes - self.used_bytes
+    }
+}
+
+impl Statistics {
+    /// Part of all slots' ticks that were spent on tokens.
+    pub fn occupancy(&self) -> f64 {
+        self.busy_slot_ticks as f64 / (self.ticks * self.num_slots as u64).max(1) as f64
+    }
+
+    /// New tokens a second.
+    pub fn tokens_per_s(&self) -> f64 {
+        self.new_tokens as f64 / self.elapsed.as_secs_f64().max(1e-9)
+    }
+
+    /// Mean depth of the decoded tokens.
+    pub fn mean_depth(&self) -> f64 {
+        let total: u64 = self.tokens_by_depth.iter().enumerate().map(|(depth, tokens)| depth as u64 * tokens).sum();
+        total as f64 / self.tokens_by_depth.iter().sum::<u64>().max(1) as f64
+    }
+}
+
+/// A sequence that has not ended, as its user sees it.
+#[derive(Debug)]
+struct Live {
+    events: Sender<Event>,
+    sampling: GpuSampling,
+    max_new_tokens: usize,
+    eos: Vec<u32>,
+    text: Option<TextStream>,
+    has_text: bool,
+    full_text: String,
+    /// The last token and its text, until its depth is known.
+    held: Option<(u32, String)>,
+    prompt: Vec<u32>,
+    tokens: Vec<u32>,
+    depths: Vec<u32>,
+    prompt_is_told: bool,
+    reused_tokens: usize,
+    preemptions: usize,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Flight {
+    step: Step,
+    pending: Pending,
+}
+
+/// Sequences of one model on one device.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    runner: Runner,
+    scheduler: Scheduler,
+    classes: Vec<PageClass>,
+    live: BTreeMap<SequenceId, Live>,
+    in_flight: VecDeque<Flight>,
+    cancels: (Sender<u64>, Receiver<u64>),
+    statistics: Statistics,
+    /// When the last results arrived, or the first work was submitted after a pause.
+    last_results: Option<Instant>,
+}
+
+impl Engine {
+    /// Submits ahead of the host's knowledge, so that the device never waits for it.
+    const SUBMITS_IN_FLIGHT: usize = 3;
+    /// Decode steps or ticks of one submit: about two tokens each. More would cost the host less, and let it know later
+    /// that a slot is free.
+    const STEPS_PER_SUBMIT: usize = 2;
+    const TICKS_PER_SUBMIT: usize = 4;
+    /// A submit should take less than this, far below any watchdog.
+    const BUDGET: Duration = Duration::from_millis(100);
+    /// Least rows of a prefill step.
+    const LEAST_ROWS: usize = 16;
+
+    /// Allocates caches and streams.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`](mor_kernels::KernelError::OutOfMemory).
+    pub(crate) fn new(model: &MorModel, options: EngineOptions) -> Result<Self> {
+        let classes = page_classes(model);
+        let layout = model.kv_layout().clone();
+        let class_of_group =
+            (0..layout.num_groups()).map(|group| classes.iter().position(|class| class.groups.contains(&group)));
+        let class_of_group = class_of_group.collect();
+        let runner = Runner::new(
+            model,
+            &RunnerOptions {
+                num_slots: options.num_slots,
+                max_positions: options.max_positions,
+                prefill_rows: options.prefill_rows,
+                batching: options.batching,
+                pages_in_class: Some(options.pages_in_class.clone()),
+                batch_invariant: options.batch_invariant,
+            },
+        )?;
+        // A device of unknown speed starts with short submits.
+        let starts_slow = !matches!(model.gpu().summary().kind, AdapterKind::Discrete | AdapterKind::Cpu);
+        let config = model.config();
+        let (ticks, ticks_of_token) = match runner.batching() {
+            Batching::Lockstep => (Self::STEPS_PER_SUBMIT, 1),
+            Batching::Depthwise => (Self::TICKS_PER_SUBMIT, config.num_recursions),
+        };
+        let scheduler = Scheduler::new(SchedulerOptions {
+            layout,
+            class_of_group,
+            pages_in_class: options.pages_in_class,
+            num_slots: options.num_slots,
+            prefill_rows: if starts_slow { options.prefill_rows.min(128) } else { options.prefill_rows },
+            ticks,
+            ticks_of_token,
+            share_prefixes: options.share_prefixes,
+            first_id: options.first_id,
+        });
+        let statistics = Statistics {
+            num_slots: options.num_slots,
+            tokens_by_depth: vec![0; config.num_recursions + 1],
+            ..Statistics::default()
+        };
+        Ok(Self {
+            runner,
+            scheduler,
+            classes,
+            live: BTreeMap::new(),
+            in_flight: VecDeque::new(),
+            cancels: channel(),
+            statistics,
+            last_results: None,
+        })
+    }
+
+    /// The runner, for measurements while no sequence runs.
+    pub(crate) fn runner_mut(&mut self) -> &mut Runner {
+        &mut self.runner
+    }
+
+    /// Longest sequence.
+    pub(crate) fn max_positions(&self) -> usize {
+        self.runner.max_positions()
+    }
+
+    /// Whether every sequence has ended.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.live.is_empty()
+    }
+
+    /// Number of the next sequence.
+    pub(crate) fn next_id(&self) -> SequenceId {
+        self.scheduler.next_id()
+    }
+
+    /// Bytes that a sequence of `limit` tokens needs and all there are, if it can never run: of the K/V pages that do not
+    /// suffice.
+    pub(crate) fn never_fits(&self, limit: usize) -> Option<(u64, u64)> {
+        let (class, needed, there) = self.scheduler.never_fits(limit)?;
+        let bytes = |pages: usize| pages as u64 * self.classes[class].page_bytes;
+        Some((bytes(needed), bytes(there)))
+    }
+
+    /// Takes a sequence in: a request that was checked, and how the device draws its tokens.
+    pub(crate) fn submit(
+        &mut self,
+        request: &GenerateRequest,
+        prompt: Vec<u32>,
+        sampling: GpuSampling,
+        eos: Vec<u32>,
+        tokenizer: Option<&Tokenizer>,
+    ) -> SequenceHandle {
+        let limit = prompt.len() + request.max_new_tokens;
+        let id = self.scheduler.submit(prompt.clone(), limit);
+        let (sender, events) = channel();
+        let text = tokenizer.map(|tokenizer| TextStream::new(tokenizer, &request.stop));
+        self.live.insert(
+            id,
+            Live {
+                events: sender,
+                sampling,
+                max_new_tokens: request.max_new_tokens,
+                eos,
+                has_text: text.is_some(),
+                text,
+                full_text: String::new(),
+                held: None,
+                prompt,
+                tokens: Vec::new(),
+                depths: Vec::new(),
+                prompt_is_told: false,
+                reused_tokens: 0,
+                preemptions: 0,
+                started: None,
+                first_token: None,
+            },
+        );
+        SequenceHandle { id, events, cancels: self.cancels.0.clone() }
+    }
+
+    /// Submits ahead and takes in the results of one submit; `false` if nothing is left to do.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Kernel`](crate::RuntimeError::Kernel) if the device fails.
+    pub(crate) fn step(&mut self, model: &MorModel) -> Result<bool> {
+        while let Ok(id) = self.cancels.1.try_recv() {
+            self.finish(model, id, FinishReason::Cancelled);
+        }
+        while self.in_flight.len() < Self::SUBMITS_IN_FLIGHT {
+            let start = Instant::now();
+            let step = self.scheduler.plan();
+            self.statistics.scheduling += start.elapsed();
+            let Some(step) = step else { break };
+            self.last_results.get_or_insert(start);
+            self.submit_step(model, step)?;
+        }
+        if let Some(Flight { step, pending }) = self.in_flight.pop_front() {
+            let reply = pending.wait()?;
+            let now = Instant::now();
+            let drawn = |slot, from| reply.drawn(slot, from).collect();
+            let progress = self.scheduler.complete(&step, &reply.depths, &drawn);
+            self.statistics.scheduling += now.elapsed();
+            for progress in progress {
+                self.take(model, progress, now);
+            }
+            let time = now - self.last_results.unwrap_or(now);
+            self.statistics.elapsed += time;
+            self.last_results = (!self.in_flight.is_empty()).then_some(now);
+            self.adapt(model, &step, time);
+        }
+        Ok(!self.live.is_empty())
+    }
+
+    fn submit_step(&mut self, model: &MorModel, step: Step) -> Result<()> {
+        for slot in &step.stops {
+            self.runner.stop(model, *slot);
+        }
+        for start in &step.starts {
+            self.start(model, start);
+        }
+        for write in &step.page_writes {
+            self.runner.write_pages(model, write.slot, write.group, write.first, &write.pages);
+        }
+        for entry in &step.entries {
+            let (position, sequence) = (entry.position as u32, entry.slot as u32);
+            let row = Row { token: entry.token, position, sequence, flags: ROW_ACTIVE | ROW_SAMPLE };
+            self.runner.set_next_row(model, row);
+        }
+        let feed = |chunk: &crate::scheduler::Chunk| Feed {
+            sequence: chunk.slot,
+            position: chunk.position,
+            tokens: &self.scheduler.tokens(chunk.id)[chunk.position..chunk.position + chunk.len],
+            sample: false,
+        };
+        let feeds: Vec<_> = step.chunks.iter().map(feed).collect();
+        let work = Work {
+            copies: &step.copies,
+            feeds: &feeds,
+            ticks: step.ticks,
+            num_slots: step.num_slots,
+            max_context: step.max_context,
+        };
+        let pending = self.runner.submit(model, &work)?;
+        self.statistics.submits += 1;
+        self.statistics.ticks += step.ticks as u64;
+        self.in_flight.push_back(Flight { step, pending });
+        Ok(())
+    }
+
+    fn start(&mut self, model: &MorModel, start: &Start) {
+        let Some(live) = self.live.get_mut(&start.id) else { return };
+        let tokens = self.scheduler.tokens(start.id);
+        self.runner.start(model, start.slot, &live.sampling, tokens.iter().copied(), Some(&start.entries));
+        if model.config().kv == KvStrategy::Hybrid && !start.depths.is_empty() {
+            self.write_hybrid_table(model, start);
+        }
+        let live = self.live.get_mut(&start.id).expect("found above");
+        if live.started.is_none() {
+            live.started = Some(Instant::now());
+            live.reused_tokens = start.depths.len();
+            self.statistics.prompt_tokens += live.prompt.len() as u64;
+        } else {
+            live.preemptions += 1;
+        }
+        // What another sequence has computed is known at once.
+        let known = live.depths.len().min(start.depths.len());
+        live.depths.extend_from_slice(&start.depths[known..]);
+    }
+
+    /// Names the entry of every position that was taken over: a recursion's own where the token took it, else the
+    /// first recursion's.
+    fn write_hybrid_table(&self, model: &MorModel, start: &Start) {
+        let (layout, page_size) = (model.kv_layout(), PAGE_SIZE as usize);
+        let pages = self.scheduler.pages(start.id);
+        let slot_of =
+            |group: usize, index: usize| pages[group][index / page_size] * PAGE_SIZE + (index % page_size) as u32;
+        for group in 1..layout.num_groups() {
+            let mut index = 0;
+            let place = |(position, depth): (usize, &u32)| {
+                if !layout.group_holds(group, *depth) {
+                    return slot_of(1, position);
+                }
+                index += 1;
+                slot_of(group, index - 1)
+            };
+            let kv_slots: Vec<u32> = start.depths.iter().enumerate().map(place).collect();
+            self.runner.write_kv_slots(model, start.slot, group, &kv_slots);
+        }
+    }
+
+    /// Takes in what a step has brought for a sequence.
+    fn take(&mut self, model: &MorModel, progress: Progress, now: Instant) {
+        let Some(live) = self.live.get_mut(&progress.id) else { return };
+        // A displaced sequence computes again what is known already.
+        let known = live.depths.len().saturating_sub(progress.position).min(progress.depths.len());
+        live.depths.extend_from_slice(&progress.depths[known..]);
+        let limit = live.prompt.len() + live.max_new_tokens;
+        let mut end = (live.max_new_tokens == 0 && live.depths.len() == limit).then_some(FinishReason::Length);
+        if end.is_some() {
+            live.tell_prompt();
+        }
+        for outcome in progress.outcomes {
+            let passes = match self.runner.batching() {
+                Batching::Lockstep => 1,
+                Batching::Depthwise => outcome.depth.max(1),
+            };
+            self.statistics.busy_slot_ticks += u64::from(passes);
+            self.statistics.tokens_by_depth[outcome.depth as usize] += 1;
+            self.statistics.new_tokens += 1;
+            live.first_token.get_or_insert(now);
+            live.depths.push(outcome.depth);
+            live.tell_prompt();
+            if let Some((token, text)) = live.held.take() {
+                live.tell(Event::Token { token, text, depth: Some(outcome.depth) });
+            }
+            end = live.take_token(outcome.next_token);
+            if end.is_some() {
+                break;
+            }
+        }
+        if let Some(reason) = end {
+            self.finish(model, progress.id, reason);
+        }
+    }
+
+    fn finish(&mut self, model: &MorModel, id: SequenceId, reason: FinishReason) {
+        let Some(mut live) = self.live.remove(&id) else { return };
+        // The device ends a sequence by itself at its length and at the first few end-of-text tokens.
+        let on_device = match reason {
+            FinishReason::Length => false,
+            FinishReason::Eos => !live.sampling.eos.contains(live.tokens.last().expect("it ended with a token")),
+            FinishReason::Stop | FinishReason::Cancelled => true,
+        };
+        self.scheduler.finish(id, on_device);
+        self.statistics.finished += 1;
+        if let Some((token, text)) = live.held.take() {
+            live.tell(Event::Token { token, text, depth: None });
+        }
+        let now = Instant::now();
+        let per_s = |count: usize, from: Option<Instant>, to: Instant| {
+            from.map_or(0.0, |from| count as f64 / (to - from).as_secs_f64().max(1e-9))
+        };
+        let total: f64 = live.depths.iter().map(|depth| f64::from(*depth)).sum();
+        let read = live.prompt.len() - live.reused_tokens;
+        let summary = Summary {
+            finish_reason: reason,
+            kv_entries: model.kv_layout().entries_per_layer(&live.depths),
+            mean_depth: total / live.depths.len().max(1) as f64,
+            reused_tokens: live.reused_tokens,
+            preemptions: live.preemptions,
+            prefill_tokens_per_s: per_s(read, live.started, live.first_token.unwrap_or(now)),
+            decode_tokens_per_s: per_s(live.tokens.len().saturating_sub(1), live.first_token, now),
+            text: live.has_text.then_some(live.full_text),
+            prompt_tokens: live.prompt,
+            tokens: live.tokens,
+            depths: live.depths,
+        };
+        // Whoever has dropped the handle is not interested.
+        let _ = live.events.send(Event::Finished(summary));
+    }
+
+    /// Shortens submits that take too long. They are never lengthened again, so that plans follow from the order of
+    /// arrivals on every device that is fast enough.
+    fn adapt(&mut self, model: &MorModel, step: &Step, time: Duration) {
+        if time <= Self::BUDGET || model.gpu().caps().is_cpu {
+            return;
+        }
+        if step.chunks.is_empty() {
+            self.scheduler.set_ticks(1);
+        } else {
+            self.scheduler.set_prefill_rows((self.scheduler.prefill_rows() / 2).max(Self::LEAST_ROWS));
+        }
+    }
+
+    /// What has been done so far, and memory now.
+    pub(crate) fn statistics(&self) -> Statistics {
+        let (running, waiting) = self.scheduler.num_sequences();
+        let mut kv = KvUse::default();
+        for (class, PageClass { page_bytes, .. }) in self.classes.iter().enumerate() {
+            let found = self.scheduler.page_use(class);
+            kv.total_bytes += found.total as u64 * page_bytes;
+            kv.held_bytes += found.held as u64 * page_bytes;
+            kv.kept_bytes += found.kept as u64 * page_bytes;
+            kv.reserved_bytes += found.pages as u64 * page_bytes;
+            kv.used_bytes += found.entries as u64 * page_bytes / u64::from(PAGE_SIZE);
+        }
+        Statistics {
+            running,
+            waiting,
+            reused_tokens: self.scheduler.num_reused(),
+            preemptions: self.scheduler.num_preemptions(),
+            kv,
+            ..self.statistics.clone()
+        }
+    }
+
+    /// Counts from zero again; sequences and memory stay.
+    pub(crate) fn reset_statistics(&mut self) {
+        let Statistics { num_slots, tokens_by_depth, .. } = &self.statistics;
+        let tokens_by_depth = vec![0; tokens_by_depth.len()];
+        self.statistics = Statistics { num_slots: *num_slots, tokens_by_depth, ..Statistics::default() };
+    }
+}
+
+impl Live {
+    /// Events go to the handle; without one, nobody is interested, and the sequence is being cancelled.
+    fn tell(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+
+    fn tell_prompt(&mut self) {
+        if !std::mem::replace(&mut self.prompt_is_told, true) {
+            self.tell(Event::Prompt { depths: self.depths[..self.prompt.len()].to_vec() });
+        }
+    }
+
+    /// Takes a drawn token in and decides whether it is the last.
+    fn take_token(&mut self, token: u32) -> Option<FinishReason> {
+        self.tokens.push(token);
+        let is_eos = self.eos.contains(&token);
+        let (mut text, mut stopped) = (String::new(), false);
+        if let Some(stream) = &mut self.text
+            && !is_eos
+        {
+            let piece = stream.push(token);
+            (text, stopped) = (piece.text, piece.stopped);
+        }
+        let finish_reason = match () {
+            () if is_eos => Some(FinishReason::Eos),
+            () if stopped => Some(FinishReason::Stop),
+            () if self.tokens.len() == self.max_new_tokens => Some(FinishReason::Length),
+            () => None,
+        };
+        if finish_reason.is_some()
+            && !stopped
+            && let Some(stream) = self.text.take()
+        {
+            text.push_str(&stream.finish());
+        }
+        self.full_text.push_str(&text);
+        self.held = Some((token, text));
+        finish_reason
+    }
+}
