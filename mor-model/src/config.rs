@@ -834,9 +834,11 @@ impl<'a> Fields<'a> {
     fn quantization(&self) -> Result<Option<Quantization>, ModelError> {
         let Some(map) = self.object("quantization_config")? else { return Ok(None) };
         let fields = Fields { prefix: "quantization_config.", map, ..*self };
-        if fields.get("quant_method").and_then(Value::as_str) != Some(QUANT_METHOD) {
-            let expected = "mor, what `mor quantize` writes; other quantised formats are not supported";
-            return Err(fields.value("quant_method", expected));
+        let expected = "mor, what `mor quantize` writes; other quantised formats are not supported";
+        match fields.get("quant_method") {
+            None => return Err(self.value("quantization_config", format!("one with quant_method {expected}"))),
+            Some(method) if method != QUANT_METHOD => return Err(fields.value("quant_method", expected)),
+            Some(_) => {}
         }
         if fields.get("group_size").is_some_and(|size| size.as_u64() != Some(GROUP as u64)) {
             return Err(fields.value("group_size", GROUP.to_string()));
