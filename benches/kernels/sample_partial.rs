@@ -39,7 +39,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 let params = SamplePartialParams { vocab_size, logits_stride: vocab_size, seen_words };
                 let id = format!("{name}/{vocab_size}/{num_rows}");
                 let grid = Grid::Fixed([num_parts, num_rows, 1]);
-                let kernel = SamplePartial::default();
+                let kernel = SamplePartial::new(gpu.caps());
                 let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else {
                     continue;
                 };

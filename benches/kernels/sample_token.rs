@@ -45,7 +45,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
             let before = SamplePartialBindings { rows, logits: row, sampling: how, seen, partials };
             parity::run(gpu, |plan| {
                 let params = SamplePartialParams { vocab_size, logits_stride, seen_words };
-                plan.dispatch(&SamplePartial::default(), &before, &params, Grid::Fixed([num_parts, 1, 1]))
+                plan.dispatch(&SamplePartial::new(gpu.caps()), &before, &params, Grid::Fixed([num_parts, 1, 1]))
             });
             let params = SampleTokenParams { vocab_size, logits_stride, seen_words };
             let id = format!("{name}/{vocab_size}");

@@ -139,7 +139,7 @@ pub fn all() -> Vec<Variant> {
         add_slots_compact(&mut list);
         list.add(&CrossEntropy::default());
         list.add(&RmsNorm::default());
-        list.add(&SamplePartial::default());
+        list.add(&SamplePartial::new(&list.caps));
         list.add(&SampleToken::new(&list.caps));
         for dtype in WEIGHT_DTYPES {
             list.add(&EmbedTokens::new(dtype));

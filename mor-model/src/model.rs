@@ -1159,7 +1159,7 @@ impl<'a> Recorder<'a> {
         let seen_words = seen.shape()[1] as u32;
         let bindings = SamplePartialBindings { rows, logits, sampling, seen, partials };
         let params = SamplePartialParams { vocab_size, logits_stride, seen_words };
-        SamplePartial::default().record(plan, bindings, params)?;
+        SamplePartial::new(plan.gpu().caps()).record(plan, bindings, params)?;
         let (next_rows, results) = (&sample.next_rows, &sample.results);
         let bindings = SampleTokenBindings { rows, logits, sampling, partials, seen, next_rows, results };
         let params = SampleTokenParams { vocab_size, logits_stride, seen_words };

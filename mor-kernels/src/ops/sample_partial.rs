@@ -24,12 +24,6 @@ pub struct SamplePartial {
     pub workgroup_size: u32,
 }
 
-impl Default for SamplePartial {
-    fn default() -> Self {
-        Self { workgroup_size: 256 }
-    }
-}
-
 /// Sizes of a call. Mirrors `struct Params` of the shader.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
@@ -62,6 +56,11 @@ impl SamplePartial {
     /// Tokens of a part: the same for every batch and device, for draws compare within parts first, and rounding is
     /// relative to the part.
     pub const PART_SIZE: u32 = 2048;
+
+    /// The kernel in the workgroup size that suits the device: a software rasteriser pays for every thread at every barrier.
+    pub fn new(caps: &DeviceCaps) -> Self {
+        Self { workgroup_size: if caps.is_cpu { 32 } else { 256 } }
+    }
 
     /// Parts of a vocabulary.
     pub fn num_parts(vocab_size: u32) -> u32 {
@@ -186,7 +185,7 @@ mod tests {
     }
 
     fn check(gpu: &Gpu, what: &str, rows: &[Sampled]) {
-        let got = partials(gpu, SamplePartial::default(), rows);
+        let got = partials(gpu, SamplePartial::new(gpu.caps()), rows);
         let num_parts = got.len() / rows.len();
         for (i, row) in rows.iter().enumerate() {
             let want = sample_partial(&row.logits, &row.sampling, &row.seen, row.position, PART_SIZE);
@@ -232,7 +231,7 @@ mod tests {
         ];
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("sample_partial");
-            assert!(partials(gpu, SamplePartial::default(), &[]).is_empty());
+            assert!(partials(gpu, SamplePartial::new(gpu.caps()), &[]).is_empty());
             for vocab_size in VOCABS {
                 let normals = rng.normals(vocab_size);
                 let coarse: Vec<f32> = normals.iter().map(|logit| logit.round()).collect();
@@ -277,8 +276,8 @@ mod tests {
                     position: 0,
                 })
                 .collect();
-            let want = partials(gpu, SamplePartial::default(), &rows);
-            for workgroup_size in [32, 64, 128] {
+            let want = partials(gpu, SamplePartial::new(gpu.caps()), &rows);
+            for workgroup_size in [32, 64, 128, 256] {
                 assert_eq!(partials(gpu, SamplePartial { workgroup_size }, &rows), want, "{profile} {workgroup_size}");
             }
         });
@@ -294,7 +293,7 @@ mod tests {
         let b = SamplePartialBindings { rows: &rows, logits: &logits, sampling: &t, seen: &t, partials: &t };
         let mut message = |vocab_size, logits_stride, seen_words| {
             let p = SamplePartialParams { vocab_size, logits_stride, seen_words };
-            SamplePartial::default().record(&mut plan, b, p).expect_err("must be refused").to_string()
+            SamplePartial::new(gpu.caps()).record(&mut plan, b, p).expect_err("must be refused").to_string()
         };
         assert!(message((1 << 18) + 1, 1 << 19, 1 << 14).contains("vocab_size = 262145 exceeds 262144"));
         assert!(message(33, 32, 2).contains("logits_stride has 32"));

@@ -110,9 +110,9 @@ impl SampleToken {
     pub const RESULTS: u32 = 16;
 
     /// The kernel in the workgroup size that suits the device: where tokens are cut off, one workgroup reads a whole
-    /// vocabulary, so on a GPU it is as large as it may be.
+    /// vocabulary, so on a GPU it is as large as it may be; a software rasteriser pays for every thread at every barrier.
     pub fn new(caps: &DeviceCaps) -> Self {
-        Self { workgroup_size: if caps.is_cpu { 256 } else { caps.max_workgroup_size.min(1024) } }
+        Self { workgroup_size: if caps.is_cpu { 32 } else { caps.max_workgroup_size.min(1024) } }
     }
 
     /// Records the kernel over all rows of the list.
@@ -256,7 +256,7 @@ mod tests {
         let grid = |x| Grid::Fixed([x, rows.len() as u32 + 2, 1]);
         parity::run(gpu, |plan| {
             let params = SamplePartialParams { vocab_size, logits_stride, seen_words };
-            plan.dispatch(&SamplePartial::default(), &before, &params, grid(num_parts))?;
+            plan.dispatch(&SamplePartial::new(gpu.caps()), &before, &params, grid(num_parts))?;
             let params = SampleTokenParams { vocab_size, logits_stride, seen_words };
             plan.dispatch(&SampleToken::new(gpu.caps()), &bindings, &params, grid(1))
         });
