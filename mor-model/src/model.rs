@@ -252,6 +252,7 @@ pub struct MorModel {
     kv_layout: KvLayout,
     precision: Precision,
     weights: DeviceWeights,
+    batching: Batching,
     script: Option<Script>,
 }
 
@@ -316,8 +317,13 @@ impl MorModel {
         if config.mode == Mode::Token {
             RouterToken::check_recursions(config.num_recursions as u32)?;
         }
+        // The configuration says which layers are tied; a checkpoint whose copies differ keeps them apart all the same.
+        let is_tied = |l| checkpoint.layer(l) == checkpoint.layer(layout.owner(l));
+        let shares_block = config.mode != Mode::Vanilla && config.sharing.is_cycle();
+        let shares_weights = shares_block && (0..layout.num_layers()).all(is_tied);
+        let batching = if shares_weights { Batching::Depthwise } else { Batching::Lockstep };
         let weights = DeviceWeights::upload(gpu, checkpoint, precision, progress)?;
-        Ok(Self { gpu: gpu.clone(), config, layout, kv_layout, precision, weights, script: None })
+        Ok(Self { gpu: gpu.clone(), config, layout, kv_layout, precision, weights, batching, script: None })
     }
 
     /// The model, routed by a script from the steps on that are recorded with it: for measurements.
@@ -414,8 +420,7 @@ impl MorModel {
 
     /// How this model's decode batches can run best: depth-wise if all recursions share their weights.
     pub fn batching(&self) -> Batching {
-        let shares = self.config.mode != Mode::Vanilla && self.config.sharing.is_cycle();
-        if shares { Batching::Depthwise } else { Batching::Lockstep }
+        self.batching
     }
 
     /// Allocates the tensors of steps of up to `capacity` rows, `logit_rows` of them with logits; `decode` says how

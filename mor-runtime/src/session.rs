@@ -629,6 +629,11 @@ impl Session {
             }
             self.forget_engine();
         }
+        if self.batch.batching == Some(Batching::Depthwise) && self.model.batching() != Batching::Depthwise {
+            let (name, found) = ("batching", "Depthwise".to_owned());
+            let expected = "Lockstep for a model whose recursions do not share their weights";
+            return Err(RuntimeError::Parameter { name, found, expected });
+        }
         let (config, num_slots) = (self.model.config(), self.batch.max_sequences);
         let longest = self.max_context();
         let positions = if num_slots == 1 { context.next_power_of_two().min(longest) } else { longest };
