@@ -16,11 +16,14 @@ use serde::Serialize;
 use crate::args::GenerateArgs;
 use crate::failure::{INTERRUPTED as INTERRUPTED_CODE, bad_input};
 use crate::input::{read_text, utf8};
-use crate::model::{Model, storage};
+use crate::model::{Model, spare_threads_of_llvmpipe, storage};
 use crate::{note, print, print_json, style};
 
 /// Where `--max-new-tokens` is not given, unless the context ends before.
 const DEFAULT_NEW_TOKENS: usize = 128;
+
+/// Models up to this are decoded faster by one thread of a software rasteriser than by several.
+const SMALL_HIDDEN_SIZE: usize = 512;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
@@ -59,6 +62,16 @@ enum Prompt {
     Tokens(Vec<u32>),
 }
 
+impl Prompt {
+    /// Whether reading it is a small part of the work: a text has about four bytes a token.
+    fn is_short(&self) -> bool {
+        match self {
+            Prompt::Text(text) => text.len() <= 256,
+            Prompt::Tokens(tokens) => tokens.len() <= 64,
+        }
+    }
+}
+
 pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     // Everything that can be refused is refused before anything large is read or a device is opened.
     let seed = args.seed.unwrap_or_else(random_seed);
@@ -84,6 +97,9 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     }
     let prompt = read_prompt(args, config.vocab_size)?;
     check_request(&prompt, args, &model, &config)?;
+    if config.hidden_size <= SMALL_HIDDEN_SIZE && prompt.is_short() {
+        spare_threads_of_llvmpipe();
+    }
 
     let kv = args.kv.map(|kv| kv.strategy());
     let batch = BatchOptions { batch_invariant: args.batch_invariant, ..BatchOptions::default() };

@@ -125,6 +125,16 @@ fn progress_bar() -> impl FnMut(LoadProgress) {
     }
 }
 
+/// Has llvmpipe, should it be what runs the model, compute on one thread: it wakes the others for every dispatch, which takes
+/// longer than they save where a dispatch computes little. For the beginning of the program; other drivers do not look.
+pub(crate) fn spare_threads_of_llvmpipe() {
+    const VARIABLE: &str = "LP_NUM_THREADS";
+    if std::env::var_os(VARIABLE).is_none() {
+        // SAFETY: no thread has been started that could read the environment meanwhile.
+        unsafe { std::env::set_var(VARIABLE, "0") };
+    }
+}
+
 /// A software rasteriser computes the same, so it is used; but nobody should take its speed for a GPU's.
 fn warn_of_software(adapter: &AdapterSummary, was_chosen: bool) {
     if adapter.kind != AdapterKind::Cpu {
