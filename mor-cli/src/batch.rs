@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -91,11 +91,12 @@ struct Asked {
 }
 
 pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
-    let input = File::open(&args.input)
+    // At once: it may be a pipe.
+    let input = std::fs::read(&args.input)
         .map_err(|error| bad_input!("{}: {error}; expected a file of JSON Lines", args.input.display()))?;
-    let (mut output, answered) = open_output(args)?;
-    let total = BufReader::new(&input).lines().map_while(Result::ok).filter(|line| !line.trim().is_empty()).count();
-    let mut input = BufReader::new(File::open(&args.input)?);
+    let total = input.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty()).count();
+    let mut input = &input[..];
+    check_output(args)?;
 
     let model = match &args.random_weights {
         Some(config) => Model::Random(config.clone()),
@@ -120,6 +121,8 @@ pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
     let tokenizer = sessions[0].tokenizer().cloned();
     let context = sessions[0].config().max_position_embeddings;
     let most_under_way = 4 * args.concurrency * sessions.len();
+    // Nothing is made or replaced before it is clear that there can be answers.
+    let (mut output, answered) = open_output(args)?;
     let mut fleet = Fleet::new(sessions);
 
     // From here on Ctrl-C ends the batch after the answers that are there; a second one ends the program.
@@ -290,22 +293,41 @@ impl Line {
     }
 }
 
+/// Refuses an output that would be lost or cannot be written.
+fn check_output(args: &BatchArgs) -> anyhow::Result<()> {
+    let path = &args.output;
+    let canonical = |path: &Path| std::fs::canonicalize(path).ok();
+    if canonical(path).is_some_and(|output| Some(output) == canonical(&args.input)) {
+        return Err(bad_input!("{}: is the input too, expected another file for the answers", path.display()));
+    }
+    if path.exists() {
+        if args.resume {
+            return resume(path).map(drop);
+        }
+        if !args.force {
+            let advice = "give --resume to go on with it, --force to replace it, or another name";
+            return Err(bad_input!("{}: exists already; {advice}", path.display()));
+        }
+    } else if path.parent().is_some_and(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+        return Err(bad_input!("{}: there is no such folder; expected a file that can be written", path.display()));
+    }
+    Ok(())
+}
+
 /// The output to append to, and the ids that it holds.
 fn open_output(args: &BatchArgs) -> anyhow::Result<(File, HashSet<String>)> {
     let path = &args.output;
-    let refuse = |error: std::io::Error| bad_input!("{}: {error}; expected a file that can be written", path.display());
     if args.resume && path.exists() {
         return resume(path);
     }
-    if path.exists() && !args.force {
-        let advice = "give --resume to go on with it, --force to replace it, or another name";
-        return Err(bad_input!("{}: exists already; {advice}", path.display()));
-    }
     let mut options = OpenOptions::new();
     options.write(true);
-    // Between the look and the creation another program may have made it.
-    let options = if args.force { options.create(true).truncate(true) } else { options.create_new(!path.exists()) };
-    Ok((options.open(path).map_err(refuse)?, HashSet::new()))
+    // Meanwhile another program may have made it.
+    let options = if args.force { options.create(true).truncate(true) } else { options.create_new(true) };
+    let file = options
+        .open(path)
+        .map_err(|error| bad_input!("{}: {error}; expected a file that can be written", path.display()))?;
+    Ok((file, HashSet::new()))
 }
 
 /// Reads the answers of an earlier run; a line that was cut off is taken away.

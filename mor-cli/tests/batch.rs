@@ -186,6 +186,12 @@ fn files_that_cannot_be_used_are_refused() {
     assert_eq!(std::fs::read_to_string(&output).expect("it is there"), "something else\n");
     refused(&input, &folder.path().join("no/such/folder"), &[], "expected a file that can be written");
     refused(&input, &output, &["--force", "--model", "no-such-folder"], "does not exist");
+    assert_eq!(std::fs::read_to_string(&output).expect("it is there"), "something else\n", "nothing is replaced");
+    let fresh = folder.path().join("fresh.jsonl");
+    refused(&input, &fresh, &["--model", "no-such-folder"], "does not exist");
+    assert!(!fresh.exists(), "nothing is left behind");
+    refused(&input, &input, &["--force"], "is the input too");
+    assert!(!std::fs::read(&input).expect("it is there").is_empty());
     refused(&input, &output, &["--concurrency", "0"], "1 or more");
 }
 

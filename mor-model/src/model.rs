@@ -547,9 +547,8 @@ impl MorModel {
     }
 
     /// Records a tick of depth-wise batching over the slots of `step`, which was made for it, with the kernels of `phase`:
-    /// tokens that have taken
-    /// their last recursion run the last layers and are replaced by the next of their sequence, these run the first
-    /// layers, and all run the shared block once.
+    /// tokens that have taken their last recursion run the last layers and are replaced by the next of their sequence,
+    /// these run the first layers, and all run the shared block once.
     ///
     /// # Errors
     /// As [`PlanBuilder::dispatch`].

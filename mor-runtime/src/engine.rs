@@ -14,7 +14,7 @@ use crate::event::{Event, SequenceHandle, Summary};
 use crate::kv_cache::{PageClass, page_classes};
 use crate::runner::{Feed, Pending, Runner, RunnerOptions, Work};
 use crate::sampling::{FinishReason, GenerateRequest};
-use crate::scheduler::{Progress, Scheduler, SchedulerOptions, SequenceId, Start, Step};
+use crate::scheduler::{Chunk, Progress, Scheduler, SchedulerOptions, SequenceId, Start, Step};
 use crate::text::{TextStream, Tokenizer};
 
 /// Sizes and habits of an [`Engine`].
@@ -134,6 +134,8 @@ struct Live {
 struct Flight {
     step: Step,
     pending: Pending,
+    /// When it had been handed to the device, all its kernels compiled.
+    submitted: Instant,
 }
 
 /// Sequences of one model on one device.
@@ -299,7 +301,7 @@ impl Engine {
             self.last_results.get_or_insert(start);
             self.submit_step(model, step)?;
         }
-        if let Some(Flight { step, pending }) = self.in_flight.pop_front() {
+        if let Some(Flight { step, pending, submitted }) = self.in_flight.pop_front() {
             let reply = pending.wait()?;
             let now = Instant::now();
             let drawn = |slot, from| reply.drawn(slot, from).collect();
@@ -308,10 +310,11 @@ impl Engine {
             for progress in progress {
                 self.take(model, progress, now);
             }
-            let time = now - self.last_results.unwrap_or(now);
-            self.statistics.elapsed += time;
+            let last_results = self.last_results.unwrap_or(submitted);
+            self.statistics.elapsed += now - last_results;
             self.last_results = (!self.in_flight.is_empty()).then_some(now);
-            self.adapt(model, &step, time);
+            // The device began when it had the step and was done with the one before.
+            self.adapt(model, &step, now - last_results.max(submitted));
         }
         Ok(!self.live.is_empty())
     }
@@ -331,7 +334,7 @@ impl Engine {
             let row = Row { token: entry.token, position, sequence, flags: ROW_ACTIVE | ROW_SAMPLE };
             self.runner.set_next_row(model, row);
         }
-        let feed = |chunk: &crate::scheduler::Chunk| Feed {
+        let feed = |chunk: &Chunk| Feed {
             sequence: chunk.slot,
             position: chunk.position,
             tokens: &self.scheduler.tokens(chunk.id)[chunk.position..chunk.position + chunk.len],
@@ -348,7 +351,7 @@ impl Engine {
         let pending = self.runner.submit(model, &work)?;
         self.statistics.submits += 1;
         self.statistics.ticks += step.ticks as u64;
-        self.in_flight.push_back(Flight { step, pending });
+        self.in_flight.push_back(Flight { step, pending, submitted: Instant::now() });
         Ok(())
     }
 
@@ -436,7 +439,9 @@ impl Engine {
             FinishReason::Eos => !live.sampling.eos.contains(live.tokens.last().expect("it ended with a token")),
             FinishReason::Stop | FinishReason::Cancelled => true,
         };
+        let start = Instant::now();
         self.scheduler.finish(id, on_device);
+        self.statistics.scheduling += start.elapsed();
         self.statistics.finished += 1;
         if let Some((token, text)) = live.held.take() {
             live.tell(Event::Token { token, text, depth: None });
@@ -471,7 +476,7 @@ impl Engine {
             return;
         }
         if step.chunks.is_empty() {
-            self.scheduler.set_ticks(1);
+            self.scheduler.set_ticks((self.scheduler.ticks() / 2).max(1));
         } else {
             self.scheduler.set_prefill_rows((self.scheduler.prefill_rows() / 2).max(Self::LEAST_ROWS));
         }

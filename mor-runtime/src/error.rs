@@ -64,17 +64,25 @@ pub enum RuntimeError {
     },
     /// A sequence that needs more K/V memory than the session has.
     #[error(
-        "a sequence of {context} tokens needs {needed} bytes of K/V pages where the session has {available}, and its longest is {positions} tokens; give the session more K/V memory or a longer context, or ask for fewer tokens"
+        "a sequence of {context} tokens needs {needed} bytes of K/V pages where the session has {available}; give the session more K/V memory, or ask for fewer tokens"
     )]
     NeverFits {
         /// Tokens of the sequence at its end.
         context: usize,
-        /// Tokens of the longest sequence.
-        positions: usize,
-        /// Bytes of the kind of pages that do not suffice; 0 if only the length is at fault.
+        /// Bytes of the kind of pages that do not suffice.
         needed: u64,
         /// Bytes of such pages that there are.
         available: u64,
+    },
+    /// A sequence that is longer than the caches of those that run, which cannot be made anew now.
+    #[error(
+        "a sequence of {context} tokens is longer than the {positions} that the caches in use were made for; wait until the others have ended, or give the session max_context from the start"
+    )]
+    Busy {
+        /// Tokens of the sequence at its end.
+        context: usize,
+        /// Tokens of the longest sequence.
+        positions: usize,
     },
     /// An empty prompt for a model without an end-of-text token.
     #[error(

@@ -16,6 +16,13 @@ pub struct PageClass {
     pub page_bytes: u64,
 }
 
+impl PageClass {
+    /// Bytes of one page in one of its buffers, of keys or of values.
+    pub fn buffer_page_bytes(&self) -> u64 {
+        self.page_bytes / (2 * self.buffers.len() as u64)
+    }
+}
+
 /// The page classes of a model: its unshared layers, and its recursions.
 pub fn page_classes(model: &MorModel) -> Vec<PageClass> {
     let layout = model.kv_layout();
@@ -150,7 +157,7 @@ impl KvCache {
     /// The buffers that pages of a class lie in, with the bytes of a page in one of them.
     pub(crate) fn class_buffers(&self, class: usize) -> impl Iterator<Item = (&Tensor, u64)> {
         let class = &self.classes[class];
-        let bytes = class.page_bytes / (2 * class.buffers.len() as u64);
+        let bytes = class.buffer_page_bytes();
         let both = class.buffers.iter().flat_map(|buffer| {
             let (k, v) = &self.tensors.buffers[*buffer];
             [k, v]

@@ -300,6 +300,11 @@ impl Scheduler {
         self.options.ticks = ticks;
     }
 
+    /// Ticks of a step.
+    pub(crate) fn ticks(&self) -> usize {
+        self.options.ticks
+    }
+
     /// How full the pages of a class are.
     pub(crate) fn page_use(&self, class: usize) -> PageUse {
         let total = self.pool.num_pages(class);

@@ -378,8 +378,8 @@ impl Session {
         let left = (gpu.summary().memory_bytes?.saturating_sub(taken)) / 10 * 9;
         let pages = pages_for_all(model, 1, context);
         let of_memory = left / (kv_bytes(model, &pages) + model.step_bytes(1, 1));
-        let page = |class: &PageClass| class.page_bytes / (2 * class.buffers.len() as u64);
-        let largest = page_classes(model).iter().zip(&pages).map(|(class, pages)| page(class) * *pages as u64).max();
+        let bytes = |(class, pages): (&PageClass, &usize)| class.buffer_page_bytes() * *pages as u64;
+        let largest = page_classes(model).iter().zip(&pages).map(bytes).max();
         let of_binding = gpu.caps().max_storage_binding_bytes / largest.unwrap_or(1).max(1);
         Some(of_memory.min(of_binding) as usize)
     }
@@ -406,7 +406,8 @@ impl Session {
     ///
     /// # Errors
     /// [`RuntimeError::Parameter`], [`RuntimeError::TokenOutOfRange`], [`RuntimeError::TooLong`],
-    /// [`RuntimeError::EmptyPrompt`], [`RuntimeError::NeverFits`] for a request that cannot be served;
+    /// [`RuntimeError::EmptyPrompt`], [`RuntimeError::NeverFits`] for a request that cannot be served, [`RuntimeError::Busy`]
+    /// for one that cannot be while others run;
     /// [`RuntimeError::Kernel`] if the device refuses the caches.
     pub fn submit(&mut self, request: &GenerateRequest) -> Result<SequenceHandle> {
         let config = self.model.config();
@@ -446,7 +447,13 @@ impl Session {
     /// # Errors
     /// [`RuntimeError::Kernel`] if the device fails; all sequences are lost then.
     pub fn step(&mut self) -> Result<bool> {
-        self.engine.as_mut().map_or(Ok(false), |engine| engine.step(&self.model))
+        let Some(engine) = &mut self.engine else { return Ok(false) };
+        let result = engine.step(&self.model);
+        if result.is_err() {
+            // Nobody knows what the device has done; the handles see that nothing more comes.
+            self.forget_engine();
+        }
+        result
     }
 
     /// Sequences that decode at a time.
@@ -623,9 +630,13 @@ impl Session {
             if engine.max_positions() >= context && never_fits.is_none() {
                 return Ok(());
             }
-            if !engine.is_idle() || self.batch.kv_bytes.is_some() {
-                let (needed, available) = never_fits.unwrap_or_default();
-                return Err(RuntimeError::NeverFits { context, positions: engine.max_positions(), needed, available });
+            if engine.max_positions() >= context
+                && let Some((needed, available)) = never_fits
+            {
+                return Err(RuntimeError::NeverFits { context, needed, available });
+            }
+            if !engine.is_idle() {
+                return Err(RuntimeError::Busy { context, positions: engine.max_positions() });
             }
             self.forget_engine();
         }
@@ -649,7 +660,11 @@ impl Session {
         let pages = pages_for_all(&self.model, num_slots, positions);
         // All classes alike: what their groups hold depends on the tokens.
         let share = (bytes as f64 / all as f64).min(1.0);
-        let pages: Vec<usize> = pages.iter().map(|pages| ((*pages as f64 * share) as usize).max(1)).collect();
+        let binding_bytes = gpu.caps().max_storage_binding_bytes;
+        let most = |class: &PageClass| (binding_bytes / class.buffer_page_bytes()) as usize;
+        let of_class =
+            |(pages, class): (&usize, &PageClass)| ((*pages as f64 * share) as usize).min(most(class)).max(1);
+        let pages: Vec<usize> = pages.iter().zip(&page_classes(&self.model)).map(of_class).collect();
         let engine = Engine::new(
             &self.model,
             EngineOptions {
@@ -666,7 +681,7 @@ impl Session {
         let never_fits = engine.never_fits(context);
         self.engine = Some(engine);
         match never_fits {
-            Some((needed, available)) => Err(RuntimeError::NeverFits { context, positions, needed, available }),
+            Some((needed, available)) => Err(RuntimeError::NeverFits { context, needed, available }),
             None => Ok(()),
         }
     }

@@ -1,5 +1,5 @@
 //! Sequences that share a session: each is what it is alone, whatever arrives, leaves, is cancelled, displaced or shares
-//! its beginning; memory returns; K/V bytes are what the strategies promise. `MOR_TEST_DEVICE` chooses the adapter.
+//! its beginning; K/V bytes are what the strategies promise. `MOR_TEST_DEVICE` chooses the adapter.
 
 mod common;
 
@@ -292,61 +292,6 @@ fn kv_memory_is_what_the_strategies_promise() {
 }
 
 #[test]
-fn many_short_requests_leave_nothing_behind() {
-    const REQUESTS: usize = 10_000;
-    let mut rng = Rng::new("soak");
-    let case = GoldenCase::load_all().expect("readable").into_iter().find(|case| case.name == "expert_cycle_r2");
-    let checkpoint = case.expect("the case is there").checkpoint;
-    let session = Session::on_gpu(parity::gpu().clone(), &checkpoint, Precision::F32).expect("it fits");
-    let one = kv_bytes(session.model(), &pages_for_all(session.model(), 1, 32));
-    let batch =
-        BatchOptions { max_sequences: 32, kv_bytes: Some(one * 20), max_context: Some(32), ..BatchOptions::default() };
-    let mut session = session.with_batch(batch).expect("sizes of something");
-    let mut running: Vec<(usize, SequenceHandle)> = Vec::new();
-    let mut answers = vec![0; REQUESTS];
-    let (mut submitted, mut cancelled, mut memory) = (0, 0, None);
-    while submitted < REQUESTS || !running.is_empty() {
-        while submitted < REQUESTS && running.len() < 64 {
-            let prompt = (0..1 + rng.below(6)).map(|_| rng.below(97) as u32).collect();
-            let request = GenerateRequest { max_new_tokens: 1 + rng.below(4), ..GenerateRequest::new(prompt) };
-            running.push((submitted, session.submit(&request).expect("the request is sound")));
-            submitted += 1;
-        }
-        if rng.below(4) == 0 {
-            running[rng.below(running.len())].1.cancel();
-        }
-        session.step().expect("the device works");
-        running.retain(|(index, handle)| {
-            while let Some(event) = handle.try_next() {
-                if let Event::Finished(summary) = event {
-                    answers[*index] += 1;
-                    cancelled += usize::from(summary.finish_reason == FinishReason::Cancelled);
-                    return false;
-                }
-            }
-            true
-        });
-        if memory.is_none() && submitted > REQUESTS / 4 {
-            memory = resident_bytes();
-        }
-    }
-    assert!(answers.iter().all(|answers| *answers == 1), "every request is answered once");
-    let statistics = session.statistics();
-    println!("{cancelled} cancelled, {} displaced, occupancy {:.2}", statistics.preemptions, statistics.occupancy());
-    assert_eq!(statistics.finished, REQUESTS as u64);
-    assert_eq!(statistics.kv.held_bytes, statistics.kv.kept_bytes, "every page returns");
-    if let (Some(before), Some(after)) = (memory, resident_bytes()) {
-        assert!(after < before + (32 << 20), "memory grew from {before} to {after} bytes");
-    }
-}
-
-/// Memory of this process, where the system tells.
-fn resident_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
-    Some(text.split_whitespace().nth(1)?.parse::<u64>().ok()? * 4096)
-}
-
-#[test]
 fn what_cannot_run_is_refused_with_the_numbers() {
     let (_, session) = golden_sessions().next().expect("there are cases");
     let small = small_batch(&session, 2, 96, false);
@@ -359,6 +304,17 @@ fn what_cannot_run_is_refused_with_the_numbers() {
     assert!(error.expect_err("too long").to_string().contains("97 tokens"));
     // It is still of use.
     assert_eq!(run_alone(&mut session, &GenerateRequest { max_new_tokens: 20, ..request }).tokens.len(), 20);
+    // Caches that are in use cannot be made anew for a longer sequence.
+    let one = BatchOptions { max_context: Some(96), ..BatchOptions::default() };
+    let mut session = session.with_batch(one).expect("sizes of something");
+    let short = GenerateRequest { max_new_tokens: 8, ..GenerateRequest::new(vec![1]) };
+    let handle = session.submit(&short).expect("the request is sound");
+    let long = GenerateRequest { max_new_tokens: 80, ..short.clone() };
+    let error = session.submit(&long).map(drop).expect_err("another runs").to_string();
+    assert!(error.starts_with("a sequence of 81 tokens is longer than the 32"), "{error}");
+    while session.step().expect("the device works") {}
+    assert!(std::iter::from_fn(|| handle.try_next()).any(|event| matches!(event, Event::Finished(_))));
+    assert_eq!(run_alone(&mut session, &long).tokens.len(), 80);
     let nothing = BatchOptions { max_sequences: 0, ..BatchOptions::default() };
     assert!(session.with_batch(nothing).expect_err("no slot").to_string().contains("max_sequences is 0"));
 }
