@@ -4,12 +4,16 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::engine::Statistics;
 use crate::error::{Result, RuntimeError};
 use crate::event::{Event, SequenceHandle};
 use crate::sampling::GenerateRequest;
 use crate::session::Session;
+
+/// Statistics walk all page tables, so they are not read at every step.
+const STATISTICS_EVERY: Duration = Duration::from_millis(100);
 
 /// What a fleet tells of a sequence.
 #[non_exhaustive]
@@ -80,6 +84,7 @@ impl Fleet {
                 shared: Arc::clone(&shared),
                 reports: sender.clone(),
                 running: BTreeMap::new(),
+                counted: Instant::now(),
             };
             std::thread::spawn(move || worker.run())
         };
@@ -125,7 +130,7 @@ impl Fleet {
         Some(report)
     }
 
-    /// What each session has done, as of its last results.
+    /// What each session has done, a moment ago; exact for sessions that have nothing to do.
     pub fn statistics(&self) -> Vec<Statistics> {
         self.shared.lock().statistics.clone()
     }
@@ -153,16 +158,15 @@ struct Worker {
     reports: Sender<Result<(u64, Report)>>,
     /// Sequences of this session: what was asked, and their handles.
     running: BTreeMap<u64, (GenerateRequest, SequenceHandle)>,
+    /// When statistics were last read.
+    counted: Instant,
 }
 
 impl Worker {
     fn run(mut self) {
         while let Some(requests) = self.take_requests() {
-            let result = self.advance(requests);
-            let statistics = self.session.statistics();
+            let Err(error) = self.advance(requests) else { continue };
             let mut state = self.shared.lock();
-            state.statistics[self.index] = statistics;
-            let Err(error) = result else { continue };
             state.num_alive -= 1;
             if state.num_alive == 0 {
                 let _ = self.reports.send(Err(error));
@@ -218,17 +222,26 @@ impl Worker {
             }
         }
         self.session.step()?;
-        let reports = &self.reports;
+        let mut events = Vec::new();
         self.running.retain(|id, (_, handle)| {
             while let Some(event) = handle.try_next() {
                 let is_end = matches!(event, Event::Finished(_));
-                let _ = reports.send(Ok((*id, Report::Event(event))));
+                events.push((*id, Report::Event(event)));
                 if is_end {
                     return false;
                 }
             }
             true
         });
+        // Who sees the last sequence end finds it counted.
+        if self.running.is_empty() || self.counted.elapsed() >= STATISTICS_EVERY {
+            self.counted = Instant::now();
+            let statistics = self.session.statistics();
+            self.shared.lock().statistics[self.index] = statistics;
+        }
+        for event in events {
+            let _ = self.reports.send(Ok(event));
+        }
         Ok(())
     }
 }
