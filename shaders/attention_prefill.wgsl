@@ -1,19 +1,29 @@
 // attention_prefill: attention of many rows, tile by tile of rows and keys.
 // Math      out[i, h] = sum_k softmax_k(scale * q[i, h] . key_k[g]) * value_k[g], k = 0..kv_len of row i, g = h / GROUP_SIZE
-// Why       BLOCK_Q rows share every key they read; scores never leave the workgroup
+// Why       BLOCK_Q rows share every key they read; scores never leave the workgroup. COOPERATIVE: matrix units multiply,
+//           16 rows a subgroup. Nobody can scale rows of a matrix in their registers, so weights refer to a maximum that
+//           may lag behind by a factor of 2^LAG: sums move through workgroup memory when it is exceeded, not every tile
 // Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32; out [n, H, D] f32;
 //           row-major, D a multiple of 8
 // Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 out write
 // Grid      (H, ceil(n / BLOCK_Q), 1) workgroups; a thread has 4 rows, and of each tile 4 keys, then every
-//           COLUMNS-th unit of 8 elements
-// Spec      COLUMNS power of two; BLOCK_Q rows and 4 * COLUMNS keys a tile; WORKGROUP_SIZE = BLOCK_Q / 4 * COLUMNS;
+//           COLUMNS-th unit of 8 elements; COOPERATIVE: SUBGROUP_WIDTH / 16 lanes have a row
+// Spec      COLUMNS power of two; BLOCK_Q rows and BLOCK_K = 4 * COLUMNS keys a tile; WORKGROUP_SIZE = BLOCK_Q / 4 * COLUMNS;
 //           CHUNK_UNITS units of a head are staged at a time, NUM_CHUNKS times (ONE_CHUNK: once);
 //           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, GROUP_SIZE = H / G, HEAD_UNITS = D / 8; KV_F16; KV_SLOTS:
-//           kv_table lists keys, not pages; SUBGROUP: COLUMNS lanes exchange by subgroup operations;
-//           workgroup memory: see workgroup_storage_bytes of the wrapper
-// Limits    D <= 256; rows with one kv_table lie together and ascend in kv_len; BLOCK_Q <= ROW_PADDING
-// Numerics  f32 throughout; running maximum per row
+//           kv_table lists keys, not pages; SUBGROUP: COLUMNS lanes exchange by subgroup operations; COOPERATIVE, with KV_F16:
+//           FRAGMENTS_D * 16 = D, FRAGMENTS_K * 16 = BLOCK_K, WORKGROUP_SIZE = BLOCK_Q / 16 * SUBGROUP_WIDTH, results move in
+//           PASSES of PASS <= FRAGMENTS_K fragments, PASSES * PASS = FRAGMENTS_D; workgroup memory: see
+//           workgroup_storage_bytes of the wrapper
+// Limits    D <= 256, COOPERATIVE: a multiple of 16; rows with one kv_table lie together and ascend in kv_len;
+//           BLOCK_Q <= ROW_PADDING
+// Numerics  f32 throughout; running maximum per row. COOPERATIVE: scaled queries and weights are rounded to f16, exact
+//           products, sums in f32 in the matrix unit's order
 // Source    Dao 2023, FlashAttention-2 (arXiv 2307.08691)
+#if COOPERATIVE
+enable f16;
+enable wgpu_cooperative_matrix;
+#endif
 #import shared/rows
 #import shared/kv
 
@@ -24,13 +34,263 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
 @group(0) @binding(2) var<storage, read> q: array<mat2x4<f32>>;
+#if COOPERATIVE
+@group(0) @binding(3) var<storage, read> keys: array<mat2x4<f16>>;
+@group(0) @binding(4) var<storage, read> values: array<mat2x4<f16>>;
+#else
 @group(0) @binding(3) var<storage, read> keys: array<KvUnit>;
 @group(0) @binding(4) var<storage, read> values: array<KvUnit>;
+#endif
 @group(0) @binding(5) var<storage, read> kv_table: array<u32>;
+#if COOPERATIVE
+@group(0) @binding(6) var<storage, read_write> out: array<vec4<f32>>;
+#else
 @group(0) @binding(6) var<storage, read_write> out: array<mat2x4<f32>>;
+#endif
 
 const LOWEST: f32 = -3.4028234e38;
-const BLOCK_K: u32 = 4u * COLUMNS;
+
+// Entries of the list from `first_row` on, at most BLOCK_Q.
+fn count_rows(first_row: u32) -> u32 {
+    if active_rows[first_row + BLOCK_Q - 1u].row != NONE {
+        return BLOCK_Q;
+    }
+    var num_rows = 0u;
+    while active_rows[first_row + num_rows].row != NONE {
+        num_rows += 1u;
+    }
+    return num_rows;
+}
+
+// End of the run of rows of one sequence that begins at `run`.
+fn end_of_run(first_row: u32, num_rows: u32, run: u32) -> u32 {
+    let table = active_rows[first_row + run].kv_table;
+    if active_rows[first_row + num_rows - 1u].kv_table == table {
+        return num_rows;
+    }
+    var end = run + 1u;
+    while active_rows[first_row + end].kv_table == table {
+        end += 1u;
+    }
+    return end;
+}
+
+#if COOPERATIVE
+// Lanes that share a row.
+const ROW_LANES: u32 = SUBGROUP_WIDTH / 16u;
+const ROW_LANES_LOG2: u32 = firstTrailingBit(ROW_LANES);
+// Quads of keys of a lane.
+const QUADS: u32 = BLOCK_K / 4u / ROW_LANES;
+// 16 or 32 bytes of padding a row spread the rows that lanes read at once over all banks.
+const KV_STRIDE: u32 = 2u * HEAD_UNITS + 2u;
+const P_STRIDE: u32 = max(2u * HEAD_UNITS, BLOCK_K / 4u) + 2u;
+const S_STRIDE: u32 = BLOCK_K / 4u + 2u;
+const KV_UNITS: u32 = BLOCK_K * HEAD_UNITS;
+const KV_STEPS: u32 = (KV_UNITS + WORKGROUP_SIZE - 1u) / WORKGROUP_SIZE;
+// Weights reach 2^LAG, which halves hold as precisely as others.
+const LAG: f32 = 8.0;
+const LOG2_E: f32 = 1.442695;
+
+var<workgroup> k_tile: array<vec4<f16>, BLOCK_K * KV_STRIDE>;
+var<workgroup> v_tile: array<vec4<f16>, BLOCK_K * KV_STRIDE>;
+// The queries, then the weights of a tile.
+var<workgroup> p_tile: array<vec4<f16>, BLOCK_Q * P_STRIDE>;
+// Scores of a tile; results on their way.
+var<workgroup> s_tile: array<vec4<f32>, BLOCK_Q * S_STRIDE>;
+// Whether a row of the workgroup has a maximum too far above its reference.
+var<workgroup> exceeded: u32;
+
+struct Ahead {
+    keys: array<mat2x4<f16>, KV_STEPS>,
+    values: array<mat2x4<f16>, KV_STEPS>,
+}
+
+// A thread's units of the tile at `tile`; keys past the end repeat the last one and get no weight.
+fn load_tile(table: u32, kv_head: u32, tile: u32, run_len: u32, thread: u32) -> Ahead {
+    var ahead: Ahead;
+    for (var step = 0u; step < KV_STEPS; step++) {
+        let i = min(thread + step * WORKGROUP_SIZE, KV_UNITS - 1u);
+        let slot = kv_slot(table, min(tile + i / HEAD_UNITS, run_len - 1u));
+        let at = (slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + i % HEAD_UNITS;
+        ahead.keys[step] = keys[at];
+        ahead.values[step] = values[at];
+    }
+    return ahead;
+}
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    let head = workgroup.x;
+    let kv_head = head / GROUP_SIZE;
+    let first_row = workgroup.y * BLOCK_Q;
+    if active_rows[first_row].row == NONE {
+        return;
+    }
+    let num_rows = count_rows(first_row);
+    let first_own = subgroup * 16u;
+    let own_row = first_own + lane / ROW_LANES;
+    let own_lane = lane % ROW_LANES;
+
+    for (var i = thread; i < BLOCK_Q * HEAD_UNITS; i += WORKGROUP_SIZE) {
+        let row = i / HEAD_UNITS;
+        var query = mat2x4<f32>(vec4<f32>(0.0), vec4<f32>(0.0));
+        if row < num_rows {
+            query = q[((first_row + row) * NUM_ATTENTION_HEADS + head) * HEAD_UNITS + i % HEAD_UNITS];
+        }
+        let at = row * P_STRIDE + 2u * (i % HEAD_UNITS);
+        // Scores are powers of 2.
+        p_tile[at] = vec4<f16>(query[0] * (params.scale * LOG2_E));
+        p_tile[at + 1u] = vec4<f16>(query[1] * (params.scale * LOG2_E));
+    }
+    if thread == 0u {
+        exceeded = 0u;
+    }
+    workgroupBarrier();
+    var queries: array<coop_mat16x16<f16, A>, FRAGMENTS_D>;
+    var sums: array<coop_mat16x16<f32, C>, FRAGMENTS_D>;
+#repeat d FRAGMENTS_D
+    let start = first_own * P_STRIDE + d * 4u;
+    queries[d] = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[start], P_STRIDE);
+    sums[d] = coop_mat16x16<f32, C>();
+#endrepeat
+    // What the weights of the own row refer to, and their sum over the lane's keys.
+    var reference = LOWEST;
+    var mass = 0.0;
+
+    // Rows of one sequence after the other: each run has its own keys, and no weight for the other rows.
+    for (var run = 0u; run < num_rows;) {
+        let table = active_rows[first_row + run].kv_table;
+        let run_end = end_of_run(first_row, num_rows, run);
+        let run_len = active_rows[first_row + run_end - 1u].kv_len;
+        var limit = 0u;
+        if own_row >= run && own_row < run_end {
+            limit = active_rows[first_row + own_row].kv_len;
+        }
+        run = run_end;
+
+        var ahead = load_tile(table, kv_head, 0u, run_len, thread);
+        for (var tile = 0u; tile < run_len; tile += BLOCK_K) {
+            for (var step = 0u; step < KV_STEPS; step++) {
+                let i = thread + step * WORKGROUP_SIZE;
+                if KV_UNITS % WORKGROUP_SIZE == 0u || i < KV_UNITS {
+                    let to = i / HEAD_UNITS * KV_STRIDE + 2u * (i % HEAD_UNITS);
+                    k_tile[to] = ahead.keys[step][0];
+                    k_tile[to + 1u] = ahead.keys[step][1];
+                    v_tile[to] = ahead.values[step][0];
+                    v_tile[to + 1u] = ahead.values[step][1];
+                }
+            }
+            workgroupBarrier();
+            if tile + BLOCK_K < run_len {
+                ahead = load_tile(table, kv_head, tile + BLOCK_K, run_len, thread);
+            }
+
+            var products: array<coop_mat16x16<f32, C>, FRAGMENTS_K>;
+#repeat j FRAGMENTS_K
+            products[j] = coop_mat16x16<f32, C>();
+#endrepeat
+#repeat d FRAGMENTS_D
+#repeat j FRAGMENTS_K
+            let start = j * 16u * KV_STRIDE + d * 4u;
+            let b = coopLoad<coop_mat16x16<f16, B>>(&k_tile[start], KV_STRIDE);
+            products[j] = coopMultiplyAdd(queries[d], b, products[j]);
+#endrepeat
+#endrepeat
+#repeat j FRAGMENTS_K
+            let to = first_own * S_STRIDE + j * 4u;
+            coopStoreT(products[j], &s_tile[to], S_STRIDE);
+#endrepeat
+            workgroupBarrier();
+
+            var scores: array<vec4<f32>, QUADS>;
+            var highest = LOWEST;
+            for (var i = 0u; i < QUADS; i++) {
+                let quad = i * ROW_LANES + own_lane;
+                let key = vec4<u32>(tile + 4u * quad) + vec4<u32>(0u, 1u, 2u, 3u);
+                scores[i] = select(vec4<f32>(LOWEST), s_tile[own_row * S_STRIDE + quad], key < vec4<u32>(limit));
+                let pair = max(scores[i].xy, scores[i].zw);
+                highest = max(highest, max(pair.x, pair.y));
+            }
+            for (var step = 0u; step < ROW_LANES_LOG2; step++) {
+                highest = max(highest, subgroupShuffleXor(highest, 1u << step));
+            }
+            if highest > reference + LAG {
+                exceeded = 1u;
+            }
+            if workgroupUniformLoad(&exceeded) != 0u {
+                let moved = max(reference, highest);
+                let keep = exp2(reference - moved);
+                reference = moved;
+                mass *= keep;
+#repeat part PASSES
+#repeat j PASS
+                let to = first_own * S_STRIDE + j * 4u;
+                coopStoreT(sums[part * PASS + j], &s_tile[to], S_STRIDE);
+#endrepeat
+                workgroupBarrier();
+                for (var quad = own_lane; quad < PASS * 4u; quad += ROW_LANES) {
+                    s_tile[own_row * S_STRIDE + quad] *= keep;
+                }
+                workgroupBarrier();
+#repeat j PASS
+                let start = first_own * S_STRIDE + j * 4u;
+                sums[part * PASS + j] = coopLoadT<coop_mat16x16<f32, C>>(&s_tile[start], S_STRIDE);
+#endrepeat
+                workgroupBarrier();
+#endrepeat
+                if thread == 0u {
+                    exceeded = 0u;
+                }
+            }
+            for (var i = 0u; i < QUADS; i++) {
+                let quad = i * ROW_LANES + own_lane;
+                let key = vec4<u32>(tile + 4u * quad) + vec4<u32>(0u, 1u, 2u, 3u);
+                // A row without any key so far has the reference LOWEST, so the mask decides, not the power.
+                let p = select(vec4<f32>(0.0), exp2(scores[i] - vec4<f32>(reference)), key < vec4<u32>(limit));
+                mass += dot(p, vec4<f32>(1.0));
+                p_tile[own_row * P_STRIDE + quad] = vec4<f16>(p);
+            }
+            workgroupBarrier();
+
+#repeat k FRAGMENTS_K
+            let weights_from = first_own * P_STRIDE + k * 4u;
+            let a = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[weights_from], P_STRIDE);
+#repeat d FRAGMENTS_D
+            let start = k * 16u * KV_STRIDE + d * 4u;
+            let b = coopLoadT<coop_mat16x16<f16, B>>(&v_tile[start], KV_STRIDE);
+            sums[d] = coopMultiplyAdd(a, b, sums[d]);
+#endrepeat
+#endrepeat
+            // The next step overwrites the tiles.
+            workgroupBarrier();
+        }
+    }
+
+    for (var step = 0u; step < ROW_LANES_LOG2; step++) {
+        mass += subgroupShuffleXor(mass, 1u << step);
+    }
+    let inverse = 1.0 / max(mass, 1e-30);
+#repeat part PASSES
+#repeat j PASS
+    let to = first_own * S_STRIDE + j * 4u;
+    coopStoreT(sums[part * PASS + j], &s_tile[to], S_STRIDE);
+#endrepeat
+    workgroupBarrier();
+    if own_row < num_rows {
+        let first = ((first_row + own_row) * NUM_ATTENTION_HEADS + head) * 2u * HEAD_UNITS + part * PASS * 4u;
+        for (var quad = own_lane; quad < PASS * 4u; quad += ROW_LANES) {
+            out[first + quad] = s_tile[own_row * S_STRIDE + quad] * inverse;
+        }
+    }
+    workgroupBarrier();
+#endrepeat
+}
+#else
 const COLUMNS_LOG2: u32 = firstTrailingBit(COLUMNS);
 const THREAD_UNITS: u32 = (HEAD_UNITS + COLUMNS - 1u) / COLUMNS;
 const Q_STRIDE: u32 = 2u * CHUNK_UNITS;
@@ -125,13 +385,7 @@ fn main(
     if active_rows[first_row].row == NONE {
         return;
     }
-    var num_rows = BLOCK_Q;
-    if active_rows[first_row + BLOCK_Q - 1u].row == NONE {
-        num_rows = 1u;
-        while active_rows[first_row + num_rows].row != NONE {
-            num_rows += 1u;
-        }
-    }
+    let num_rows = count_rows(first_row);
     let column = thread % COLUMNS;
     let thread_row = thread / COLUMNS * 4u;
 
@@ -148,13 +402,7 @@ fn main(
     // Rows of one sequence after the other: each run has its own keys, and no weight for the other rows.
     for (var run = 0u; run < num_rows;) {
         let table = active_rows[first_row + run].kv_table;
-        var run_end = num_rows;
-        if active_rows[first_row + num_rows - 1u].kv_table != table {
-            run_end = run + 1u;
-            while active_rows[first_row + run_end].kv_table == table {
-                run_end += 1u;
-            }
-        }
+        let run_end = end_of_run(first_row, num_rows, run);
         let run_len = active_rows[first_row + run_end - 1u].kv_len;
         var limits = vec4<u32>(0u);
         for (var r = 0u; r < 4u; r++) {
@@ -270,3 +518,4 @@ fn main(
         }
     }
 }
+#endif

@@ -26,7 +26,7 @@
 //           the epilogue; KV_F16: QKV into f16 caches
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
-//           4 * SPLIT_K * (TILE_M / FRAGMENTS_M) * (TILE_N + 4), with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
+//           1280 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
 //           4 * TILE_M more
 // Numerics  f32; sums in ascending k, slices added in ascending order. NORM: the product of x * norm_weight is divided
 //           by the root mean square. COOPERATIVE: x, or x * norm_weight, and w are rounded to f16, infinite above
@@ -192,10 +192,10 @@ fn stage_w(n: u32, unit: u32, value: LoadUnit) {
 }
 
 // Who holds which element of a matrix is the driver's secret: sums reach the epilogue through workgroup memory, one
-// row of fragments of each subgroup at a time.
-const RESULT_ROWS: u32 = SUBGROUPS_M * 16u;
-const RESULT_STRIDE: u32 = TILE_N + 4u;
-const RESULTS: u32 = SPLIT_K * RESULT_ROWS * RESULT_STRIDE;
+// fragment of each subgroup at a time.
+const RESULT_STRIDE: u32 = 20u;
+const RESULT: u32 = 16u * RESULT_STRIDE;
+const RESULTS: u32 = SPLIT_K * SLICE * RESULT;
 #else
 const STRIDE: u32 = TILE_K / 4u + 1u;
 const W_TILE: u32 = TILE_M * STRIDE;
@@ -434,29 +434,31 @@ fn main(
 #if COOPERATIVE
 #repeat m FRAGMENTS_M
 #repeat j FRAGMENTS_N
-    let to = (slice * RESULT_ROWS + first_m / FRAGMENTS_M) * RESULT_STRIDE + first_n + j * 16u;
+    let to = subgroup * RESULT;
     coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[to], RESULT_STRIDE);
-#endrepeat
     workgroupBarrier();
-    for (var at = thread; at < RESULT_ROWS * TILE_N / 2u; at += THREADS) {
-        let row = at / (TILE_N / 2u);
-        let n = at % (TILE_N / 2u) * 2u;
-        let tile_row = (row / 16u * FRAGMENTS_M + m) * 16u + row % 16u;
+    for (var at = thread; at < SLICE * 128u; at += THREADS) {
+        let fragment = at / 128u;
+        let row = at % 128u / 8u;
+        let tile_row = (fragment / SUBGROUPS_N * FRAGMENTS_M + m) * 16u + row;
+        let n = (fragment % SUBGROUPS_N * FRAGMENTS_N + j) * 16u + at % 8u * 2u;
         let entry = active_rows[first_entry + tile_row];
         if entry.row != NONE && first_column + n < params.num_outputs {
             var v = vec2<f32>();
             for (var s = 0u; s < SPLIT_K; s++) {
-                let start = (s * RESULT_ROWS + row) * RESULT_STRIDE + n;
+                let start = (s * SLICE + fragment) * RESULT + row * RESULT_STRIDE + at % 8u * 2u;
                 v += vec2<f32>(scratch[start], scratch[start + 1u]);
             }
 #if NORM
             v *= factors[tile_row];
 #endif
-            epilogue(first_entry + tile_row, entry, params.first_output + first_column + n, v);
+            let o = params.first_output + first_column + n;
+            epilogue(first_entry + tile_row, entry, o, v, operands(entry, o));
         }
     }
-    // The next row of fragments overwrites the results.
+    // The next fragment overwrites the results.
     workgroupBarrier();
+#endrepeat
 #endrepeat
 #else
 #if STAGED
@@ -495,7 +497,7 @@ fn main(
 #if NORM
                 v *= factors[tile_row];
 #endif
-                epilogue(i, entry, params.first_output + o, v);
+                epilogue(i, entry, params.first_output + o, v, operands(entry, params.first_output + o));
             }
         }
     }

@@ -19,7 +19,7 @@
 //           CHUNK units staged or held at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH steps of weights in flight before the
 //           activation is ready; TEXELS: w in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a multiple of LANES,
 //           STEPS = CHUNK / LANES; PARTS = UNIT / 8; LOG2_LANES; NORM, or MERGE of SPLITS partials, or
-//           neither; X_BY_ROW; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the
+//           neither; X_BY_ROW; SINGLE: streams have one row; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the
 //           subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of
 //           GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the
 //           epilogue; KV_F16: QKV into f16 caches
@@ -252,6 +252,15 @@ fn lane_sum(value: f32, thread: u32, lane: u32) -> f32 {
 }
 #endif
 
+fn list_entry(i: u32) -> ActiveRow {
+    var entry = active_rows[i];
+#if SINGLE
+    // Streams of one row have no other, and a list without it dispatches nothing: x need not wait for the list.
+    entry.row = 0u;
+#endif
+    return entry;
+}
+
 // The activation's elements 4c..4c+3 for list entry i, before any scaling by the norm.
 fn load_x(i: u32, entry: ActiveRow, c: u32) -> vec4<f32> {
 #if MERGE
@@ -326,7 +335,7 @@ fn main(
             // Held for all blocks where one chunk is the whole row.
             if block == 0u || CHUNK < UNITS {
                 for (var m = 0u; m < ROWS; m++) {
-                    let entry = active_rows[first_entry + m];
+                    let entry = list_entry(first_entry + m);
                     for (var h = 0u; h < STEPS; h++) {
 #repeat part PARTS
                         let c = 2u * (PARTS * (base + h * LANES + lane) + part);
@@ -386,9 +395,10 @@ fn main(
         }
 #endif
         for (var m = 0u; m < ROWS; m++) {
-            let entry = active_rows[first_entry + m];
+            let entry = list_entry(first_entry + m);
             if entry.row != NONE && mine < params.num_outputs {
-                epilogue(first_entry + m, entry, params.first_output + mine, sums[m] * factor[m]);
+                let o = params.first_output + mine;
+                epilogue(first_entry + m, entry, o, sums[m] * factor[m], operands(entry, o));
             }
         }
     }
@@ -410,6 +420,7 @@ fn main(
     }
 #endif
 
+    var read: array<Operands, ROWS * PAIRS>;
     for (var base = 0u; base < UNITS; base += CHUNK) {
         let units = min(CHUNK, UNITS - base);
         var ahead: array<LoadedUnit, PREFETCH * OUTPUTS>;
@@ -419,8 +430,19 @@ fn main(
                 ahead[p * OUTPUTS + o] = fetch(min(first_pair * 2u + o, last_row), base + unit);
             }
         }
+        if base == 0u {
+            for (var m = 0u; m < ROWS; m++) {
+                let entry = list_entry(first_entry + m);
+                for (var p = 0u; p < PAIRS; p++) {
+                    let o = 2u * (first_pair + p);
+                    if entry.row != NONE && o < params.num_outputs {
+                        read[m * PAIRS + p] = operands(entry, params.first_output + o);
+                    }
+                }
+            }
+        }
         for (var m = 0u; m < ROWS; m++) {
-            let entry = active_rows[first_entry + m];
+            let entry = list_entry(first_entry + m);
             for (var c = thread; c < units * PARTS * 2u; c += THREADS) {
                 let at = base * PARTS * 2u + c;
                 var value = vec4<f32>();
@@ -500,13 +522,13 @@ fn main(
         }
         factor = inverseSqrt(lane_sum(total, thread, lane) / f32(IN_FEATURES) + params.eps);
 #endif
-        let entry = active_rows[first_entry + m];
+        let entry = list_entry(first_entry + m);
         for (var p = 0u; p < PAIRS; p++) {
             let a = lane_sum(sums[m * OUTPUTS + 2u * p], thread, lane);
             let b = lane_sum(sums[m * OUTPUTS + 2u * p + 1u], thread, lane);
             let o = 2u * (first_pair + p);
             if lane == 0u && entry.row != NONE && o < params.num_outputs {
-                epilogue(first_entry + m, entry, params.first_output + o, vec2<f32>(a, b) * factor);
+                epilogue(first_entry + m, entry, params.first_output + o, vec2<f32>(a, b) * factor, read[m * PAIRS + p]);
             }
         }
     }

@@ -3,6 +3,7 @@
 //! A plan has no branches and takes no arguments: what varies from step to step (tokens, positions, counts)
 //! lies in device buffers, and grids that depend on a count are indirect. The host branches by choosing a plan.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{KernelError, Result};
@@ -95,8 +96,13 @@ impl Plan {
     }
 
     /// Encodes all steps, in one compute pass unless copies stand between dispatches.
-    pub(crate) fn encode(&self, encoder: &mut wgpu::CommandEncoder) {
-        Self::encode_steps(&self.steps, encoder);
+    pub(crate) fn encode(&self, encoder: &mut wgpu::CommandEncoder, steps: Range<usize>) {
+        Self::encode_steps(&self.steps[steps], encoder);
+    }
+
+    /// Number of steps, copies included.
+    pub(crate) fn num_steps(&self) -> usize {
+        self.steps.len()
     }
 
     /// As [`Plan::encode`], with passes that end where parts end. Part i lies between queries `first + i` and
@@ -132,7 +138,7 @@ impl Plan {
         &self,
         encoder: &mut wgpu::CommandEncoder,
         queries: &wgpu::QuerySet,
-        range: std::ops::Range<usize>,
+        range: Range<usize>,
     ) {
         let dispatches = self.steps.iter().filter(|step| matches!(step, Step::Dispatch { .. }));
         for (i, step) in dispatches.skip(range.start).take(range.len()).enumerate() {

@@ -25,7 +25,23 @@ impl<'g> Submission<'g> {
 
     /// Appends all steps of `plan`.
     pub fn plan(&mut self, plan: &Plan) -> &mut Self {
-        plan.encode(&mut self.encoder);
+        plan.encode(&mut self.encoder, 0..plan.num_steps());
+        self
+    }
+
+    /// Appends all steps of `plan` and hands what there is to the device, piece by piece: one that idles begins with the
+    /// first steps while the others are still being recorded.
+    pub fn plan_at_once(&mut self, plan: &Plan) -> &mut Self {
+        const FIRST_PIECE: usize = 16;
+        let (mut start, mut piece) = (0, FIRST_PIECE);
+        while start < plan.num_steps() {
+            let end = plan.num_steps().min(start + piece);
+            plan.encode(&mut self.encoder, start..end);
+            let next = Self::new(self.gpu);
+            std::mem::replace(self, next).submit();
+            // Each piece costs a submit, and the device is busy with all before it.
+            (start, piece) = (end, 3 * piece);
+        }
         self
     }
 

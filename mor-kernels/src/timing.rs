@@ -15,7 +15,7 @@ pub fn device_micros(gpu: &Gpu, plan: &Plan, repetitions: u32) -> Result<f64> {
     let stamps = stamps(gpu, 2, |encoder, queries| {
         encoder.write_timestamp(queries, 0);
         for _ in 0..repetitions {
-            plan.encode(encoder);
+            plan.encode(encoder, 0..plan.num_steps());
         }
         encoder.write_timestamp(queries, 1);
     })?;

@@ -157,7 +157,9 @@ fn add_attention(list: &mut List) {
         for kv_dtype in [DType::F32, DType::F16] {
             for kv_table in [KvTable::Pages, KvTable::Slots] {
                 let shape = AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table };
-                list.add(&AttentionPrefill::new(shape));
+                for half_products in [false, true] {
+                    list.add(&AttentionPrefill::new(shape, half_products));
+                }
                 for num_splits in [1, 2, 8] {
                     list.add(&AttentionDecode::new(shape, num_splits, &list.caps));
                 }
@@ -196,7 +198,9 @@ fn add_linear_decode(list: &mut List) {
     for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 2 }] {
         for epilogue in EpilogueKind::ALL {
             for dtype in WEIGHT_DTYPES {
-                list.add(&LinearDecode::new(&list.caps, 960, dtype, prologue, epilogue, 1));
+                let kernel = LinearDecode::new(&list.caps, 960, dtype, prologue, epilogue, 1);
+                list.add(&kernel);
+                list.add(&LinearDecode { single_row: true, ..kernel });
             }
         }
     }

@@ -967,7 +967,8 @@ impl<'a> Recorder<'a> {
             }
             None => {
                 let bindings = AttentionPrefillBindings { rows, q, keys, values, kv_table, out: &step.attention };
-                AttentionPrefill::new(shape).record(plan, bindings, AttentionPrefillParams { scale })?;
+                let half_products = self.model.precision == Precision::F16;
+                AttentionPrefill::new(shape, half_products).record(plan, bindings, AttentionPrefillParams { scale })?;
                 Ok(Input::Compact { x: &step.attention })
             }
         }
@@ -1020,8 +1021,9 @@ impl<'a> Recorder<'a> {
                 Product::FewRows { max_rows } => {
                     let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
                     let kinds = (prologue.kind(), epilogue.kind());
-                    LinearDecode::new(plan.gpu().caps(), in_features, weight.dtype, kinds.0, kinds.1, max_rows)
-                        .record(plan, &bindings, &params)?;
+                    let kernel =
+                        LinearDecode::new(plan.gpu().caps(), in_features, weight.dtype, kinds.0, kinds.1, max_rows);
+                    LinearDecode { single_row: self.step.capacity == 1, ..kernel }.record(plan, &bindings, &params)?;
                 }
                 Product::ManyRows { tile, .. } => {
                     let bindings = LinearBindings { rows, weight: &shard.tensor, prologue, epilogue };

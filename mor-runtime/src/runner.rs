@@ -308,7 +308,7 @@ impl Runner {
         }
         let mut depths = None;
         if let Some((plan, tensors)) = &prefill {
-            submission.plan(plan);
+            submission.plan_at_once(plan);
             depths = Some(submission.read(&tensors.depth, 0, 4 * fed as u64)?);
         }
         for _ in 0..work.ticks {

@@ -601,7 +601,9 @@ impl Scheduler {
 
     /// Lets sequences that have read their prompts decode.
     fn decode(&mut self, step: &mut Step) {
-        let ticks = self.options.ticks;
+        // Whose prompts were just read wait for their first tokens, and nobody else for more.
+        let all_begin = self.slots.iter().flatten().all(|running| !running.decodes);
+        let ticks = if all_begin && self.options.ticks_of_token == 1 { 1 } else { self.options.ticks };
         let mut any = false;
         for (slot, running) in self.slots.iter_mut().enumerate() {
             let Some(running) = running else { continue };

@@ -61,8 +61,42 @@ fn erf(x: f32) -> f32 {
 }
 #endif
 
-// `i` place in the row list, `entry` = active_rows[i], `o` even column of the whole output, `v` columns o and o + 1.
-fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>) {
+// What the epilogue reads, fetched apart so that a kernel can have it on its way while it multiplies.
+struct Operands {
+    // RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN: the residual; QKV: cosine and sine.
+    pair: vec2<f32>,
+    // BLOCK_END_EXPERT, BLOCK_END_TOKEN: the stream that the gated result is added to, and the gate.
+    hidden: vec2<f32>,
+    gate: f32,
+}
+
+// `entry` of the row list, not one past its end; `o` even column of the whole output.
+fn operands(entry: ActiveRow, o: u32) -> Operands {
+    var read = Operands();
+#if RESIDUAL
+    read.pair = residual[(entry.row * params.out_stride + o) / 2u];
+#endif
+#if BLOCK_END_EXPERT
+    read.pair = residual[(entry.row * params.out_stride + o) / 2u];
+    read.hidden = out[(entry.row * params.out_stride + o) / 2u];
+    read.gate = gates[entry.row];
+#endif
+#if BLOCK_END_TOKEN
+    read.pair = residual[(entry.row * params.out_stride + o) / 2u];
+    read.hidden = out[(entry.row * params.out_stride + o) / 2u];
+    read.gate = gates[entry.row];
+#endif
+#if QKV
+    if o < params.q_dim + params.kv_dim {
+        read.pair = rope[entry.position * (params.head_dim / 2u) + (o % params.head_dim) / 2u];
+    }
+#endif
+    return read;
+}
+
+// `i` place in the row list, `entry` = active_rows[i], `o` even column of the whole output, `v` columns o and o + 1,
+// `read` = operands(entry, o).
+fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>, read: Operands) {
 #if STORE
     out[(i * params.out_stride + o) / 2u] = v * params.scale;
 #endif
@@ -73,9 +107,9 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>) {
 #endif
 #if RESIDUAL
     let at = (entry.row * params.out_stride + o) / 2u;
-    out[at] = residual[at] + v;
+    out[at] = read.pair + v;
 #if RESIDUAL_COPY
-    copy[at] = residual[at] + v;
+    copy[at] = read.pair + v;
 #endif
 #endif
 #if SWIGLU
@@ -85,22 +119,21 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>) {
 #if BLOCK_END_EXPERT
     if entry.end == END_GATED {
         let at = (entry.row * params.out_stride + o) / 2u;
-        out[at] += select(gates[entry.row], 1.0, params.additive != 0u) * (residual[at] + v);
+        out[at] = read.hidden + select(read.gate, 1.0, params.additive != 0u) * (read.pair + v);
     }
 #endif
 #if BLOCK_END_TOKEN
     let at = (entry.row * params.out_stride + o) / 2u;
-    let y = residual[at] + v;
+    let y = read.pair + v;
     if entry.end == END_GATED {
-        out[at] += select(gates[entry.row], 1.0, params.additive != 0u) * y;
+        out[at] = read.hidden + select(read.gate, 1.0, params.additive != 0u) * y;
     } else {
         running[at] = y;
     }
 #endif
 #if QKV
     if o < params.q_dim + params.kv_dim {
-        let half_dim = params.head_dim / 2u;
-        let angle = rope[entry.position * half_dim + (o % params.head_dim) / 2u];
+        let angle = read.pair;
         let rotated = vec2<f32>(v.x * angle.x - v.y * angle.y, v.y * angle.x + v.x * angle.y);
         if o < params.q_dim {
             out[(i * params.q_dim + o) / 2u] = rotated;

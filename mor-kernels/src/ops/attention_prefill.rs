@@ -7,7 +7,7 @@ use crate::ops::attention_decode::{AttentionShape, describe};
 use crate::plan::{Grid, PlanBuilder};
 use crate::rows::RowSet;
 use crate::shader::Definitions;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Attention of many rows: every (tile of rows, query head) is a workgroup.
 ///
@@ -20,6 +20,8 @@ use crate::tensor::Tensor;
 pub struct AttentionPrefill {
     /// Heads and cache.
     pub shape: AttentionShape,
+    /// Whether queries and weights may be rounded to f16, where the device has cooperative matrices and the cache holds f16.
+    pub half_products: bool,
 }
 
 /// Constants of a call. Mirrors `struct Params` of the shader.
@@ -48,19 +50,33 @@ pub struct AttentionPrefillBindings<'a> {
 }
 
 /// Sizes of the tiles of a specialisation.
-struct Tiles {
-    /// Rows of a workgroup.
-    block_q: u32,
-    /// Threads that share rows; the keys of a tile are four times as many.
-    columns: u32,
-    /// Units of 8 elements staged at a time.
-    chunk_units: u32,
+#[derive(Clone, Copy)]
+enum Tiles {
+    /// f32 in registers.
+    Staged {
+        /// Rows of a workgroup.
+        block_q: u32,
+        /// Threads that share rows; the keys of a tile are four times as many.
+        columns: u32,
+        /// Units of 8 elements staged at a time.
+        chunk_units: u32,
+    },
+    /// Cooperative matrices, 16 rows a subgroup.
+    Cooperative {
+        /// Keys of a tile.
+        block_k: u32,
+    },
 }
 
+/// Subgroups of a workgroup that multiplies cooperative matrices.
+const SUBGROUPS: u32 = 4;
+/// Rows, columns and depth of the matrices that a subgroup multiplies.
+const FRAGMENT: u32 = 16;
+
 impl AttentionPrefill {
-    /// The kernel for `shape`.
-    pub fn new(shape: AttentionShape) -> Self {
-        Self { shape }
+    /// The kernel for `shape`; `half_products` allows queries and weights to be rounded to f16.
+    pub fn new(shape: AttentionShape, half_products: bool) -> Self {
+        Self { shape, half_products }
     }
 
     /// Records the kernel over all active rows.
@@ -83,41 +99,85 @@ impl AttentionPrefill {
                 expected: format!("at least {num_elems} elements"),
             });
         }
-        let block_q = self.tiles(plan.gpu().caps()).block_q;
+        let block_q = self.tiles(plan.gpu().caps()).block_q();
         plan.dispatch(self, &b, &p, Grid::rows(b.rows, self.shape.num_attention_heads, block_q))
     }
 
     /// Workgroups for `num_rows` rows on a device with `caps`.
     pub fn grid(&self, num_rows: u32, caps: &DeviceCaps) -> [u32; 3] {
-        [self.shape.num_attention_heads, num_rows.div_ceil(self.tiles(caps).block_q), 1]
+        [self.shape.num_attention_heads, num_rows.div_ceil(self.tiles(caps).block_q()), 1]
     }
 
-    /// The largest tiles that fit, and their bytes of workgroup memory.
+    /// The largest tiles that fit.
     fn tiles(&self, caps: &DeviceCaps) -> Tiles {
         let units = self.shape.head_units();
+        let most = caps.max_workgroup_storage_bytes;
+        let cooperative = [64, 32].map(|block_k| Tiles::Cooperative { block_k });
+        let halves = self.half_products
+            && caps.cooperative_matrices
+            && self.shape.kv_dtype == DType::F16
+            && self.shape.head_dim.is_multiple_of(FRAGMENT)
+            && caps
+                .subgroup_sizes
+                .is_some_and(|(width, _)| (FRAGMENT..=caps.max_workgroup_size / SUBGROUPS).contains(&width));
+        if let Some(tiles) = cooperative.into_iter().find(|tiles| halves && self.storage_bytes(*tiles, caps) <= most) {
+            return tiles;
+        }
         // A thread's sums are 32 * units / columns floats, so wide heads need more columns.
         let (columns, most_units) = if units <= 16 { (8, 8) } else { (16, 4) };
         let chunks = |most: u32| units.div_ceil(units.div_ceil(most));
-        let large = Tiles { block_q: 32, columns, chunk_units: chunks(most_units) };
-        if self.storage_bytes(&large, caps) <= caps.max_workgroup_storage_bytes {
+        let large = Tiles::Staged { block_q: 32, columns, chunk_units: chunks(most_units) };
+        if self.storage_bytes(large, caps) <= most {
             return large;
         }
         // What WebGPU guarantees, 16 KiB.
-        Tiles { block_q: 16, columns, chunk_units: chunks(if columns == 8 { 8 } else { 3 }) }
+        Tiles::Staged { block_q: 16, columns, chunk_units: chunks(if columns == 8 { 8 } else { 3 }) }
     }
 
-    fn storage_bytes(&self, tiles: &Tiles, caps: &DeviceCaps) -> u32 {
-        let Tiles { block_q, columns, chunk_units } = *tiles;
-        let block_k = 4 * columns;
-        let q = block_q * 2 * chunk_units;
-        let k = block_k * (2 * chunk_units + 1);
-        let p = block_q * columns;
-        let exchange = if self.uses_subgroups(tiles, caps) { 0 } else { block_q / 4 * columns };
-        16 * (q + k + p + exchange) + 4 * 2 * block_k
+    /// Workgroup memory, in bytes.
+    fn storage_bytes(&self, tiles: Tiles, caps: &DeviceCaps) -> u32 {
+        match tiles {
+            Tiles::Staged { block_q, columns, chunk_units } => {
+                let block_k = 4 * columns;
+                let q = block_q * 2 * chunk_units;
+                let k = block_k * (2 * chunk_units + 1);
+                let p = block_q * columns;
+                let exchange = if tiles.uses_subgroups(caps) { 0 } else { block_q / 4 * columns };
+                16 * (q + k + p + exchange) + 4 * 2 * block_k
+            }
+            Tiles::Cooperative { block_k } => {
+                let (block_q, units) = (tiles.block_q(), self.shape.head_units());
+                let kv = 2 * block_k * (2 * units + 2);
+                let p = block_q * ((2 * units).max(block_k / 4) + 2);
+                let scores = block_q * (block_k / 4 + 2);
+                8 * (kv + p) + 16 * scores + 4
+            }
+        }
+    }
+}
+
+impl Tiles {
+    /// Rows of a workgroup.
+    fn block_q(self) -> u32 {
+        match self {
+            Tiles::Staged { block_q, .. } => block_q,
+            Tiles::Cooperative { .. } => FRAGMENT * SUBGROUPS,
+        }
     }
 
-    fn uses_subgroups(&self, tiles: &Tiles, caps: &DeviceCaps) -> bool {
-        matches!(caps.lanes(), Lanes::Subgroup { width } if tiles.columns <= width)
+    /// Keys of a tile.
+    fn block_k(self) -> u32 {
+        match self {
+            Tiles::Staged { columns, .. } => 4 * columns,
+            Tiles::Cooperative { block_k } => block_k,
+        }
+    }
+
+    fn uses_subgroups(self, caps: &DeviceCaps) -> bool {
+        match (self, caps.lanes()) {
+            (Tiles::Staged { columns, .. }, Lanes::Subgroup { width }) => columns <= width,
+            _ => false,
+        }
     }
 }
 
@@ -128,16 +188,32 @@ impl Kernel for AttentionPrefill {
 
     fn definitions(&self, caps: &DeviceCaps) -> Definitions {
         let tiles = self.tiles(caps);
-        let num_chunks = self.shape.head_units().div_ceil(tiles.chunk_units);
-        self.shape
-            .definitions()
-            .u32("WORKGROUP_SIZE", tiles.block_q / 4 * tiles.columns)
-            .u32("BLOCK_Q", tiles.block_q)
-            .u32("COLUMNS", tiles.columns)
-            .u32("CHUNK_UNITS", tiles.chunk_units)
-            .u32("NUM_CHUNKS", num_chunks)
-            .flag("ONE_CHUNK", num_chunks == 1)
-            .flag("SUBGROUP", self.uses_subgroups(&tiles, caps))
+        let definitions = self.shape.definitions().u32("BLOCK_Q", tiles.block_q()).u32("BLOCK_K", tiles.block_k());
+        match tiles {
+            Tiles::Staged { block_q, columns, chunk_units } => {
+                let num_chunks = self.shape.head_units().div_ceil(chunk_units);
+                definitions
+                    .u32("WORKGROUP_SIZE", block_q / 4 * columns)
+                    .u32("COLUMNS", columns)
+                    .u32("CHUNK_UNITS", chunk_units)
+                    .u32("NUM_CHUNKS", num_chunks)
+                    .flag("ONE_CHUNK", num_chunks == 1)
+                    .flag("SUBGROUP", tiles.uses_subgroups(caps))
+            }
+            Tiles::Cooperative { block_k } => {
+                let width = caps.subgroup_sizes.map_or(1, |(width, _)| width);
+                let (of_head, of_tile) = (self.shape.head_dim / FRAGMENT, block_k / FRAGMENT);
+                let pass = (1..=of_tile).rev().find(|pass| of_head.is_multiple_of(*pass)).unwrap_or(1);
+                definitions
+                    .u32("WORKGROUP_SIZE", SUBGROUPS * width)
+                    .u32("SUBGROUP_WIDTH", width)
+                    .u32("FRAGMENTS_D", of_head)
+                    .u32("FRAGMENTS_K", of_tile)
+                    .u32("PASS", pass)
+                    .u32("PASSES", of_head / pass)
+                    .flag("COOPERATIVE", true)
+            }
+        }
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
@@ -152,7 +228,7 @@ impl Kernel for AttentionPrefill {
     }
 
     fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32 {
-        self.storage_bytes(&self.tiles(caps), caps)
+        self.storage_bytes(self.tiles(caps), caps)
     }
 }
 
@@ -161,16 +237,24 @@ mod tests {
     use super::*;
     use crate::gpu::Gpu;
     use crate::oracle::attention_decode::AttentionInputs;
-    use crate::oracle::attention_prefill::attention_prefill;
+    use crate::oracle::attention_prefill::{attention_prefill, half_queries};
     use crate::parity::{self, Rng, Tolerance};
     use crate::rows::KvTable;
-    use crate::tensor::DType;
 
     fn check(gpu: &Gpu, what: &str, shape: AttentionShape, inputs: &AttentionInputs, tolerance: Tolerance) {
-        let n = inputs.active.len();
+        check_kernel(gpu, what, AttentionPrefill::new(shape, false), inputs, tolerance);
+        let kernel = AttentionPrefill::new(shape, true);
+        if matches!(kernel.tiles(gpu.caps()), Tiles::Cooperative { .. }) {
+            let rounded = AttentionInputs { q: half_queries(&inputs.q, shape.scale()), ..inputs.clone() };
+            // What is left are the weights, each rounded once.
+            check_kernel(gpu, &format!("{what} halves"), kernel, &rounded, Tolerance::F16);
+        }
+    }
+
+    fn check_kernel(gpu: &Gpu, what: &str, kernel: AttentionPrefill, inputs: &AttentionInputs, tolerance: Tolerance) {
+        let (shape, n) = (kernel.shape, inputs.active.len());
         let out = parity::Output::new(gpu, n * (shape.num_attention_heads * shape.head_dim) as usize);
         let tensors = inputs.upload(gpu, &shape);
-        let kernel = AttentionPrefill::new(shape);
         let bindings = AttentionPrefillBindings {
             rows: &tensors.rows,
             q: &tensors.q,

@@ -17,9 +17,13 @@ const FRAGMENT: u32 = 16;
 
 /// Fields of [`LinearTile::Cooperative`] in their order, and the workgroups an output must have to be worth the tile, which
 /// is to say the GPU filled: measured on an H200, see `benches/runs`.
-const COOPERATIVE_TILES: [([u32; 7], u32); 7] = [
-    ([128, 64, 64, 4, 2, 1, 1], 96),
-    ([64, 128, 64, 2, 4, 1, 1], 96),
+const COOPERATIVE_TILES: [([u32; 7], u32); 11] = [
+    ([128, 128, 64, 4, 2, 1, 1], 264),
+    ([128, 192, 32, 2, 4, 1, 1], 96),
+    ([128, 64, 64, 4, 2, 1, 1], 110),
+    ([64, 128, 64, 2, 2, 2, 1], 96),
+    ([64, 96, 64, 2, 2, 2, 1], 96),
+    ([64, 64, 64, 2, 2, 2, 1], 96),
     ([32, 64, 128, 1, 2, 4, 1], 96),
     ([32, 32, 256, 1, 2, 4, 1], 96),
     ([16, 32, 128, 1, 2, 4, 4], 160),
@@ -248,8 +252,8 @@ impl LinearTile {
         let factors = if norm { 4 * tile_m } else { 0 };
         factors
             + match self {
-                LinearTile::Cooperative { subgroups_m, split_k, .. } => {
-                    let results = 4 * split_k * subgroups_m * FRAGMENT * (tile_n + 4);
+                LinearTile::Cooperative { subgroups_m, subgroups_n, split_k, .. } => {
+                    let results = 4 * split_k * subgroups_m * subgroups_n * FRAGMENT * (FRAGMENT + 4);
                     8 * (tile_m + tile_n) * (tile_k / 4 + 2) + results.max(squares)
                 }
                 _ => 16 * (tile_m + tile_n) * (tile_k / 4 + 1) + squares,

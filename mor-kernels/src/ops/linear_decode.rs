@@ -105,6 +105,8 @@ pub struct LinearDecode {
     pub pairs: u32,
     /// Groups of lanes of a workgroup.
     pub groups: u32,
+    /// Whether the streams have one row, so that it need not be looked up.
+    pub single_row: bool,
 }
 
 /// Tensors of a call.
@@ -131,8 +133,18 @@ impl LinearDecode {
         max_rows: u32,
     ) -> Self {
         let rows = max_rows.next_power_of_two().clamp(1, 8);
-        let mut kernel =
-            Self { in_features, weight_dtype, prologue, epilogue, rows, unit: 8, lanes: 1, pairs: 1, groups: 1 };
+        let mut kernel = Self {
+            in_features,
+            weight_dtype,
+            prologue,
+            epilogue,
+            rows,
+            unit: 8,
+            lanes: 1,
+            pairs: 1,
+            groups: 1,
+            single_row: false,
+        };
         let width = caps.lanes().width();
         let wide = match weight_dtype {
             DType::Q8 => 16,
@@ -203,8 +215,12 @@ impl Kernel for LinearDecode {
         let (lanes, parts) = (self.lanes, self.unit / 8);
         let chunk = self.chunk(caps) / parts;
         let steps = chunk.div_ceil(lanes);
-        // More rows need the registers for sums.
-        let prefetch = steps.min(if self.rows == 1 { 8 } else { 2 });
+        // What registers hold beside the sums of the rows.
+        let prefetch = steps.min(match (self.rows, self.weight_dtype) {
+            (1, DType::F32) => 8,
+            (1, _) => 14,
+            _ => 2,
+        });
         let exact = caps.lanes().uses_subgroups() && caps.subgroup_sizes == Some((lanes, lanes));
         let splits = if let PrologueKind::Merge { num_splits } = self.prologue { num_splits } else { 1 };
         let definitions = Definitions::new()
@@ -222,6 +238,7 @@ impl Kernel for LinearDecode {
             .u32("STEPS", steps)
             .u32("TEXEL_ROW", TEXEL_ROW)
             .flag("TEXELS", caps.is_cpu)
+            .flag("SINGLE", self.single_row)
             .u32("SPLITS", splits)
             .flag("SUBGROUP", caps.lanes().uses_subgroups())
             .flag("SUBGROUP_EXACT", exact)
@@ -393,11 +410,11 @@ mod tests {
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("linear_decode epilogues");
             for kind in EpilogueKind::ALL {
-                for num_active in [1, 6] {
+                for (num_rows, num_active) in [(1, 1), (4, 1), (9, 6)] {
                     let in_features = 64;
                     // Sharded weights: the second half of the columns is a dispatch of its own.
-                    let case = EpilogueCase::new(gpu, &mut rng, kind, num_active + 3, num_active);
-                    let x = rng.normals((num_active + 3) * in_features);
+                    let case = EpilogueCase::new(gpu, &mut rng, kind, num_rows, num_active);
+                    let x = rng.normals(num_rows * in_features);
                     let x_gpu = parity::upload(gpu, &x);
                     let prologue = Prologue::Stream { x: &x_gpu };
                     let mut state = case.initial.clone();
@@ -411,6 +428,7 @@ mod tests {
                             kind,
                             num_active as u32,
                         );
+                        let kernel = LinearDecode { single_row: num_rows == 1, ..kernel };
                         let params = LinearParams {
                             num_outputs: num_outputs as u32,
                             first_output: first_output as u32,
@@ -432,7 +450,11 @@ mod tests {
                         let y = linear(&gather(&case.active, &x, in_features), &w, in_features);
                         crate::oracle::linear_decode::epilogue(kind, &case.active, &y, &params, &mut state);
                     }
-                    case.assert_matches(gpu, &format!("linear_decode {profile} {kind:?} n={num_active}"), &state);
+                    case.assert_matches(
+                        gpu,
+                        &format!("linear_decode {profile} {kind:?} n={num_active} of {num_rows}"),
+                        &state,
+                    );
                 }
             }
         });

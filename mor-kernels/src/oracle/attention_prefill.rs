@@ -17,3 +17,9 @@ pub fn attention_prefill(shape: &AttentionShape, inputs: &AttentionInputs, scale
     }
     all
 }
+
+/// Queries that the kernel scales and rounds to f16 without loss, near `q`.
+pub fn half_queries(q: &[f32], scale: f32) -> Vec<f32> {
+    let factor = scale * std::f32::consts::LOG2_E;
+    q.iter().map(|value| half::f16::from_f32(value * factor).to_f32() / factor).collect()
+}
