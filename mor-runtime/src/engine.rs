@@ -14,7 +14,7 @@ use crate::event::{Event, SequenceHandle, Summary};
 use crate::kv_cache::{PageClass, page_classes};
 use crate::runner::{Feed, Pending, Runner, RunnerOptions, Work};
 use crate::sampling::{FinishReason, GenerateRequest};
-use crate::scheduler::{Chunk, Progress, Scheduler, SchedulerOptions, SequenceId, Start, Step};
+use crate::scheduler::{Chunk, Progress, ROWS_BESIDE_DECODING, Scheduler, SchedulerOptions, SequenceId, Start, Step};
 use crate::text::{TextStream, Tokenizer};
 
 /// Sizes and habits of an [`Engine`].
@@ -174,12 +174,16 @@ impl Engine {
         let class_of_group =
             (0..layout.num_groups()).map(|group| classes.iter().position(|class| class.groups.contains(&group)));
         let class_of_group = class_of_group.collect();
+        // More rows need more memory and fill no smaller device better.
+        let fills = if model.gpu().summary().kind == AdapterKind::Discrete { usize::MAX } else { ROWS_BESIDE_DECODING };
+        let room = (options.num_slots * options.max_positions).max(Self::LEAST_ROWS);
+        let prefill_rows = options.prefill_rows.min(fills).min(room);
         let runner = Runner::new(
             model,
             &RunnerOptions {
                 num_slots: options.num_slots,
                 max_positions: options.max_positions,
-                prefill_rows: options.prefill_rows,
+                prefill_rows,
                 batching: options.batching,
                 pages_in_class: Some(options.pages_in_class.clone()),
                 batch_invariant: options.batch_invariant,
@@ -197,7 +201,7 @@ impl Engine {
             class_of_group,
             pages_in_class: options.pages_in_class,
             num_slots: options.num_slots,
-            prefill_rows: if starts_slow { options.prefill_rows.min(128) } else { options.prefill_rows },
+            prefill_rows: if starts_slow { prefill_rows.min(128) } else { prefill_rows },
             ticks,
             ticks_of_token,
             share_prefixes: options.share_prefixes,
@@ -223,6 +227,11 @@ impl Engine {
     /// The runner, for measurements while no sequence runs.
     pub(crate) fn runner_mut(&mut self) -> &mut Runner {
         &mut self.runner
+    }
+
+    /// Most rows of a prefill step now.
+    pub(crate) fn prefill_rows(&self) -> usize {
+        self.scheduler.prefill_rows()
     }
 
     /// Longest sequence.

@@ -20,6 +20,9 @@ use crate::prefix_cache::{BlockId, Prefix, PrefixCache};
 /// Number of a sequence, in the order of arrival.
 pub(crate) type SequenceId = u64;
 
+/// Most rows of a prefill step while other sequences decode: a long prompt must not hold them up.
+pub(crate) const ROWS_BESIDE_DECODING: usize = 512;
+
 /// What a scheduler needs to know of the model and the device's memory.
 #[derive(Clone, Debug)]
 pub(crate) struct SchedulerOptions {
@@ -578,7 +581,8 @@ impl Scheduler {
         if reading.is_empty() {
             return;
         }
-        let mut left = self.options.prefill_rows;
+        let decodes = self.slots.iter().flatten().any(|running| running.decodes);
+        let mut left = self.options.prefill_rows.min(if decodes { ROWS_BESIDE_DECODING } else { usize::MAX });
         let part = (left / reading.len()).max(PAGE_SIZE as usize);
         let mut rows = vec![0; reading.len()];
         for most in [part, usize::MAX] {

@@ -91,14 +91,14 @@ pub struct BatchOptions {
     pub share_prefixes: bool,
     /// How tokens go through the recursions; `None` is depth-wise where the model allows it.
     pub batching: Option<Batching>,
-    /// Most rows of a prefill step.
+    /// Most rows of a prefill step; no more than 512 where other sequences decode meanwhile, or on devices that so many fill.
     pub prefill_rows: usize,
     /// Computes a sequence to the same bits whatever runs beside it; see [`RunnerOptions::batch_invariant`].
     pub batch_invariant: bool,
 }
 
 impl Default for BatchOptions {
-    /// One sequence at a time, 512 rows of prefill, shared beginnings.
+    /// One sequence at a time, up to 2048 rows of prefill, shared beginnings.
     fn default() -> Self {
         Self {
             max_sequences: 1,
@@ -106,7 +106,7 @@ impl Default for BatchOptions {
             max_context: None,
             share_prefixes: true,
             batching: None,
-            prefill_rows: 512,
+            prefill_rows: 2048,
             batch_invariant: false,
         }
     }
@@ -483,7 +483,7 @@ impl Session {
         let handle = self.submit(request)?;
         let engine = self.engine.as_mut().expect("a sequence was submitted");
         let prompt = request.prompt.len().max(1);
-        let rows = (prompt - usize::from(request.max_new_tokens > 0)).min(self.batch.prefill_rows);
+        let rows = (prompt - usize::from(request.max_new_tokens > 0)).min(engine.prefill_rows());
         // Nothing compiles while tokens are awaited.
         engine.runner_mut().prepare(&self.model, rows, 1, prompt + request.max_new_tokens)?;
         self.model.gpu().wait_idle()?;
