@@ -62,10 +62,15 @@ impl<'a> Binding<'a> {
 
 /// One WGSL entry point, specialised: the value holds what the shader's constants and flags come from.
 ///
-/// The same stem names the shader file, the wrapper in `ops/`, the CPU reference in `oracle/` and the bench.
+/// The same stem names the shader file, the wrapper in `ops/`, the CPU reference in `oracle/` and the bench. A program's own
+/// kernels implement it too, with a [`Kernel::SOURCE`]; `examples/custom_kernel.rs` is one.
 pub trait Kernel {
     /// File stem, profiler label and bench id, for example `"rms_norm"`.
     const NAME: &'static str;
+    /// The WGSL of a kernel that `mor-shaders` does not have, in the same language: directives of `shaders/README.md`, imports
+    /// from `shared/`, an entry point `main`. It is compiled with run-time bounds checks whatever the device's options are, for
+    /// nobody has promised that it stays within its bindings.
+    const SOURCE: Option<&'static str> = None;
     /// The uniform at binding 0. Mirrors `struct Params` of the shader; `tests/house.rs` compares the sizes.
     type Params: bytemuck::Pod;
     /// The tensors by name; no positional buffers.
@@ -85,6 +90,8 @@ pub trait Kernel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PipelineKey {
     name: &'static str,
+    /// [`Kernel::SOURCE`].
+    source: Option<&'static str>,
     definitions: Definitions,
     accesses: Vec<(u32, Access)>,
 }
@@ -96,8 +103,11 @@ pub(crate) struct CompiledKernel {
 }
 
 /// The specialised WGSL of `kernel` on a device with `caps`, as the driver receives it.
-pub fn wgsl<K: Kernel>(kernel: &K, caps: &DeviceCaps) -> String {
-    shader::specialise(K::NAME, &with_row_constants(kernel.definitions(caps)))
+///
+/// # Errors
+/// What is wrong with the source's directives.
+pub fn wgsl<K: Kernel>(kernel: &K, caps: &DeviceCaps) -> Result<String, String> {
+    shader::specialise(K::NAME, K::SOURCE, &with_row_constants(kernel.definitions(caps)))
 }
 
 fn with_row_constants(definitions: Definitions) -> Definitions {
@@ -141,6 +151,7 @@ pub(crate) fn compile<K: Kernel>(gpu: &Gpu, kernel: &K, bindings: &[Binding<'_>]
     }
     let key = PipelineKey {
         name: K::NAME,
+        source: K::SOURCE,
         definitions: with_row_constants(kernel.definitions(caps)),
         accesses: bindings.iter().map(|binding| (binding.index, binding.access)).collect(),
     };
@@ -148,52 +159,54 @@ pub(crate) fn compile<K: Kernel>(gpu: &Gpu, kernel: &K, bindings: &[Binding<'_>]
     if let Some(compiled) = pipelines.get(&key) {
         return Ok(Arc::clone(compiled));
     }
-    let source = shader::specialise(K::NAME, &key.definitions);
-    let compiled = Arc::new(build(gpu, K::NAME, &source, &key.accesses)?);
+    let compiled = Arc::new(build(gpu, &key)?);
     pipelines.insert(key, Arc::clone(&compiled));
     Ok(compiled)
 }
 
-fn build(gpu: &Gpu, name: &'static str, source: &str, accesses: &[(u32, Access)]) -> Result<CompiledKernel> {
-    let device = &gpu.inner.device;
+fn build(gpu: &Gpu, key: &PipelineKey) -> Result<CompiledKernel> {
+    let name = key.name;
+    let rejected =
+        |reason| KernelError::Shader { kernel: name.to_owned(), adapter: gpu.summary().name.clone(), reason };
+    let source = shader::specialise(name, key.source, &key.definitions).map_err(rejected)?;
     let label = format!("mor.{name}");
     let descriptor =
-        wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(source.into()) };
-    let module = if gpu.is_checked() {
-        device.create_shader_module(descriptor)
-    } else {
-        // SAFETY: every kernel is run in its checked form over awkward sizes by the parity tests, with
-        // sentinels around its outputs.
-        unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
-    };
-    let mut entries = vec![layout_entry(0, Access::Uniform)];
-    entries.extend(accesses.iter().map(|&(index, access)| layout_entry(index, access)));
-    let layout =
-        device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
-    let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-        label: Some(&label),
-        bind_group_layouts: &[Some(&layout)],
-        immediate_size: 0,
-    });
-    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-        label: Some(&label),
-        layout: Some(&pipeline_layout),
-        module: &module,
-        entry_point: Some("main"),
-        compilation_options: wgpu::PipelineCompilationOptions {
-            constants: &[],
-            // Kernels write workgroup memory before they read it.
-            zero_initialize_workgroup_memory: false,
-        },
-        cache: None,
+        wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(source.as_str().into()) };
+    let is_checked = gpu.is_checked() || key.source.is_some();
+    let compiled = gpu.catch(|device, _| {
+        let module = if is_checked {
+            device.create_shader_module(descriptor)
+        } else {
+            // SAFETY: every kernel of ours is run in its checked form over awkward sizes by the parity tests, with
+            // sentinels around its outputs.
+            unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+        };
+        let mut entries = vec![layout_entry(0, Access::Uniform)];
+        entries.extend(key.accesses.iter().map(|&(index, access)| layout_entry(index, access)));
+        let layout = device
+            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(&label),
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(&label),
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &[],
+                // Kernels of ours write workgroup memory before they read it.
+                zero_initialize_workgroup_memory: key.source.is_some(),
+            },
+            cache: None,
+        });
+        CompiledKernel { pipeline, layout }
     });
     match gpu.take_fault_reason() {
-        None => Ok(CompiledKernel { pipeline, layout }),
-        Some(reason) => Err(KernelError::Shader {
-            kernel: name.to_owned(),
-            adapter: gpu.summary().name.clone(),
-            reason: format!("{reason}\n{source}"),
-        }),
+        None => Ok(compiled),
+        Some(reason) => Err(rejected(format!("{reason}\n{source}"))),
     }
 }
 

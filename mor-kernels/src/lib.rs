@@ -16,9 +16,14 @@
 //! - [`quantize`]: weights as small integers in groups, packed as the linear kernels read them.
 //! - [`timing`]: device time by timestamp queries.
 //!
-//! With the feature `oracle` there are also `oracle`, the CPU references, and `parity`, the harness that compares
-//! kernels with them; tests and benches of dependents use both. `variants` lists every specialisation, for the tests
-//! that translate and inspect them without a GPU.
+//! A program that has a device of its own shares it through [`Gpu::from_wgpu`], and runs kernels of its own by giving
+//! [`Kernel`](kernel::Kernel) a source.
+//!
+//! # Features
+//! - `oracle` (off): `oracle`, the CPU references; `parity`, the harness that compares kernels with them; `variants`, every
+//!   specialisation. For tests and benches; it changes no result.
+//!
+//! # Example
 //!
 //! ```
 //! use mor_kernels::gpu::{Gpu, GpuOptions};
@@ -69,3 +74,5 @@ pub mod variants;
 
 pub use error::{KernelError, Result};
 pub use gpu::Gpu;
+/// The version of wgpu whose devices [`Gpu::from_wgpu`] takes.
+pub use wgpu;

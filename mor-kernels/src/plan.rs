@@ -332,11 +332,9 @@ impl<'g> PlanBuilder<'g> {
                             Resource::Texels(view) => wgpu::BindingResource::TextureView(view),
                         },
                     }));
-                    let bind_group = self.gpu.inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                        label: Some(label),
-                        layout: &kernel.layout,
-                        entries: &group,
-                    });
+                    let descriptor =
+                        wgpu::BindGroupDescriptor { label: Some(label), layout: &kernel.layout, entries: &group };
+                    let bind_group = self.gpu.catch(|device, _| device.create_bind_group(&descriptor));
                     Step::Dispatch { label, kernel, bind_group, workgroups }
                 }
             });

@@ -8,9 +8,11 @@
 //! - [`Checkpoint`]: the weights, checked and memory-mapped, with tied tensors found by content;
 //! - [`KvLayout`]: where each layer keeps keys and values, and whose it attends to.
 //!
-//! With the feature `oracle` there is also `oracle`, the whole model in plain Rust on the CPU, and `golden`, a reader
-//! of recorded reference results; faster implementations are tested against both.
+//! # Features
+//! - `oracle` (off): `oracle`, the whole model in plain Rust on the CPU, and `golden`, a reader of recorded reference results;
+//!   faster implementations are tested against both.
 //!
+//! # Example
 //! ```
 //! use mor_model::{Checkpoint, Dtype, KvLayout, MorConfig};
 //!
