@@ -360,6 +360,39 @@ fn included(text: &str) -> Vec<&str> {
     code.flat_map(|line| keys.iter().filter_map(move |key| path(line, key))).collect()
 }
 
+/// Messages that the documentation quotes are those of the sources; `...` stands for what differs.
+#[test]
+fn quoted_messages_exist() {
+    let mut sources = Vec::new();
+    for member in members() {
+        files(&root().join(member).join("src"), "rs", &mut sources);
+    }
+    let mut lines = String::new();
+    for path in sources {
+        // Literals that are broken into lines, made whole.
+        let text = fs::read_to_string(&path).expect("a source is readable");
+        let mut pieces = text.split("\\\n");
+        lines.push_str(pieces.next().unwrap_or_default());
+        pieces.for_each(|piece| lines.push_str(piece.trim_start()));
+    }
+    let exists = |message: &str| {
+        lines.lines().any(|line| {
+            let mut rest = Some(line);
+            for piece in message.split("...").map(str::trim) {
+                rest = rest.and_then(|rest| rest.split_once(piece)).map(|(_, rest)| rest);
+            }
+            rest.is_some()
+        })
+    };
+    let text = read("docs/troubleshooting.md");
+    let blocks = text.split("```text\n").skip(1).map(|rest| rest.split("```").next().unwrap_or_default());
+    let messages: Vec<&str> = blocks.flat_map(str::lines).collect();
+    assert!(messages.len() > 5, "{messages:?}");
+    for message in messages {
+        assert!(exists(message), "docs/troubleshooting.md: no source prints: {message}");
+    }
+}
+
 /// Programs that share a device of their own, and so speak of what `mor-kernels` exports again.
 const SHARES_A_DEVICE: [&str; 2] = ["mor-runtime/examples/shared_device.rs", "mor-runtime/tests/shared_device.rs"];
 
