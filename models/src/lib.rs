@@ -10,9 +10,11 @@
 
 /// What the model is called.
 pub const NAME: &str = "tinystories-mor-expert-5m";
+// Statics, so that a program has the bytes once.
+
 /// Its `config.json`.
-pub const CONFIG: &str = include_str!("../tinystories-mor-expert-5m/config.json");
+pub static CONFIG: &str = include_str!("../tinystories-mor-expert-5m/config.json");
 /// Its `model.safetensors`, bf16.
-pub const WEIGHTS: &[u8] = include_bytes!("../tinystories-mor-expert-5m/model.safetensors");
+pub static WEIGHTS: &[u8] = include_bytes!("../tinystories-mor-expert-5m/model.safetensors");
 /// Its `tokenizer.json`.
-pub const TOKENIZER: &[u8] = include_bytes!("../tinystories-mor-expert-5m/tokenizer.json");
+pub static TOKENIZER: &[u8] = include_bytes!("../tinystories-mor-expert-5m/tokenizer.json");

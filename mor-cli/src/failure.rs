@@ -101,10 +101,11 @@ pub(crate) fn sentence(error: &anyhow::Error) -> String {
     match error.downcast_ref::<RuntimeError>() {
         Some(RuntimeError::Parameter { name, found, expected }) => {
             let option = match *name {
-                "repetition_penalty" => "repeat-penalty".to_owned(),
-                name => name.replace('_', "-"),
+                "repetition_penalty" => "--repeat-penalty".to_owned(),
+                "prefill_rows" => "MOR_PREFILL_CHUNK".to_owned(),
+                name => format!("--{}", name.replace('_', "-")),
             };
-            format!("--{option} is {found}, expected {expected}")
+            format!("{option} is {found}, expected {expected}")
         }
         _ => error.to_string(),
     }
@@ -137,5 +138,7 @@ mod tests {
     fn parameters_are_named_as_options() {
         let error = RuntimeError::Parameter { name: "repetition_penalty", found: "0".to_owned(), expected: "more" };
         assert_eq!(sentence(&error.into()), "--repeat-penalty is 0, expected more");
+        let error = RuntimeError::Parameter { name: "prefill_rows", found: "4".to_owned(), expected: "more" };
+        assert_eq!(sentence(&error.into()), "MOR_PREFILL_CHUNK is 4, expected more");
     }
 }
