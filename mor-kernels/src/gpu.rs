@@ -108,7 +108,7 @@ pub struct Gpu {
 
 #[derive(Debug)]
 pub(crate) struct GpuInner {
-    /// Named by [`Gpu::catch`] and `poll` alone, so that no error escapes.
+    /// Called through [`Gpu::catch`], so that no error escapes.
     device: wgpu::Device,
     queue: wgpu::Queue,
     pub(crate) summary: AdapterSummary,
