@@ -259,9 +259,12 @@ impl Gpu {
     pub(crate) fn catch<T>(&self, work: impl FnOnce(&wgpu::Device, &wgpu::Queue) -> T) -> T {
         use wgpu::ErrorFilter as F;
         let inner = &*self.inner;
-        let scopes = [F::Internal, F::OutOfMemory, F::Validation].map(|filter| inner.device.push_error_scope(filter));
+        // Popped in the reverse order, also by a panic.
+        let internal = inner.device.push_error_scope(F::Internal);
+        let memory = inner.device.push_error_scope(F::OutOfMemory);
+        let validation = inner.device.push_error_scope(F::Validation);
         let result = work(&inner.device, &inner.queue);
-        for error in scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())) {
+        for error in [validation, memory, internal].into_iter().filter_map(|scope| pollster::block_on(scope.pop())) {
             let out_of_memory = matches!(error, wgpu::Error::OutOfMemory { .. });
             let mut slot = inner.fault.lock().expect("no panic happens while the fault is held");
             // The first error is the cause, later ones are its echoes.
@@ -478,7 +481,7 @@ fn summarise(index: usize, adapter: &wgpu::Adapter, features: wgpu::Features, li
             .contains(wgpu::Features::SUBGROUP)
             .then_some((info.subgroup_min_size, info.subgroup_max_size)),
         shader_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
-        cooperative_matrices: features.contains(COOPERATIVE),
+        cooperative_matrices: features.contains(COOPERATIVE | wgpu::Features::SUBGROUP),
         timestamps: features
             .contains(wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS),
         max_storage_binding_bytes: limits.max_storage_buffer_binding_size,
