@@ -961,7 +961,9 @@ impl<'a> Recorder<'a> {
                     AttentionDecodeParams { scale },
                 )?;
                 Ok(match stats {
-                    Some(stats) => Input::Merge { partial: &step.attention, stats, num_splits },
+                    Some(stats) => {
+                        Input::Merge { partial: &step.attention, stats, num_splits, head_dim: shape.head_dim }
+                    }
                     None => Input::Compact { x: &step.attention },
                 })
             }
@@ -1015,14 +1017,16 @@ impl<'a> Recorder<'a> {
                 Input::Compact { x } => Prologue::Compact { x },
                 Input::Stream { x } => Prologue::Stream { x },
                 Input::Norm { x, weight } => Prologue::Norm { x, weight },
-                Input::Merge { partial, stats, num_splits } => Prologue::Merge { partial, stats, num_splits },
+                Input::Merge { partial, stats, num_splits, head_dim } => {
+                    Prologue::Merge { partial, stats, num_splits, head_dim }
+                }
             };
             match product {
                 Product::FewRows { max_rows } => {
                     let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
                     let kinds = (prologue.kind(), epilogue.kind());
-                    let kernel =
-                        LinearDecode::new(plan.gpu().caps(), in_features, weight.dtype, kinds.0, kinds.1, max_rows);
+                    let size = [num_outputs, in_features];
+                    let kernel = LinearDecode::new(plan.gpu().caps(), size, weight.dtype, kinds.0, kinds.1, max_rows);
                     LinearDecode { single_row: self.step.capacity == 1, ..kernel }.record(plan, &bindings, &params)?;
                 }
                 Product::ManyRows { tile, .. } => {
@@ -1179,7 +1183,7 @@ enum Input<'a> {
     Compact { x: &'a Tensor },
     Stream { x: &'a Tensor },
     Norm { x: &'a Tensor, weight: &'a Tensor },
-    Merge { partial: &'a Tensor, stats: &'a Tensor, num_splits: u32 },
+    Merge { partial: &'a Tensor, stats: &'a Tensor, num_splits: u32, head_dim: u32 },
 }
 
 struct RouterInput<'a> {
