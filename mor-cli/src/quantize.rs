@@ -16,8 +16,9 @@ use crate::print;
 
 /// Beginnings of the names of files that belong to a model whatever its weights: tokenizer, defaults of generation,
 /// description and credits.
-const COMPANIONS: [&str; 10] = [
+const COMPANIONS: [&str; 11] = [
     "tokenizer",
+    "chat_template",
     "special_tokens_map",
     "added_tokens",
     "vocab",

@@ -44,6 +44,8 @@
 //!
 //! [`runner`] is the layer below, for programs that drive batches of sequences themselves.
 
+#[cfg(feature = "chat")]
+pub mod chat;
 mod engine;
 mod error;
 mod event;
