@@ -232,7 +232,7 @@ impl Chat {
         let show = Show::new(self.json, self.show_depth);
         let mut output = Output::new(show, Vec::new(), true, self.session.config().num_recursions);
         interrupt::clear();
-        let Some(summary) = stream(&mut self.session, &request, &mut output)? else { return Ok(()) };
+        let summary = stream(&mut self.session, &request, &mut output)?;
         output.end()?;
         interrupt::clear();
 
@@ -364,22 +364,21 @@ fn mean(depths: &[u32]) -> f64 {
 }
 
 /// Runs an answer and shows its events; Ctrl-C ends it, also while the prompt is read.
-fn stream(session: &mut Session, request: &GenerateRequest, output: &mut Output) -> anyhow::Result<Option<Summary>> {
+fn stream(session: &mut Session, request: &GenerateRequest, output: &mut Output) -> anyhow::Result<Summary> {
     let handle = session.submit(request)?;
-    let mut summary = None;
-    while session.step()? {
+    loop {
+        session.step()?;
         if interrupt::requested() {
             handle.cancel();
         }
         while let Some(event) = handle.try_next() {
             match event {
                 Event::Token { token, text, depth } => output.token(token, &text, depth)?,
-                Event::Finished(of_all) => summary = Some(of_all),
+                Event::Finished(summary) => return Ok(summary),
                 _ => {}
             }
         }
     }
-    Ok(summary)
 }
 
 /// Where lines come from.
