@@ -249,6 +249,9 @@ pub(crate) struct QuantizeArgs {
     /// 8 bits a weight, or 4
     #[arg(long, value_enum)]
     pub(crate) to: QuantizationArg,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, clap::Args)]

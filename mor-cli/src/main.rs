@@ -31,7 +31,8 @@ use crate::args::{BenchCommand, Command};
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.with_ansi(style::stderr_has_colour()).init();
 
     run().unwrap_or_else(|error| failure::report(&error))
 }

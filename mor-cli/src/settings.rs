@@ -39,7 +39,7 @@ struct Setting {
 
 /// What an option is where it is not given.
 #[derive(Clone, Debug)]
-struct Default {
+struct Fallback {
     id: Id,
     /// Of which one option must be there, as this one then is.
     groups: Vec<Id>,
@@ -92,7 +92,11 @@ fn matches(
 ) -> anyhow::Result<ArgMatches> {
     let command = command();
     // The first look is at what is given; what is required may come from elsewhere.
-    let given = relaxed(command.clone()).try_get_matches_from(&arguments)?;
+    let given = match relaxed(command.clone()).try_get_matches_from(&arguments) {
+        Ok(given) => given,
+        // In the words of the command as it is.
+        Err(error) => return Err(command.try_get_matches_from(arguments).err().unwrap_or(error).into()),
+    };
     // Groups know their options once they are built.
     let mut built = command.clone();
     built.build();
@@ -118,7 +122,7 @@ fn matches(
             check(leaf, arg, &setting)?;
             let is_in = |group: &&ArgGroup| group.get_args().any(|id| id == arg.get_id());
             let groups = leaf.get_groups().filter(is_in).map(|group| group.get_id().clone()).collect();
-            defaults.push(Default { id: arg.get_id().clone(), groups, values: setting.values });
+            defaults.push(Fallback { id: arg.get_id().clone(), groups, values: setting.values });
         }
     }
     let path: Vec<String> = path.iter().map(|&name| name.to_owned()).collect();
@@ -169,11 +173,11 @@ fn relaxed(command: Command) -> Command {
 }
 
 /// Has the command at `path` take what it was not given from `defaults`.
-fn with_defaults(command: Command, path: &[String], defaults: &[Default]) -> Command {
+fn with_defaults(command: Command, path: &[String], defaults: &[Fallback]) -> Command {
     if let [first, rest @ ..] = path {
         return command.mut_subcommand(first, |command| with_defaults(command, rest, defaults));
     }
-    defaults.iter().fold(command, |command, Default { id, groups, values }| {
+    defaults.iter().fold(command, |command, Fallback { id, groups, values }| {
         let command = groups.iter().fold(command, |command, id| command.mut_group(id, |group| group.required(false)));
         command.mut_arg(id, |arg| arg.required(false).default_values(values.clone()))
     })

@@ -206,6 +206,8 @@ impl Session {
         };
         let model = MorModel::load(&gpu, &checkpoint, precision, &mut progress)?;
         let load_ms = start.elapsed().as_secs_f64() * 1e3;
+        let adapter = &gpu.summary().name;
+        tracing::info!(adapter, precision = precision.as_str(), bytes = total_bytes, load_ms, "loaded the model");
         Ok(Self { tokenizer, load_ms, batch: options.batch, ..Self::from_model(model) })
     }
 
