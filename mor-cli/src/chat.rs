@@ -49,6 +49,9 @@ pub(crate) struct ChatArgs {
     max_new_tokens: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
+    /// End an answer before this text; may be given several times
+    #[arg(long, value_name = "STR", allow_hyphen_values = true)]
+    stop: Vec<String>,
     #[command(flatten)]
     device: DeviceArg,
     /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
@@ -89,6 +92,9 @@ pub(crate) fn run(args: &ChatArgs) -> anyhow::Result<ExitCode> {
     // Everything that can be refused is refused before anything large is read or a device is opened.
     let sampling = args.sampling.params();
     sampling.validate()?;
+    if args.stop.iter().any(String::is_empty) {
+        return Err(bad_input!("--stop is an empty text, expected at least one character"));
+    }
     let model = Model::named(args.model.as_deref())?;
     let config = model.config()?;
     if let Some(kv) = args.kv {
@@ -134,6 +140,7 @@ pub(crate) fn run(args: &ChatArgs) -> anyhow::Result<ExitCode> {
         context,
         sampling,
         max_new_tokens: args.max_new_tokens,
+        stop: args.stop.clone(),
         show_depth: args.show_depth,
         json: args.json,
         last_depths: Vec::new(),
@@ -151,6 +158,7 @@ struct Chat {
     context: usize,
     sampling: SamplingParams,
     max_new_tokens: usize,
+    stop: Vec<String>,
     show_depth: bool,
     json: bool,
     last_depths: Vec<u32>,
@@ -226,6 +234,7 @@ impl Chat {
         let request = GenerateRequest {
             max_new_tokens: self.max_new_tokens.min(left),
             sampling: self.sampling.clone(),
+            stop: self.stop.clone(),
             stop_tokens: self.turn_end.into_iter().collect(),
             ..GenerateRequest::new(prompt)
         };

@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::error::Result as Parsed;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, CommandFactory, FromArgMatches, Id};
 use etcetera::BaseStrategy;
@@ -193,7 +192,7 @@ fn check(command: &Command, arg: &Arg, setting: &Setting) -> anyhow::Result<()> 
         None => value.clone(),
     };
     let arguments = [command.get_name().to_owned()].into_iter().chain(setting.values.iter().map(argument));
-    let checked: Parsed<_> = relaxed(command.clone()).try_get_matches_from(arguments);
+    let checked = relaxed(command.clone()).try_get_matches_from(arguments);
     checked.map(drop).map_err(|error| bad_input!("{}: {}", setting.origin, usage_sentence(&error)))
 }
 

@@ -118,6 +118,22 @@ fn templates_write_the_turns() {
 }
 
 #[test]
+fn stop_texts_are_said_by_nobody() {
+    if !gpu() {
+        return;
+    }
+    let (output, answers) = chat(&["--temperature", "0", "--stop", "."], "Once upon a time\n. Then\n");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let first = answers[0]["text"].as_str().unwrap();
+    assert!(answers[0]["finish_reason"] == "stop" && !first.contains('.'), "{first}");
+    // The model had drawn the full stop; what it reads next is the text that was shown.
+    let whole = format!("Once upon a time{first}\n. Then");
+    let whole = ["generate", &whole, "--json", "--dtype", "f32", "--temperature", "0", "--stop", "."];
+    let whole: Value = serde_json::from_str(&common::accepted(&whole)).unwrap();
+    assert_eq!(whole["text"], answers[1]["text"]);
+}
+
+#[test]
 fn commands_change_the_conversation() {
     if !gpu() {
         return;
@@ -182,6 +198,7 @@ fn conversations_that_cannot_begin() {
     refused(&["--model", text(&golden("vanilla_gqa"))], "no tokenizer.json, and a conversation is text");
     refused(&["--context", "1025"], "the conversation that --context asks for has 1025 tokens");
     refused(&["--top-p", "0"], "--top-p is 0");
+    refused(&["--stop", ""], "--stop is an empty text");
     let broken = with_files(&[("chat_template.jinja", "{% for %}")]);
     refused(&["--model", text(broken.path())], "chat_template.jinja: not a usable chat template: syntax error");
     let strict = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}";
