@@ -199,7 +199,7 @@ impl Chat {
 
     fn take(&mut self, line: &str) -> anyhow::Result<Next> {
         let Some(command) = line.strip_prefix('/').filter(|rest| !rest.starts_with('/')) else {
-            let text = if line.starts_with('/') { &line[1..] } else { line };
+            let text = line.strip_prefix('/').unwrap_or(line);
             if !text.trim().is_empty() {
                 self.answer(text)?;
             }

@@ -5,7 +5,6 @@ mod common;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::path::Path;
 use std::process::{Output, Stdio};
 
 use common::{command, golden, gpu, root, run, stderr, stdout, text};
@@ -255,5 +254,5 @@ fn nothing_is_left_behind() {
     let mut chat = command(&["chat", "--max-new-tokens", "1"]);
     chat.env("XDG_STATE_HOME", folder.path());
     assert!(run(chat, "Once\n").status.success());
-    assert!(!Path::new(folder.path()).join("mor").exists());
+    assert!(!folder.path().join("mor").exists());
 }

@@ -3,7 +3,6 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
 use std::process::Output;
 
 use common::{accepted, command, golden, gpu, run, stderr, stdout, text};
@@ -137,5 +136,5 @@ fn quantised_folders_are_reported_as_json() {
     let report: Value = serde_json::from_str(&report).unwrap();
     assert_eq!((&report["out"], &report["quantization"]), (&text(&out).into(), &"q8".into()));
     assert!(report["bytes"].as_u64() < report["bytes_before"].as_u64());
-    assert!(Path::new(&out).join("model.safetensors").exists());
+    assert!(out.join("model.safetensors").exists());
 }

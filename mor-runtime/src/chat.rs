@@ -172,11 +172,11 @@ fn read(path: &Path) -> Result<Option<String>> {
 
 /// What a template says of a conversation it does not take, else the engine's words with their line.
 fn reason(error: &minijinja::Error) -> String {
-    match (error.kind(), error.detail(), error.line()) {
-        (ErrorKind::InvalidOperation, Some(detail), _) if detail.starts_with(RAISED) => {
-            detail[RAISED.len()..].to_owned()
-        }
-        (kind, Some(detail), Some(line)) => format!("{kind}: {detail} (line {line})"),
+    if let Some(words) = error.detail().and_then(|detail| detail.strip_prefix(RAISED)) {
+        return words.to_owned();
+    }
+    match (error.detail(), error.line()) {
+        (Some(detail), Some(line)) => format!("{}: {detail} (line {line})", error.kind()),
         _ => error.to_string(),
     }
 }
