@@ -39,12 +39,15 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         // The reader has seen enough, for example `| head`.
         return ExitCode::SUCCESS;
     }
+    if let Some(error) = error.downcast_ref::<clap::Error>() {
+        return report_usage(error);
+    }
     note(&format!("error: {}", one_line(&sentence(error))));
     ExitCode::from(exit_code(error))
 }
 
 /// Reports what clap found in the arguments, which may also be a request for help.
-pub(crate) fn report_usage(error: &clap::Error) -> ExitCode {
+fn report_usage(error: &clap::Error) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             // A reader that has gone wants no help.
@@ -63,7 +66,7 @@ pub(crate) fn report_usage(error: &clap::Error) -> ExitCode {
 }
 
 /// clap's paragraphs as one sentence: its first, without the usage, plus its suggestion if it has one.
-fn usage_sentence(error: &clap::Error) -> String {
+pub(crate) fn usage_sentence(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);
     let mut sentence = one_line(text.split("\n\n").next().unwrap_or(text));

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mor_model::{Checkpoint, Dtype, MorConfig};
+use mor_runtime::chat::ChatTemplate;
 use mor_runtime::{
     AdapterKind, AdapterSummary, DeviceSelector, GpuOptions, LoadProgress, ModelSource, Session, SessionOptions,
 };
@@ -63,6 +64,14 @@ impl Model {
             Model::Folder(folder) => folder.join("tokenizer.json").exists(),
             Model::Random(_) => false,
         }
+    }
+
+    /// How it wants conversations to be written, where it says so.
+    pub(crate) fn chat_template(&self) -> anyhow::Result<Option<ChatTemplate>> {
+        Ok(match self {
+            Model::Folder(folder) => ChatTemplate::from_folder(folder)?,
+            Model::Embedded | Model::Random(_) => None,
+        })
     }
 
     /// Configuration and weights without a device.

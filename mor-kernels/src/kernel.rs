@@ -1,6 +1,7 @@
 //! [`Kernel`]: one WGSL entry point as seen from Rust, and the cache of its compiled forms.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::caps::DeviceCaps;
 use crate::error::{KernelError, Result};
@@ -148,8 +149,10 @@ pub(crate) fn compile<K: Kernel>(gpu: &Gpu, kernel: &K, bindings: &[Binding<'_>]
     if let Some(compiled) = pipelines.get(&key) {
         return Ok(Arc::clone(compiled));
     }
+    let start = Instant::now();
     let source = shader::specialise(K::NAME, &key.definitions);
     let compiled = Arc::new(build(gpu, K::NAME, &source, &key.accesses)?);
+    tracing::debug!(kernel = K::NAME, time = ?start.elapsed(), "compiled");
     pipelines.insert(key, Arc::clone(&compiled));
     Ok(compiled)
 }

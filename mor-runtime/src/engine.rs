@@ -357,6 +357,7 @@ impl Engine {
             num_slots: step.num_slots,
             max_context: step.max_context,
         };
+        tracing::trace!(ticks = work.ticks, slots = work.num_slots, chunks = feeds.len(), "submits a step");
         let pending = self.runner.submit(model, &work)?;
         self.statistics.submits += 1;
         self.statistics.ticks += step.ticks as u64;
@@ -376,8 +377,15 @@ impl Engine {
             live.started = Some(Instant::now());
             live.reused_tokens = start.depths.len();
             self.statistics.prompt_tokens += live.prompt.len() as u64;
+            tracing::debug!(
+                id = start.id,
+                prompt = live.prompt.len(),
+                reused = live.reused_tokens,
+                "a sequence starts"
+            );
         } else {
             live.preemptions += 1;
+            tracing::debug!(id = start.id, "a sequence that had given up its slot goes on");
         }
         // What another sequence has computed is known at once.
         let known = live.depths.len().min(start.depths.len());
@@ -489,6 +497,8 @@ impl Engine {
         } else {
             self.scheduler.set_prefill_rows((self.scheduler.prefill_rows() / 2).max(Self::LEAST_ROWS));
         }
+        let (ticks, rows) = (self.scheduler.ticks(), self.scheduler.prefill_rows());
+        tracing::debug!(?time, ticks, rows, "a submit took too long; later ones are shorter");
     }
 
     /// What has been done so far, and memory now.

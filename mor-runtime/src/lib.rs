@@ -42,8 +42,12 @@
 //! A model with a `tokenizer.json` speaks text: [`Session::tokenizer`] encodes the prompt, and [`Event::Token`] carries
 //! what each token adds to the text. `examples/generate.rs` is the smallest such program.
 //!
+//! With the feature `chat`, the module of that name writes conversations as a model's chat template wants them.
+//!
 //! [`runner`] is the layer below, for programs that drive batches of sequences themselves.
 
+#[cfg(feature = "chat")]
+pub mod chat;
 mod engine;
 mod error;
 mod event;

@@ -389,6 +389,12 @@ impl Runner {
             }
         }
         let plan = Arc::new(plan.finish()?);
+        tracing::debug!(
+            num_slots,
+            num_splits,
+            dispatches = plan.num_dispatches(),
+            "recorded the plan of a decode step"
+        );
         self.decode.insert((num_slots, num_splits), Arc::clone(&plan));
         Ok(plan)
     }
@@ -429,6 +435,7 @@ impl Runner {
         let mut plan = PlanBuilder::new(model.gpu())?;
         model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
         let plan = Arc::new(plan.finish()?);
+        tracing::debug!(rows = size, dispatches = plan.num_dispatches(), "recorded the plan of a prefill step");
         self.prefill.insert(size, Arc::clone(&plan));
         Ok((plan, tensors))
     }

@@ -20,7 +20,7 @@ use crate::error::{Result, RuntimeError};
 use crate::event::{Event, SequenceHandle};
 use crate::kv_cache::{PageClass, kv_bytes, page_classes, pages_for_all};
 use crate::runner::{Capture, Captured, Evaluator, Feed, Runner, RunnerOptions, Work};
-use crate::sampling::GenerateRequest;
+use crate::sampling::{GenerateRequest, SamplingParams};
 use crate::text::Tokenizer;
 
 /// Where a model comes from.
@@ -206,6 +206,8 @@ impl Session {
         };
         let model = MorModel::load(&gpu, &checkpoint, precision, &mut progress)?;
         let load_ms = start.elapsed().as_secs_f64() * 1e3;
+        let adapter = &gpu.summary().name;
+        tracing::info!(adapter, precision = precision.as_str(), bytes = total_bytes, load_ms, "loaded the model");
         Ok(Self { tokenizer, load_ms, batch: options.batch, ..Self::from_model(model) })
     }
 
@@ -434,8 +436,9 @@ impl Session {
         if context > limit {
             return too_long("the prompt with its new tokens", context, "lower --max-new-tokens or shorten the prompt");
         }
-        let sampling = gpu_sampling(request, context, config.eos_token_ids());
-        let eos = if request.ignore_eos { Vec::new() } else { config.eos_token_ids().to_vec() };
+        let of_model = if request.ignore_eos { &[] } else { config.eos_token_ids() };
+        let eos = [of_model, &request.stop_tokens].concat();
+        let sampling = gpu_sampling(&request.sampling, context, &eos);
         self.reserve(context)?;
         let engine = self.engine.as_mut().expect("reserved above");
         Ok(engine.submit(request, prompt, sampling, eos, self.tokenizer.as_ref()))
@@ -750,12 +753,10 @@ fn check_tokens(what: &str, tokens: &[u32], vocab_size: usize) -> Result<()> {
     }
 }
 
-fn gpu_sampling(request: &GenerateRequest, limit: usize, eos_token_ids: &[u32]) -> GpuSampling {
-    let sampling = &request.sampling;
+fn gpu_sampling(sampling: &SamplingParams, limit: usize, eos_token_ids: &[u32]) -> GpuSampling {
     let mut eos = [NONE; 4];
     // More end tokens than the device watches are still seen by the host, some steps later.
-    let watched = if request.ignore_eos { &[] } else { eos_token_ids };
-    eos.iter_mut().zip(watched).for_each(|(slot, token)| *slot = *token);
+    eos.iter_mut().zip(eos_token_ids).for_each(|(slot, token)| *slot = *token);
     GpuSampling {
         temperature: sampling.temperature,
         top_k: sampling.top_k,
