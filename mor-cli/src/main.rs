@@ -6,6 +6,7 @@
 mod args;
 mod batch;
 mod bench;
+mod depth;
 mod devices;
 mod embedded;
 mod eval;
@@ -15,8 +16,12 @@ mod generate;
 mod input;
 mod inspect;
 mod model;
+mod output;
+mod plot;
 mod quantize;
 mod style;
+mod sweep;
+mod trace;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -39,6 +44,7 @@ fn main() -> ExitCode {
         Command::Batch(args) => batch::run(&args),
         Command::Forward(args) => forward::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quantize(args) => quantize::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
