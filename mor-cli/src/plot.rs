@@ -93,9 +93,15 @@ fn plotted(chart: &Chart) -> String {
         line(format!("<polyline points=\"{places}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>"));
         // Names of one series stand above its points, those of the next below.
         let beside = if i % 2 == 0 { -9.0 } else { 19.0 };
+        let mut named: Vec<(f64, f64)> = Vec::new();
         for point in &series.points {
             let (x, y, label) = (x_of(point.x), y_of(point.y), escaped(&point.label));
             line(format!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\"/>"));
+            // Where points crowd, names would cover each other; the order of the line tells the rest.
+            if named.iter().any(|(other_x, other_y)| (x - other_x).abs() < 20.0 && (y - other_y).abs() < 14.0) {
+                continue;
+            }
+            named.push((x, y));
             let y = y + beside;
             line(format!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"middle\" fill=\"{colour}\">{label}</text>"));
         }
