@@ -37,17 +37,19 @@ struct Report<'a> {
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Results {
-    One {
-        mean_nll_nats: f64,
-        perplexity: f64,
-        mean_depth: f64,
-        max_depth: Option<usize>,
-        router_bias: f32,
-        tokens_per_s: f64,
-    },
-    Sweep {
-        points: Vec<Point>,
-    },
+    One(Quality),
+    Sweep { points: Vec<Point> },
+}
+
+/// A text scored at one setting.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Quality {
+    pub(crate) mean_nll_nats: f64,
+    pub(crate) perplexity: f64,
+    pub(crate) mean_depth: f64,
+    pub(crate) tokens_per_s: f64,
+    pub(crate) max_depth: Option<usize>,
+    pub(crate) router_bias: f32,
 }
 
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
@@ -89,11 +91,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let routing = args.routing.routing();
     let results = if settings.is_empty() {
-        let (totals, tokens_per_s) = score(&mut session, &encoded, routing, &bar)?;
-        let (mean_nll_nats, mean_depth) = (totals.mean_nll(), totals.mean_depth());
-        let DepthControl { max_depth, router_bias } = depth;
-        let perplexity = mean_nll_nats.exp();
-        Results::One { mean_nll_nats, perplexity, mean_depth, max_depth, router_bias, tokens_per_s }
+        Results::One(score(&mut session, &encoded, routing, &bar)?)
     } else {
         let mut points = Vec::with_capacity(settings.len());
         let longest = encoded.iter().max_by_key(|tokens| tokens.len()).map_or(&[][..], Vec::as_slice);
@@ -101,11 +99,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             session = session.with_depth_control(control)?;
             // Settings are compared by their speed, so nothing is compiled while it is taken.
             session.score(longest, routing)?;
-            let (totals, tokens_per_s) = score(&mut session, &encoded, routing, &bar)?;
-            let (mean_nll_nats, mean_depth) = (totals.mean_nll(), totals.mean_depth());
-            let DepthControl { max_depth, router_bias } = control;
-            let perplexity = mean_nll_nats.exp();
-            points.push(Point { sweep, max_depth, router_bias, mean_nll_nats, perplexity, mean_depth, tokens_per_s });
+            points.push(Point { sweep, quality: score(&mut session, &encoded, routing, &bar)? });
         }
         Results::Sweep { points }
     };
@@ -134,7 +128,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         format!("documents         {}", report.documents),
         format!("predicted_tokens  {}", report.predicted_tokens),
     ];
-    if let Results::One { mean_nll_nats, perplexity, mean_depth, tokens_per_s, .. } = &report.results {
+    if let Results::One(Quality { mean_nll_nats, perplexity, mean_depth, tokens_per_s, .. }) = &report.results {
         lines.extend([
             format!("mean_nll_nats     {mean_nll_nats:.6}"),
             format!("perplexity        {perplexity:.5}"),
@@ -174,21 +168,24 @@ fn swept(
     Ok(settings)
 }
 
-/// Scores all documents; the tokens a second with the totals.
-fn score(
-    session: &mut Session,
-    encoded: &[Vec<u32>],
-    routing: Routing,
-    bar: &ProgressBar,
-) -> anyhow::Result<(Totals, f64)> {
+/// Scores all documents.
+fn score(session: &mut Session, encoded: &[Vec<u32>], routing: Routing, bar: &ProgressBar) -> anyhow::Result<Quality> {
     let mut totals = Totals::default();
     let start = Instant::now();
     for tokens in encoded.iter().filter(|tokens| tokens.len() > 1) {
         totals.add(&session.score(tokens, routing)?);
         bar.inc(tokens.len() as u64 - 1);
     }
-    let tokens_per_s = totals.num_predicted as f64 / start.elapsed().as_secs_f64().max(1e-9);
-    Ok((totals, tokens_per_s))
+    let secs = start.elapsed().as_secs_f64();
+    let DepthControl { max_depth, router_bias } = session.model().depth_control();
+    Ok(Quality {
+        mean_nll_nats: totals.mean_nll(),
+        perplexity: totals.mean_nll().exp(),
+        mean_depth: totals.mean_depth(),
+        tokens_per_s: totals.num_predicted as f64 / secs.max(1e-9),
+        max_depth,
+        router_bias,
+    })
 }
 
 /// The token every document starts with: the one that ended the document before it in training.

@@ -73,6 +73,7 @@ impl Prompt {
 }
 
 /// A request that was checked, and the session that can serve it.
+#[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) model: Model,
     pub(crate) config: MorConfig,

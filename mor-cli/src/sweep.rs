@@ -4,6 +4,7 @@ use mor_model::MorConfig;
 use mor_runtime::DepthControl;
 use serde::Serialize;
 
+use crate::eval::Quality;
 use crate::plot::{Chart, Point as PlotPoint, Series};
 
 /// Most points of a sweep; each scores the whole text.
@@ -83,30 +84,31 @@ impl Sweep {
                 (first..=last).map(|depth| DepthControl { max_depth: Some(depth), ..base }).collect()
             }
             Sweep::RouterBias { first, step, count } => {
-                let value = |i: usize| (first + i as f64 * step) as f32;
+                let value = |i: usize| {
+                    let value = first + i as f64 * step;
+                    // Zero is zero although steps are rounded.
+                    if value.abs() < 1e-6 * step { 0.0 } else { value as f32 }
+                };
                 (0..count).map(|i| DepthControl { router_bias: value(i), ..base }).collect()
             }
         }
     }
 }
 
-/// A text scored at one setting.
+/// A text scored at one setting of a sweep.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Point {
     pub(crate) sweep: &'static str,
-    pub(crate) max_depth: Option<usize>,
-    pub(crate) router_bias: f32,
-    pub(crate) mean_nll_nats: f64,
-    pub(crate) perplexity: f64,
-    pub(crate) mean_depth: f64,
-    pub(crate) tokens_per_s: f64,
+    #[serde(flatten)]
+    pub(crate) quality: Quality,
 }
 
 impl Point {
+    /// What the swept option was set to.
     fn value(&self) -> String {
-        match self.max_depth {
+        match self.quality.max_depth {
             Some(depth) if self.sweep == "max-depth" => depth.to_string(),
-            _ => self.router_bias.to_string(),
+            _ => self.quality.router_bias.to_string(),
         }
     }
 }
@@ -121,10 +123,10 @@ pub(crate) fn table(points: &[Point]) -> String {
             "{:<11} {:>6}  {:>13.6}  {:>10.5}  {:>10.5}  {:>8.1}\n",
             point.sweep,
             point.value(),
-            point.mean_nll_nats,
-            point.perplexity,
-            point.mean_depth,
-            point.tokens_per_s
+            point.quality.mean_nll_nats,
+            point.quality.perplexity,
+            point.quality.mean_depth,
+            point.quality.tokens_per_s
         );
     }
     text
@@ -134,7 +136,7 @@ pub(crate) fn table(points: &[Point]) -> String {
 pub(crate) fn charts(points: &[Point]) -> Vec<Chart> {
     let mut names: Vec<&str> = points.iter().map(|point| point.sweep).collect();
     names.dedup();
-    let chart = |x_label: &str, x: fn(&Point) -> f64| Chart {
+    let chart = |x_label: &str, x: fn(&Quality) -> f64| Chart {
         x_label: x_label.to_owned(),
         y_label: "perplexity".to_owned(),
         series: names
@@ -144,12 +146,12 @@ pub(crate) fn charts(points: &[Point]) -> Vec<Chart> {
                 points: points
                     .iter()
                     .filter(|point| point.sweep == *name)
-                    .map(|point| PlotPoint { x: x(point), y: point.perplexity, label: point.value() })
+                    .map(|point| PlotPoint { x: x(&point.quality), y: point.quality.perplexity, label: point.value() })
                     .collect(),
             })
             .collect(),
     };
-    vec![chart("mean depth", |point| point.mean_depth), chart("tokens/s", |point| point.tokens_per_s)]
+    vec![chart("mean depth", |quality| quality.mean_depth), chart("tokens/s", |quality| quality.tokens_per_s)]
 }
 
 #[cfg(test)]
@@ -191,6 +193,9 @@ mod tests {
         let biases = Sweep::parse("router-bias=-1..1").unwrap().controls(base, &config);
         let expected = [-1.0, 0.0, 1.0].map(|router_bias| DepthControl { router_bias, ..base });
         assert_eq!(biases, expected);
+        let fine = Sweep::parse("router-bias=-0.3..0.3:0.1").unwrap().controls(base, &config);
+        let fine: Vec<f32> = fine.iter().map(|control| control.router_bias).collect();
+        assert_eq!(fine, [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]);
         let depths = Sweep::parse("max-depth=1..R").unwrap().controls(base, &config);
         assert_eq!(depths, [1, 2, 3].map(|depth| DepthControl { max_depth: Some(depth), ..base }));
     }

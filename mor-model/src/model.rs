@@ -259,7 +259,8 @@ pub struct MorModel {
 
 /// Routing by draws in place of an expert-choice model's routers, for measurements alone: the routers of random weights
 /// mean nothing, and what a token computes depends on its depth. A token that has come as far as recursion r takes it with
-/// probability `keep[r]`, whatever the capacity and the router bias. Routers still run and gate, so the cost is that of the model.
+/// probability `keep[r]`, whatever the capacity and the router bias. Routers still run and gate, so the cost is that of the
+/// model.
 ///
 /// Draws depend on the seed, the token's position, its sequence's slot and the recursion, on nothing that was computed.
 /// Top-k routing of full sequences does not follow them.
