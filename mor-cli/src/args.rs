@@ -10,6 +10,10 @@ use crate::chat::ChatArgs;
 use crate::generate::random_seed;
 use crate::help::{CompletionsArgs, ManArgs};
 
+use crate::depth::DepthArgs;
+use crate::sweep::Sweep;
+use crate::trace::TraceArgs;
+
 /// Run Mixture-of-Recursions language models on any GPU.
 #[derive(Debug, Parser)]
 #[command(name = "mor", version, max_term_width = 100)]
@@ -30,6 +34,8 @@ pub(crate) enum Command {
     Forward(ForwardArgs),
     /// Measure the likelihood of a text
     Eval(EvalArgs),
+    /// Continue a prompt and show how each token was routed
+    Trace(TraceArgs),
     /// Show a model's layers, parameters and memory
     Inspect(InspectArgs),
     /// Write a model with its matrices as small integers
@@ -84,6 +90,8 @@ pub(crate) struct GenerateArgs {
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
     pub(crate) quantize: QuantizeArg,
+    #[command(flatten)]
+    pub(crate) depth: DepthArgs,
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
@@ -171,6 +179,8 @@ pub(crate) struct BatchArgs {
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
     pub(crate) quantize: QuantizeArg,
+    #[command(flatten)]
+    pub(crate) depth: DepthArgs,
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
@@ -199,6 +209,8 @@ pub(crate) struct ForwardArgs {
     #[command(flatten)]
     pub(crate) quantize: QuantizeArg,
     #[command(flatten)]
+    pub(crate) depth: DepthArgs,
+    #[command(flatten)]
     pub(crate) device: DeviceArg,
 }
 
@@ -221,6 +233,15 @@ pub(crate) struct EvalArgs {
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
     pub(crate) quantize: QuantizeArg,
+    #[command(flatten)]
+    pub(crate) depth: DepthArgs,
+    /// Score once for each value of --max-depth or --router-bias, both ends included: max-depth=A..B, where B may be R, the
+    /// recursions of the model, or router-bias=A..B[:STEP]; may be given several times
+    #[arg(long, value_name = "NAME=A..B[:STEP]", value_parser = Sweep::parse)]
+    pub(crate) sweep: Vec<Sweep>,
+    /// Draw the sweeps: perplexity against mean depth and against tokens/s
+    #[arg(long, value_name = "SVG", requires = "sweep")]
+    pub(crate) plot: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) device: DeviceArg,
     /// Print one JSON object

@@ -109,6 +109,16 @@ pub(crate) fn sentence(error: &anyhow::Error) -> String {
             };
             format!("--{option} is {found}, expected {expected}")
         }
+        Some(RuntimeError::Model(error)) => model_sentence(error),
+        _ => error.downcast_ref().map_or_else(|| error.to_string(), model_sentence),
+    }
+}
+
+fn model_sentence(error: &ModelError) -> String {
+    match error {
+        ModelError::DepthControl { name, found, expected } => {
+            format!("--{} is {found}, expected {expected}", name.replace('_', "-"))
+        }
         _ => error.to_string(),
     }
 }
@@ -140,5 +150,12 @@ mod tests {
     fn parameters_are_named_as_options() {
         let error = RuntimeError::Parameter { name: "repetition_penalty", found: "0".to_owned(), expected: "more" };
         assert_eq!(sentence(&error.into()), "--repeat-penalty is 0, expected more");
+        let error = || {
+            let (name, found, expected) = ("max_depth", "9".to_owned(), "1 to 3".to_owned());
+            ModelError::DepthControl { name, found, expected }
+        };
+        for error in [error().into(), RuntimeError::from(error()).into()] {
+            assert_eq!(sentence(&error), "--max-depth is 9, expected 1 to 3");
+        }
     }
 }

@@ -68,22 +68,37 @@ impl Prompt {
     }
 }
 
-pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
+/// A request that was checked, and the session that can serve it.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) model: Model,
+    pub(crate) config: MorConfig,
+    pub(crate) session: Session,
+    pub(crate) request: GenerateRequest,
+}
+
+/// The model that the arguments name.
+pub(crate) fn named_model(args: &GenerateArgs) -> anyhow::Result<Model> {
+    match &args.random_weights {
+        Some(config) => Ok(Model::Random(config.clone())),
+        None => Model::named(args.model.as_deref()),
+    }
+}
+
+/// Checks the arguments and loads the model.
+pub(crate) fn prepare(args: &GenerateArgs) -> anyhow::Result<Prepared> {
     // Everything that can be refused is refused before anything large is read or a device is opened.
     let sampling = args.sampling.params();
-    let seed = sampling.seed;
     sampling.validate()?;
     if args.stop.iter().any(String::is_empty) {
         return Err(bad_input!("--stop is an empty text, expected at least one character"));
     }
-    let model = match &args.random_weights {
-        Some(config) => Model::Random(config.clone()),
-        None => Model::named(args.model.as_deref())?,
-    };
+    let model = named_model(args)?;
     let config = model.config()?;
     if let Some(kv) = args.kv {
         config.with_kv(kv.strategy())?;
     }
+    let depth = args.depth.control(&config)?;
     let prompt = read_prompt(args, config.vocab_size)?;
     check_request(&prompt, args, &model, &config)?;
     if config.hidden_size <= SMALL_HIDDEN_SIZE && prompt.is_short() {
@@ -96,10 +111,11 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
         precision: args.dtype.precision(),
         quantize: args.quantize.quantization(),
         kv,
+        depth,
         batch,
         ..SessionOptions::default()
     };
-    let mut session = model.load(args.device.selector(), options)?;
+    let session = model.load(args.device.selector(), options)?;
     let tokens = match (prompt, session.tokenizer()) {
         (Prompt::Tokens(tokens), _) => tokens,
         (Prompt::Text(text), _) if text.is_empty() => Vec::new(),
@@ -114,6 +130,12 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
         ignore_eos: args.ignore_eos,
         ..GenerateRequest::new(tokens)
     };
+    Ok(Prepared { model, config, session, request })
+}
+
+pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
+    let Prepared { model, config, mut session, request } = prepare(args)?;
+    let seed = request.sampling.seed;
     let show = Show::new(args.json, args.show_depth);
     // The prompt is shown before the new text for people, not for programs.
     let shows_prompt = args.show_depth || (show == Show::Plain && std::io::stdout().is_terminal());
@@ -428,7 +450,7 @@ impl Output {
 }
 
 /// The text of each token; their ids without a tokenizer.
-fn pieces(tokenizer: Option<&Tokenizer>, tokens: &[u32]) -> Vec<String> {
+pub(crate) fn pieces(tokenizer: Option<&Tokenizer>, tokens: &[u32]) -> Vec<String> {
     let Some(tokenizer) = tokenizer else {
         return tokens.iter().map(|token| format!("{token} ")).collect();
     };

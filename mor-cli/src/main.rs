@@ -7,6 +7,7 @@ mod args;
 mod batch;
 mod bench;
 mod chat;
+mod depth;
 mod devices;
 mod embedded;
 mod eval;
@@ -18,9 +19,13 @@ mod input;
 mod inspect;
 mod interrupt;
 mod model;
+mod output;
+mod plot;
 mod quantize;
 mod settings;
 mod style;
+mod sweep;
+mod trace;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -44,6 +49,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Batch(args) => batch::run(&args),
         Command::Forward(args) => forward::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quantize(args) => quantize::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),

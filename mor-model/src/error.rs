@@ -317,6 +317,17 @@ pub enum ModelError {
         cached: usize,
     },
 
+    /// Depths that the model cannot be held to.
+    #[error("{name} is {found}, expected {expected}")]
+    DepthControl {
+        /// Field of [`DepthControl`](crate::DepthControl).
+        name: &'static str,
+        /// Its value.
+        found: String,
+        /// Accepted values.
+        expected: String,
+    },
+
     /// A golden case lacks a tensor or holds it with another type.
     #[cfg(feature = "oracle")]
     #[error("{file}: golden tensor {name} is missing or not {expected}")]

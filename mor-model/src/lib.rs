@@ -32,6 +32,7 @@
 //! ```
 
 mod config;
+mod depth;
 mod device_weights;
 mod error;
 #[cfg(feature = "oracle")]
@@ -46,6 +47,7 @@ mod weights;
 pub use config::{
     Balancing, Gating, KvStrategy, Mode, MorConfig, Quantization, RouterFunc, RouterType, Sampling, SharingStrategy,
 };
+pub use depth::DepthControl;
 pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};

@@ -23,8 +23,8 @@ use mor_kernels::{Gpu, KernelError, Result};
 
 use crate::device_weights::{DeviceWeights, LayerWeights, Matrix, Precision, RouterWeights, device_head_dim};
 use crate::{
-    Checkpoint, Gating, KvLayout, KvStrategy, LayerLayout, Mode, MorConfig, RouterFunc, SharingStrategy,
-    UNSHARED_GROUP, recursion_group,
+    Checkpoint, DepthControl, Gating, KvLayout, KvStrategy, LayerLayout, Mode, ModelError, MorConfig, RouterFunc,
+    SharingStrategy, UNSHARED_GROUP, recursion_group,
 };
 
 /// How a full sequence is routed.
@@ -253,12 +253,14 @@ pub struct MorModel {
     precision: Precision,
     weights: DeviceWeights,
     batching: Batching,
+    depth: DepthControl,
     script: Option<Script>,
 }
 
 /// Routing by draws in place of an expert-choice model's routers, for measurements alone: the routers of random weights
 /// mean nothing, and what a token computes depends on its depth. A token that has come as far as recursion r takes it with
-/// probability `keep[r]`, whatever the capacity. Routers still run and gate, so the cost is that of the model.
+/// probability `keep[r]`, whatever the capacity and the router bias. Routers still run and gate, so the cost is that of the
+/// model.
 ///
 /// Draws depend on the seed, the token's position, its sequence's slot and the recursion, on nothing that was computed.
 /// Top-k routing of full sequences does not follow them.
@@ -323,7 +325,28 @@ impl MorModel {
         let shares_weights = shares_block && (0..layout.num_layers()).all(is_tied);
         let batching = if shares_weights { Batching::Depthwise } else { Batching::Lockstep };
         let weights = DeviceWeights::upload(gpu, checkpoint, precision, progress)?;
-        Ok(Self { gpu: gpu.clone(), config, layout, kv_layout, precision, weights, batching, script: None })
+        let (gpu, depth, script) = (gpu.clone(), DepthControl::default(), None);
+        Ok(Self { gpu, config, layout, kv_layout, precision, weights, batching, depth, script })
+    }
+
+    /// The model with other depths, from the steps on that are recorded with it.
+    ///
+    /// # Errors
+    /// [`ModelError::DepthControl`] as [`DepthControl::validate`].
+    pub fn with_depth_control(mut self, depth: DepthControl) -> Result<Self, ModelError> {
+        depth.validate(&self.config)?;
+        self.depth = depth;
+        Ok(self)
+    }
+
+    /// How far tokens go, other than their routers alone would have it.
+    pub fn depth_control(&self) -> DepthControl {
+        self.depth
+    }
+
+    /// Recursions that a token takes at most.
+    pub fn max_depth(&self) -> usize {
+        self.depth.max_depth(&self.config)
     }
 
     /// The model, routed by a script from the steps on that are recorded with it: for measurements.
@@ -345,6 +368,12 @@ impl MorModel {
         let keep = Tensor::from_slice(&self.gpu, "keep", DType::F32, &[num_recursions], &keep)?;
         self.script = Some(Script { seed: script.seed, keep });
         Ok(self)
+    }
+
+    /// What the values that expert choice decides by are compared with.
+    fn threshold(&self) -> f32 {
+        // A script's values are signs.
+        if self.script.is_some() { 0.0 } else { self.depth.threshold() }
     }
 
     /// Whether every token that comes as far as recursion `r` takes it.
@@ -518,7 +547,7 @@ impl MorModel {
 
     /// Records a step over the rows in `step.rows`: embedding, layers, routing, head, and for
     /// [`LogitRows::Sampled`] the draw of the next token. `after_recursion` is called where a recursion's results
-    /// are complete, to record copies of them.
+    /// are complete, to record copies of them; also for those that no token may take.
     ///
     /// # Errors
     /// As [`PlanBuilder::dispatch`].
@@ -624,7 +653,10 @@ impl<'a> Recorder<'a> {
                 }
                 plan.part(BLOCK);
                 for r in 0..config.num_recursions {
-                    self.record_recursion(plan, r)?;
+                    // What no token may take is not dispatched.
+                    if r < self.model.max_depth() {
+                        self.record_recursion(plan, r)?;
+                    }
                     after_recursion(plan, r);
                 }
                 plan.part(CODA);
@@ -660,9 +692,13 @@ impl<'a> Recorder<'a> {
                 match self.routing {
                     Routing::Causal => {
                         let decision = step.aux_logits.get(r).unwrap_or(&step.router_logits[r]);
-                        Selection::Expert { decision, always: self.model.takes_all(r), keep_all }
+                        let (threshold, always) = (self.model.threshold(), self.model.takes_all(r));
+                        Selection::Expert { decision, threshold, always, keep_all }
                     }
-                    Routing::TopK => Selection::Expert { decision: &step.topk_decision, always: false, keep_all },
+                    Routing::TopK => {
+                        let (decision, threshold) = (&step.topk_decision, 0.0);
+                        Selection::Expert { decision, threshold, always: false, keep_all }
+                    }
                 }
             }
             _ => {
@@ -701,7 +737,8 @@ impl<'a> Recorder<'a> {
         let rule = match config.mode {
             Mode::Expert => {
                 let decision = step.aux_logits.first().unwrap_or(&step.router_logits[0]);
-                DepthRule::Expert { decision, keep_all: config.kv != KvStrategy::RecursionWise }
+                let (threshold, keep_all) = (self.model.threshold(), config.kv != KvStrategy::RecursionWise);
+                DepthRule::Expert { decision, threshold, keep_all }
             }
             Mode::Token => DepthRule::Token { target_depth: &step.depth },
             Mode::Vanilla | Mode::Recursive => DepthRule::Fixed,
@@ -753,12 +790,13 @@ impl<'a> Recorder<'a> {
     /// Scores the rows of a tick's block for the recursion after the one they took.
     fn record_next_routers(&self, plan: &mut PlanBuilder<'_>, block: &RowSet) -> Result<()> {
         let routers = self.model.weights.routers.as_ref().expect("expert choice has routers");
-        if routers.router.hidden.is_empty() {
+        let max_depth = self.model.max_depth();
+        if routers.router.hidden.is_empty() && max_depth > 1 {
             // The last matrices lie in one tensor, from which each row picks its own.
             return self.record_expert_router(plan, 1, block, 0);
         }
         let at = &self.depthwise().at;
-        for r in 1..self.config().num_recursions {
+        for r in 1..max_depth {
             self.record_slots(plan, SlotPhase::At(r as u32 - 1), at, false)?;
             self.record_expert_router(plan, r, at, 0)?;
         }
@@ -786,7 +824,7 @@ impl<'a> Recorder<'a> {
                 max_pages: self.max_pages(),
                 slots: self.kv.slots.as_ref(),
             }),
-            num_recursions: self.config().num_recursions as u32,
+            num_recursions: self.model.max_depth() as u32,
             max_positions: self.kv.max_positions as u32,
         };
         SlotsCompact::record(plan, &bindings)
@@ -1141,7 +1179,13 @@ impl<'a> Recorder<'a> {
             bias: routers.bias.as_ref(),
         };
         let in_features = (weight.num_elems() / config.num_recursions) as u32;
-        let params = RouterTokenParams { in_features, input_scale: input.scale, alpha: config.alpha as f32 };
+        let params = RouterTokenParams {
+            in_features,
+            input_scale: input.scale,
+            alpha: config.alpha as f32,
+            max_depth: self.model.max_depth() as u32,
+            depth_bias: self.model.depth.router_bias,
+        };
         kernel.record(plan, bindings, params)
     }
 

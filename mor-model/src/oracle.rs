@@ -7,7 +7,9 @@
 //!
 //! Mixture-of-Recursions (arXiv 2507.10524); Llama block after "LLaMA" (arXiv 2302.13971).
 
-use crate::{Checkpoint, Gating, KvLayout, KvStrategy, Mode, ModelError, MorConfig, RouterFunc, Routing, TensorId};
+use crate::{
+    Checkpoint, DepthControl, Gating, KvLayout, KvStrategy, Mode, ModelError, MorConfig, RouterFunc, Routing, TensorId,
+};
 
 /// A model ready to run on the CPU: every distinct tensor in f32.
 ///
@@ -33,6 +35,7 @@ use crate::{Checkpoint, Gating, KvLayout, KvStrategy, Mode, ModelError, MorConfi
 #[derive(Debug)]
 pub struct Oracle {
     config: MorConfig,
+    depth: DepthControl,
     kv: KvLayout,
     /// Distinct tensors, by id.
     tensors: Vec<Vec<f32>>,
@@ -132,7 +135,19 @@ impl Oracle {
                 })
                 .collect(),
             config,
+            depth: DepthControl::default(),
         }
+    }
+
+    /// The model with other depths.
+    ///
+    /// # Errors
+    ///
+    /// As [`DepthControl::validate`].
+    pub fn with_depth_control(mut self, depth: DepthControl) -> Result<Self, ModelError> {
+        depth.validate(&self.config)?;
+        self.depth = depth;
+        Ok(self)
     }
 
     /// Configuration.
@@ -242,6 +257,9 @@ impl Oracle {
         out.depth = vec![0; num_rows];
         let mut active: Vec<usize> = (0..num_rows).collect();
         for (r, router) in self.routers.iter().enumerate() {
+            if r >= self.depth.max_depth(&self.config) {
+                active.clear();
+            }
             let logits = self.router(&router.router, &rows.gather(&active), self.config.temp);
             let gates: Vec<f32> = logits.iter().map(|&logit| self.expert_gate(logit)).collect();
             let aux = router.aux.as_ref().map(|aux| self.router(aux, &rows.gather(&active), 1.0));
@@ -255,7 +273,9 @@ impl Oracle {
                     let k = ((capacity * num_rows as f64) as usize).max(1);
                     top_k(&gates, k)
                 }
-                Routing::Causal => (0..active.len()).filter(|&i| capacity >= 1.0 || decisive[i] >= 0.0).collect(),
+                Routing::Causal => {
+                    (0..active.len()).filter(|&i| capacity >= 1.0 || decisive[i] >= self.depth.threshold()).collect()
+                }
             };
             let selected: Vec<usize> = chosen.iter().map(|&i| active[i]).collect();
 
@@ -289,13 +309,13 @@ impl Oracle {
         let logits = self.router(&router.router, rows, self.config.temp);
         let gates: Vec<f32> = logits.chunks(num_recursions).flat_map(|logits| self.token_gates(logits)).collect();
         let bias = router.bias.map(|id| self.weight(id));
-        let last: Vec<usize> = gates
-            .chunks(num_recursions)
-            .map(|gates| match bias {
-                Some(bias) => argmax(&gates.iter().zip(bias).map(|(g, b)| g + b).collect::<Vec<_>>()),
-                None => argmax(gates),
-            })
-            .collect();
+        let score =
+            |(r, gate): (usize, &f32)| gate + bias.map_or(0.0, |bias| bias[r]) + r as f32 * self.depth.router_bias;
+        let choose = |gates: &[f32]| {
+            let scores: Vec<f32> = gates.iter().enumerate().map(score).collect();
+            argmax(&scores[..self.depth.max_depth(&self.config)])
+        };
+        let last: Vec<usize> = gates.chunks(num_recursions).map(choose).collect();
 
         // `current` runs through the block; `rows` keeps the input, which the result is added to.
         let mut current = rows.clone();

@@ -194,7 +194,7 @@ impl Engine {
         let config = model.config();
         let (ticks, ticks_of_token) = match runner.batching() {
             Batching::Lockstep => (Self::STEPS_PER_SUBMIT, 1),
-            Batching::Depthwise => (Self::TICKS_PER_SUBMIT, config.num_recursions),
+            Batching::Depthwise => (Self::TICKS_PER_SUBMIT, model.max_depth()),
         };
         let scheduler = Scheduler::new(SchedulerOptions {
             layout,

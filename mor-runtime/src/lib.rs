@@ -66,7 +66,7 @@ pub use error::{Result, RuntimeError};
 pub use event::{Event, SequenceHandle, Summary};
 pub use fleet::{Fleet, Report};
 pub use mor_kernels::gpu::{AdapterKind, AdapterSummary, DeviceSelector, GpuOptions};
-pub use mor_model::{Batching, KvStrategy, Precision, Quantization, Routing, ScriptedRouter};
+pub use mor_model::{Batching, DepthControl, KvStrategy, Precision, Quantization, Routing, ScriptedRouter};
 pub use sampling::{FinishReason, GenerateRequest, SamplingParams};
 pub use session::{
     BatchOptions, DecodeProfile, ForwardOutput, Generation, LoadProgress, ModelSource, Score, SequenceOutput, Session,

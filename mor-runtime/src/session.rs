@@ -11,7 +11,7 @@ use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_SAMPLE, Row};
 use mor_kernels::submit::Submission;
 use mor_kernels::timing;
 use mor_model::{
-    Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Quantization, Routing,
+    Batching, Checkpoint, DepthControl, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Quantization, Routing,
     ScriptedRouter,
 };
 
@@ -69,6 +69,8 @@ pub struct SessionOptions {
     pub precision: Option<Precision>,
     /// Replaces the configuration's K/V strategy.
     pub kv: Option<KvStrategy>,
+    /// How far tokens go, other than their routers alone would have it.
+    pub depth: DepthControl,
     /// How many sequences run at a time, and in how much memory.
     pub batch: BatchOptions,
     /// Quantises the matrices first.
@@ -191,6 +193,7 @@ impl Session {
             Some(kv) => checkpoint.with_kv(kv)?,
             None => checkpoint,
         };
+        options.depth.validate(checkpoint.config())?;
         let checkpoint = match options.quantize {
             Some(quantization) => checkpoint.quantize(quantization)?,
             None => checkpoint,
@@ -204,7 +207,7 @@ impl Session {
                 on_load(LoadProgress { uploaded_bytes, total_bytes });
             }
         };
-        let model = MorModel::load(&gpu, &checkpoint, precision, &mut progress)?;
+        let model = MorModel::load(&gpu, &checkpoint, precision, &mut progress)?.with_depth_control(options.depth)?;
         let load_ms = start.elapsed().as_secs_f64() * 1e3;
         let adapter = &gpu.summary().name;
         tracing::info!(adapter, precision = precision.as_str(), bytes = total_bytes, load_ms, "loaded the model");
@@ -233,6 +236,18 @@ impl Session {
         batch.validate()?;
         self.forget_engine();
         self.batch = batch;
+        Ok(self)
+    }
+
+    /// The session with other depths. Caches and kept beginnings are given up, for they hold what tokens computed at the depths
+    /// they had.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Model`] as [`DepthControl::validate`].
+    pub fn with_depth_control(mut self, depth: DepthControl) -> Result<Self> {
+        self.forget_engine();
+        self.evaluator = None;
+        self.model = self.model.with_depth_control(depth)?;
         Ok(self)
     }
 
@@ -497,7 +512,7 @@ impl Session {
     ///
     /// # Errors
     /// [`RuntimeError::TokenOutOfRange`], [`RuntimeError::TooLong`]; [`RuntimeError::TopK`] for top-k routing of a
-    /// sequence whose logits do not fit one buffer; [`RuntimeError::Kernel`] if the device fails.
+    /// sequence whose logits do not fit one buffer, or with a router bias; [`RuntimeError::Kernel`] if the device fails.
     pub fn forward(&mut self, sequences: &[Vec<u32>], routing: Routing) -> Result<ForwardOutput> {
         let config = self.model.config().clone();
         let mut outputs: Vec<_> = sequences.iter().map(|_| SequenceOutput::default()).collect();
@@ -566,6 +581,9 @@ impl Session {
         let caps = self.model.gpu().caps();
         let binding_rows = caps.max_storage_binding_bytes / (4 * self.model.logits_stride() as u64);
         let routing = if config.mode == Mode::Expert { routing } else { Routing::Causal };
+        if routing == Routing::TopK && self.model.depth_control().router_bias != 0.0 {
+            return Err(RuntimeError::TopK { reason: "ranks its tokens, which a router bias does not change" });
+        }
         // Top-k routing ranks whole sequences, so one goes through at a time and in one step.
         let (capacity, num_sequences) = match routing {
             Routing::Causal => (total.min(512), sequences.len()),
