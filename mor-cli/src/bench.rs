@@ -7,8 +7,8 @@ use std::fmt::Write;
 use mor_kernels::KernelError;
 use mor_model::{Checkpoint, Dtype, Mode, MorConfig, PARTS, SharingStrategy};
 use mor_runtime::{
-    BatchOptions, Batching, DecodeProfile, Event, FinishReason, GenerateRequest, KvStrategy, ModelSource, RuntimeError,
-    SamplingParams, ScriptedRouter, SequenceHandle, Session, SessionOptions, Statistics, Summary,
+    BatchOptions, Batching, Event, FinishReason, GenerateRequest, KvStrategy, ModelSource, RuntimeError,
+    SamplingParams, ScriptedRouter, SequenceHandle, Session, SessionOptions, Statistics, StepProfile, Summary,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -452,7 +452,7 @@ fn serve(session: &mut Session, requests: &[GenerateRequest]) -> anyhow::Result<
 }
 
 /// Times of the ticks; none where the device writes no timestamps.
-fn profile(session: &mut Session, slots: usize, context: usize) -> anyhow::Result<Option<DecodeProfile>> {
+fn profile(session: &mut Session, slots: usize, context: usize) -> anyhow::Result<Option<StepProfile>> {
     match session.profile_decode(slots, context) {
         Ok(profile) => Ok(Some(profile)),
         Err(RuntimeError::Kernel(error @ KernelError::Limit { kernel: "timing", .. })) => {
@@ -524,7 +524,7 @@ impl KvBytes {
 }
 
 impl TickTime {
-    fn new(profile: &DecodeProfile, wall: f64) -> Self {
+    fn new(profile: &StepProfile, wall: f64) -> Self {
         let of = |part| profile.parts.iter().filter(|(name, _)| *name == part).map(|(_, micros)| micros).sum();
         let [prelude, block, coda] = PARTS.map(of);
         Self { device: profile.device_micros, prelude, block, coda, gap: wall - profile.device_micros }
