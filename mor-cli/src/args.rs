@@ -6,6 +6,9 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use mor_runtime::{DeviceSelector, KvStrategy, Precision, Quantization, Routing};
 
+use crate::bench::BenchArgs;
+use crate::profile::ProfileArgs;
+
 /// Run Mixture-of-Recursions language models on any GPU.
 #[derive(Debug, Parser)]
 #[command(name = "mor", version, max_term_width = 100)]
@@ -30,15 +33,10 @@ pub(crate) enum Command {
     Quantize(QuantizeArgs),
     /// List the adapters of this machine
     Devices(DevicesArgs),
-    /// Measure
-    #[command(subcommand)]
-    Bench(BenchCommand),
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum BenchCommand {
-    /// Tokens a second of many sequences, against models of the same depth without recursions
-    Throughput(ThroughputArgs),
+    /// Measure how fast models read prompts and generate, and compare measurements
+    Bench(BenchArgs),
+    /// Show which kernels take how much of a step's time
+    Profile(ProfileArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -431,7 +429,7 @@ fn token_list(text: &str) -> Result<TokenList, String> {
     text.split(',').map(id).collect::<Result<_, _>>().map(TokenList)
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&count| count > 0).ok_or_else(|| "expected a whole number, 1 or more".to_owned())
 }
 

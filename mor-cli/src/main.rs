@@ -15,6 +15,7 @@ mod generate;
 mod input;
 mod inspect;
 mod model;
+mod profile;
 mod quantize;
 mod style;
 
@@ -24,7 +25,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use crate::args::{Args, BenchCommand, Command};
+use crate::args::{Args, Command};
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
@@ -42,7 +43,8 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quantize(args) => quantize::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Bench(BenchCommand::Throughput(args)) => bench::throughput(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Profile(args) => profile::run(&args).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| failure::report(&error))
 }
