@@ -1,7 +1,7 @@
-//! `attention_prefill`: 512 rows of one sequence of every shape, f16 cache.
+//! `attention_prefill`: 512 rows of one sequence of every shape, f16 cache; throughput counts the FLOP of scores and sums.
 
 use criterion::Criterion;
-use mor_bench::{SHAPES, record, time};
+use mor_bench::{SHAPES, record, time_flop};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{AttentionPrefill, AttentionPrefillBindings, AttentionPrefillParams, AttentionShape};
 use mor_kernels::oracle::attention_decode::AttentionInputs;
@@ -43,7 +43,8 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
         };
         gpu.run(&plan).expect("the device answers");
         parity::assert_close(&id, &out.read(gpu), &attention_prefill(&shape, &inputs, shape.scale()), Tolerance::F32);
-        let cache_elems = num_rows * (shape.num_key_value_heads * shape.head_dim) as usize;
-        time(criterion, gpu, "attention_prefill", &id, (2 * 2 * cache_elems + 8 * num_rows * row_elems) as u64, &plan);
+        // A row sees itself and all before it.
+        let flop = 2 * row_elems * num_rows * (num_rows + 1);
+        time_flop(criterion, gpu, "attention_prefill", &id, flop as u64, &plan, 1);
     }
 }

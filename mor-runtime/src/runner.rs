@@ -1,6 +1,7 @@
 //! [`Runner`]: feeds rows to a model and reads what comes back. The only place that submits work.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use mor_kernels::Result;
@@ -401,21 +402,27 @@ impl Runner {
         Ok(plan)
     }
 
-    /// Records the plans of prefill steps of `num_rows` rows and of decode up to `max_context` positions, so that no
-    /// later call compiles.
+    /// Records the plans of prefill steps of `num_rows` rows and of decode from `contexts.start` to `contexts.end` positions, so
+    /// that no later call compiles.
     ///
     /// # Errors
-    /// As [`PlanBuilder::dispatch`].
-    pub fn prepare(&mut self, model: &MorModel, num_rows: usize, num_slots: usize, max_context: usize) -> Result<()> {
+    /// As [`PlanBuilder::dispatch`] and [`PlanBuilder::finish`].
+    pub fn prepare(
+        &mut self,
+        model: &MorModel,
+        num_rows: usize,
+        num_slots: usize,
+        contexts: Range<usize>,
+    ) -> Result<()> {
         if num_rows > 0 {
             self.prefill_plan(model, num_rows)?;
         }
-        let mut context = 1;
-        while context < max_context {
+        let mut context = contexts.start.max(1);
+        while context < contexts.end {
             self.decode_plan(model, num_slots, context)?;
             context *= 2;
         }
-        self.decode_plan(model, num_slots, max_context)?;
+        self.decode_plan(model, num_slots, contexts.end)?;
         Ok(())
     }
 

@@ -307,7 +307,7 @@ impl Session {
         let runner = self.engine.as_mut().expect("reserved above").runner_mut();
         let fewer = std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|n| *n < most);
         for num_slots in fewer.chain([most]) {
-            runner.prepare(&self.model, 0, num_slots, context)?;
+            runner.prepare(&self.model, 0, num_slots, 1..context)?;
         }
         self.model.gpu().wait_idle()?;
         Ok(())
@@ -512,8 +512,8 @@ impl Session {
         let engine = self.engine.as_mut().expect("a sequence was submitted");
         let prompt = request.prompt.len().max(1);
         let rows = (prompt - usize::from(request.max_new_tokens > 0)).min(self.batch.prefill_rows);
-        // Nothing compiles while tokens are awaited.
-        engine.runner_mut().prepare(&self.model, rows, 1, prompt + request.max_new_tokens)?;
+        // What the first token takes compiles before the clock starts; plans for longer contexts follow when they are needed.
+        engine.runner_mut().prepare(&self.model, rows, 1, prompt..prompt + request.max_new_tokens.min(1))?;
         self.model.gpu().wait_idle()?;
         Ok(Generation { session: self, handle, finished: false })
     }
