@@ -71,7 +71,7 @@ impl Model {
         Ok(match self {
             Model::Embedded => Checkpoint::from_bytes(embedded::CONFIG, embedded::WEIGHTS, embedded::NAME)?,
             Model::Folder(folder) => Checkpoint::open(folder)?,
-            Model::Random(_) => Checkpoint::random(self.config()?, 0, Dtype::BF16),
+            Model::Random(_) => Checkpoint::random(self.config()?, 0, Dtype::F16),
         })
     }
 
@@ -79,7 +79,7 @@ impl Model {
         Ok(match self {
             Model::Embedded => embedded::source(),
             Model::Folder(folder) => ModelSource::Folder(folder.clone()),
-            Model::Random(_) => ModelSource::Random { config: self.config()?, seed: 0, dtype: Dtype::BF16 },
+            Model::Random(_) => ModelSource::Random { config: self.config()?, seed: 0, dtype: Dtype::F16 },
         })
     }
 

@@ -727,22 +727,26 @@ impl BatchOptions {
     }
 }
 
-/// Steps of one measurement; a profile makes three, and a few more steps. The other room that is left for them is for
+/// Most steps of one measurement; a profile makes four, and one more step. The other room that is left for them is for
 /// sequences ahead of others.
 const PROFILED_STEPS: usize = 32;
+/// A measurement of slow steps has fewer, so that it takes about so many microseconds.
+const PROFILED_MICROS: f64 = 1e6;
 
 fn profile(gpu: &Gpu, plan: &Plan) -> Result<StepProfile> {
-    let device_micros = timing::device_micros(gpu, plan, PROFILED_STEPS as u32)?;
-    let parts = timing::parts(gpu, plan, PROFILED_STEPS as u32)?;
+    let of_one = timing::device_micros(gpu, plan, 1)?;
+    let steps = (PROFILED_MICROS / of_one.max(1.0)).clamp(1.0, PROFILED_STEPS as f64) as u32;
+    let device_micros = timing::device_micros(gpu, plan, steps)?;
+    let parts = timing::parts(gpu, plan, steps)?;
     let start = Instant::now();
-    for _ in 0..PROFILED_STEPS {
+    for _ in 0..steps {
         let mut submission = Submission::new(gpu);
         submission.plan(plan);
         submission.submit();
     }
-    let host_micros = start.elapsed().as_secs_f64() * 1e6 / PROFILED_STEPS as f64;
+    let host_micros = start.elapsed().as_secs_f64() * 1e6 / f64::from(steps);
     gpu.wait_idle()?;
-    let dispatches = timing::profile(gpu, plan, 16)?;
+    let dispatches = timing::profile(gpu, plan, steps)?;
     Ok(StepProfile { device_micros, host_micros, parts, dispatches })
 }
 
