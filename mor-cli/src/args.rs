@@ -14,6 +14,9 @@ use crate::depth::DepthArgs;
 use crate::sweep::Sweep;
 use crate::trace::TraceArgs;
 
+use crate::bench::BenchArgs;
+use crate::profile::ProfileArgs;
+
 /// Run Mixture-of-Recursions language models on any GPU.
 #[derive(Debug, Parser)]
 #[command(name = "mor", version, max_term_width = 100)]
@@ -42,19 +45,14 @@ pub(crate) enum Command {
     Quantize(QuantizeArgs),
     /// List the adapters of this machine
     Devices(DevicesArgs),
-    /// Measure
-    #[command(subcommand)]
-    Bench(BenchCommand),
+    /// Measure how fast models read prompts and generate, and compare measurements
+    Bench(BenchArgs),
+    /// Show which kernels take how much of a step's time
+    Profile(ProfileArgs),
     /// Print what makes a shell complete the command line
     Completions(CompletionsArgs),
     /// Write manual pages, one a command
     Man(ManArgs),
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum BenchCommand {
-    /// Tokens a second of many sequences, against models of the same depth without recursions
-    Throughput(ThroughputArgs),
 }
 
 #[derive(Debug, clap::Args)]

@@ -21,6 +21,7 @@ mod interrupt;
 mod model;
 mod output;
 mod plot;
+mod profile;
 mod quantize;
 mod settings;
 mod style;
@@ -32,7 +33,7 @@ use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::args::{BenchCommand, Command};
+use crate::args::Command;
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
@@ -53,7 +54,8 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quantize(args) => quantize::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Bench(BenchCommand::Throughput(args)) => bench::throughput(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Profile(args) => profile::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Completions(args) => help::completions(&args).map(|()| ExitCode::SUCCESS),
         Command::Man(args) => help::man(&args).map(|()| ExitCode::SUCCESS),
     }

@@ -1,11 +1,15 @@
 //! [`Gpu`]: one opened device, and how one is found and chosen.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use crate::caps::DeviceCaps;
 use crate::error::{KernelError, Result};
 use crate::kernel::{CompiledKernel, PipelineKey};
+use crate::pipeline_cache::PipelineCache;
 use crate::tensor::Tensor;
 
 /// What kind of hardware an adapter is, best first.
@@ -82,6 +86,9 @@ pub struct GpuOptions {
     pub webgpu_limits: bool,
     /// Clamp storage bindings to this many bytes, so that even small weights are split: for tests.
     pub max_binding_bytes: Option<u64>,
+    /// Folder in which compiled kernels are kept between runs, a file per adapter and driver, where the backend can (Vulkan).
+    /// Made when it is needed; files that cannot be used are replaced. Default: none.
+    pub pipeline_cache: Option<PathBuf>,
 }
 
 impl Default for GpuOptions {
@@ -94,6 +101,7 @@ impl Default for GpuOptions {
             cooperative_matrices: !on("MOR_NO_COOPERATIVE_MATRICES"),
             webgpu_limits: on("MOR_WEBGPU_LIMITS"),
             max_binding_bytes: None,
+            pipeline_cache: None,
         }
     }
 }
@@ -110,7 +118,10 @@ pub(crate) struct GpuInner {
     pub(crate) queue: wgpu::Queue,
     pub(crate) summary: AdapterSummary,
     pub(crate) checked: bool,
-    pub(crate) pipelines: Mutex<HashMap<PipelineKey, Arc<CompiledKernel>>>,
+    pub(crate) kernels: Mutex<HashMap<PipelineKey, Arc<CompiledKernel>>>,
+    pub(crate) pipeline_cache: Option<PipelineCache>,
+    /// Time in which kernels were compiled.
+    pub(crate) compile_nanos: AtomicU64,
     /// Staging buffers that no readback uses, for the next ones.
     pub(crate) staging: Mutex<Vec<wgpu::Buffer>>,
     fault: Arc<Mutex<Option<Fault>>>,
@@ -188,13 +199,19 @@ impl Gpu {
                 slot.get_or_insert(Fault { out_of_memory: false, reason: format!("device lost: {message}") });
             }
         });
+        let pipeline_cache = features
+            .contains(wgpu::Features::PIPELINE_CACHE)
+            .then_some(())
+            .and_then(|()| PipelineCache::open(&device, &adapter.get_info(), options.pipeline_cache.as_deref()?));
         Ok(Self {
             inner: Arc::new(GpuInner {
                 device,
                 queue,
                 summary,
                 checked: options.checked,
-                pipelines: Mutex::new(HashMap::new()),
+                kernels: Mutex::new(HashMap::new()),
+                pipeline_cache,
+                compile_nanos: AtomicU64::new(0),
                 staging: Mutex::new(Vec::new()),
                 fault,
             }),
@@ -220,6 +237,11 @@ impl Gpu {
     /// Whether shaders carry run-time bounds checks.
     pub fn is_checked(&self) -> bool {
         self.inner.checked
+    }
+
+    /// Time that compiling kernels has taken so far.
+    pub fn compile_time(&self) -> Duration {
+        Duration::from_nanos(self.inner.compile_nanos.load(Ordering::Relaxed))
     }
 
     /// Writes `bytes` at `offset` bytes into `tensor`, before any work submitted later.
@@ -299,11 +321,6 @@ impl Gpu {
         }
     }
 
-    /// Takes the recorded error, if any.
-    pub(crate) fn take_fault_reason(&self) -> Option<String> {
-        self.take_fault().map(|fault| fault.reason)
-    }
-
     fn take_fault(&self) -> Option<Fault> {
         self.inner.fault.lock().expect("no panic happens while the fault is held").take()
     }
@@ -352,6 +369,9 @@ fn multiplies_matrices(adapter: &wgpu::Adapter) -> bool {
 fn wanted(adapter: &wgpu::Adapter, options: &GpuOptions) -> (wgpu::Features, wgpu::Limits) {
     use wgpu::Features as F;
     let mut features = F::TIMESTAMP_QUERY | F::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+    if options.pipeline_cache.is_some() {
+        features |= F::PIPELINE_CACHE;
+    }
     if options.subgroups {
         features |= F::SUBGROUP;
         if options.cooperative_matrices && multiplies_matrices(adapter) {

@@ -14,7 +14,7 @@
 //! - [`submit`]: plans handed to the device together, and bytes read back some time later.
 //! - [`epilogue`]: what becomes of a linear kernel's results, shared by [`ops::Linear`] and [`ops::LinearDecode`].
 //! - [`quantize`]: weights as small integers in groups, packed as the linear kernels read them.
-//! - [`timing`]: device time by timestamp queries.
+//! - [`timing`]: device time by timestamp queries; [`peaks`]: what a device reaches at best.
 //!
 //! With the feature `oracle` there are also `oracle`, the CPU references, and `parity`, the harness that compares
 //! kernels with them; tests and benches of dependents use both. `variants` lists every specialisation, for the tests
@@ -57,6 +57,8 @@ pub mod ops;
 pub mod oracle;
 #[cfg(feature = "oracle")]
 pub mod parity;
+pub mod peaks;
+mod pipeline_cache;
 pub mod plan;
 pub mod quantize;
 pub mod rows;
@@ -69,3 +71,6 @@ pub mod variants;
 
 pub use error::{KernelError, Result};
 pub use gpu::Gpu;
+
+/// The library through which devices are driven, with its version: for reports.
+pub const GPU_LIBRARY: &str = "wgpu 30.0.1";

@@ -279,6 +279,11 @@ impl ScriptedRouter {
         let before = std::iter::once(&1.0).chain(&config.capacity);
         Self { seed, keep: config.capacity.iter().zip(before).map(|(capacity, before)| capacity / before).collect() }
     }
+
+    /// Every token takes all recursions.
+    pub fn full_depth(config: &MorConfig) -> Self {
+        Self { seed: 0, keep: vec![1.0; config.num_recursions] }
+    }
 }
 
 /// A [`ScriptedRouter`] on the device.

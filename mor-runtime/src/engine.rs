@@ -53,6 +53,10 @@ pub struct Statistics {
     pub tokens_by_depth: Vec<u64>,
     /// Submits.
     pub submits: u64,
+    /// Dispatches of the submits whose results are known, those with an empty grid included.
+    pub dispatches: u64,
+    /// The longest that one of these submits took on the device, as the host saw it.
+    pub longest_submit: Duration,
     /// Decode steps, or ticks of depth-wise batching.
     pub ticks: u64,
     /// Ticks that slots spent on tokens, as far as their results are known.
@@ -311,6 +315,7 @@ impl Engine {
             self.submit_step(model, step)?;
         }
         if let Some(Flight { step, pending, submitted }) = self.in_flight.pop_front() {
+            let num_dispatches = pending.num_dispatches() as u64;
             let reply = pending.wait()?;
             let now = Instant::now();
             let drawn = |slot, from| reply.drawn(slot, from).collect();
@@ -323,7 +328,10 @@ impl Engine {
             self.statistics.elapsed += now - last_results;
             self.last_results = (!self.in_flight.is_empty()).then_some(now);
             // The device began when it had the step and was done with the one before.
-            self.adapt(model, &step, now - last_results.max(submitted));
+            let time = now - last_results.max(submitted);
+            self.statistics.longest_submit = self.statistics.longest_submit.max(time);
+            self.statistics.dispatches += num_dispatches;
+            self.adapt(model, &step, time);
         }
         Ok(!self.live.is_empty())
     }

@@ -69,7 +69,7 @@ pub use mor_kernels::gpu::{AdapterKind, AdapterSummary, DeviceSelector, GpuOptio
 pub use mor_model::{Batching, DepthControl, KvStrategy, Precision, Quantization, Routing, ScriptedRouter};
 pub use sampling::{FinishReason, GenerateRequest, SamplingParams};
 pub use session::{
-    BatchOptions, DecodeProfile, ForwardOutput, Generation, LoadProgress, ModelSource, Score, SequenceOutput, Session,
-    SessionOptions,
+    BatchOptions, ForwardOutput, Generation, LoadProgress, ModelSource, Score, SequenceOutput, Session, SessionOptions,
+    StepProfile,
 };
 pub use text::{Piece, TextStream, Tokenizer};

@@ -7,9 +7,10 @@ use std::time::Instant;
 use mor_kernels::Gpu;
 use mor_kernels::gpu::{AdapterSummary, GpuOptions};
 use mor_kernels::ops::GpuSampling;
+use mor_kernels::plan::{Dispatch, Plan};
 use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_SAMPLE, Row};
 use mor_kernels::submit::Submission;
-use mor_kernels::timing;
+use mor_kernels::timing::{self, DispatchTime};
 use mor_model::{
     Batching, Checkpoint, DepthControl, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Quantization, Routing,
     ScriptedRouter,
@@ -153,17 +154,17 @@ pub struct Score {
     pub depth: Vec<u32>,
 }
 
-/// Where the time of a decode step goes; see [`Session::profile_decode`].
+/// Where the time of a step goes; see [`Session::profile_decode`] and [`Session::profile_prefill`].
 #[derive(Clone, Debug, PartialEq)]
-pub struct DecodeProfile {
+pub struct StepProfile {
     /// Device time of a step among others like it.
     pub device_micros: f64,
     /// Host time to record and submit a step.
     pub host_micros: f64,
     /// Device time of each of the [`PARTS`](mor_model::PARTS) of a step among others like it, in the order in which they run.
     pub parts: Vec<(&'static str, f64)>,
-    /// Kernel name and device time of every dispatch, each in a pass of its own; more than `device_micros` in all.
-    pub dispatches: Vec<(&'static str, f64)>,
+    /// Every dispatch with its mean device time, each in a pass of its own; more than `device_micros` in all.
+    pub dispatches: Vec<DispatchTime>,
 }
 
 /// A loaded model on a device.
@@ -299,14 +300,17 @@ impl Session {
         self.load_ms
     }
 
-    /// Dispatches of a decode step at `context` positions, those with an empty grid included.
+    /// The dispatches of a decode step or tick of `num_sequences` sequences at `context` positions.
     ///
     /// # Errors
     /// [`RuntimeError::Kernel`] if the device refuses the caches; as [`Session::submit`] while sequences run.
-    pub fn decode_dispatches(&mut self, context: usize) -> Result<usize> {
+    ///
+    /// # Panics
+    /// For more than [`Session::max_sequences`].
+    pub fn decode_dispatches(&mut self, num_sequences: usize, context: usize) -> Result<Vec<Dispatch>> {
         self.reserve(context)?;
         let runner = self.engine.as_mut().expect("reserved above").runner_mut();
-        Ok(runner.decode_plan(&self.model, 1, context)?.num_dispatches())
+        Ok(runner.decode_plan(&self.model, num_sequences, context)?.dispatches().collect())
     }
 
     /// Records the plans of all decode steps of up to [`Session::max_sequences`] sequences and `context` positions, so that
@@ -320,7 +324,7 @@ impl Session {
         let runner = self.engine.as_mut().expect("reserved above").runner_mut();
         let fewer = std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|n| *n < most);
         for num_slots in fewer.chain([most]) {
-            runner.prepare(&self.model, 0, num_slots, context)?;
+            runner.prepare(&self.model, 0, num_slots, 1..context)?;
         }
         self.model.gpu().wait_idle()?;
         Ok(())
@@ -331,22 +335,11 @@ impl Session {
     ///
     /// # Errors
     /// [`RuntimeError::Kernel`] if the device writes no timestamps, or refuses the caches.
-    pub fn profile_decode(&mut self, num_sequences: usize, context: usize) -> Result<DecodeProfile> {
-        /// Of one measurement; there are three, and a few more ticks. The other room is for sequences ahead of others.
-        const TICKS: usize = 32;
+    pub fn profile_decode(&mut self, num_sequences: usize, context: usize) -> Result<StepProfile> {
         const TICKS_PER_SUBMIT: usize = 2;
-        self.forget_engine();
-        let (model, gpu) = (&self.model, self.model.gpu());
         let middle = (context / 2).max(1);
-        let options = RunnerOptions {
-            num_slots: num_sequences,
-            max_positions: context + 5 * TICKS,
-            prefill_rows: 16,
-            batching: self.batch.batching,
-            pages_in_class: None,
-            batch_invariant: self.batch.batch_invariant,
-        };
-        let mut runner = Runner::new(model, &options)?;
+        let mut runner = self.profiled_runner(num_sequences, context + 5 * PROFILED_STEPS, 16)?;
+        let model = &self.model;
         let tick = |runner: &mut Runner, ticks| -> Result<usize> {
             let work = Work { ticks, max_context: context, ..Work::default() };
             let reply = runner.submit(model, &work)?.wait()?;
@@ -356,7 +349,7 @@ impl Session {
         let period = model.config().num_recursions;
         for turn in 0..period {
             for slot in (turn..num_sequences).step_by(period) {
-                let limit = options.max_positions as u32;
+                let limit = runner.max_positions() as u32;
                 let sampling = GpuSampling { temperature: 1.0, seed_low: slot as u32, limit, ..GpuSampling::default() };
                 runner.start(model, slot, &sampling, [], None);
                 let flags = ROW_ACTIVE | ROW_SAMPLE;
@@ -370,19 +363,54 @@ impl Session {
                 break;
             }
         }
-        let plan = &*runner.decode_plan(model, num_sequences, context)?;
-        let device_micros = timing::device_micros(gpu, plan, TICKS as u32)?;
-        let parts = timing::parts(gpu, plan, TICKS as u32)?;
-        let start = Instant::now();
-        for _ in 0..TICKS {
-            let mut submission = Submission::new(gpu);
-            submission.plan(plan);
-            submission.submit();
+        let plan = runner.decode_plan(model, num_sequences, context)?;
+        profile(model.gpu(), &plan)
+    }
+
+    /// Where the time of a prefill step goes that reads the same number of tokens of each of `num_sequences` sequences, the last
+    /// of `context` tokens: as many as fit [`BatchOptions::prefill_rows`]. Caches are made anew for it; sequences under way
+    /// are lost.
+    ///
+    /// # Errors
+    /// As [`Session::profile_decode`].
+    ///
+    /// # Panics
+    /// For more sequences than rows of a step.
+    pub fn profile_prefill(&mut self, num_sequences: usize, context: usize) -> Result<StepProfile> {
+        let prefill_rows = self.batch.prefill_rows;
+        assert!((1..=prefill_rows).contains(&num_sequences), "{num_sequences} sequences in {prefill_rows} rows");
+        let context = context.max(1);
+        let chunk = (prefill_rows / num_sequences).min(context);
+        let mut runner = self.profiled_runner(num_sequences, context, prefill_rows)?;
+        let model = &self.model;
+        for slot in 0..num_sequences {
+            runner.start(model, slot, &GpuSampling::default(), [], None);
         }
-        let host_micros = start.elapsed().as_secs_f64() * 1e6 / TICKS as f64;
-        gpu.wait_idle()?;
-        let dispatches = timing::profile(gpu, plan, 10)?;
-        Ok(DecodeProfile { device_micros, host_micros, parts, dispatches })
+        let tokens: Vec<u32> = (0..context).map(|i| (i % model.config().vocab_size) as u32).collect();
+        let feeds = |begin: usize, end: usize| -> Vec<Feed<'_>> {
+            let feed = |sequence| Feed { sequence, position: begin, tokens: &tokens[begin..end], sample: false };
+            (0..num_sequences).map(feed).collect()
+        };
+        let last = context - chunk;
+        for begin in (0..last).step_by(chunk) {
+            let end = last.min(begin + chunk);
+            runner.submit(model, &Work { feeds: &feeds(begin, end), max_context: end, ..Work::default() })?.wait()?;
+        }
+        profile(model.gpu(), &runner.repeatable_prefill(model, &feeds(last, context))?)
+    }
+
+    /// A runner for measurements, in place of the engine.
+    fn profiled_runner(&mut self, num_slots: usize, max_positions: usize, prefill_rows: usize) -> Result<Runner> {
+        self.forget_engine();
+        let options = RunnerOptions {
+            num_slots,
+            max_positions,
+            prefill_rows,
+            batching: self.batch.batching,
+            pages_in_class: None,
+            batch_invariant: self.batch.batch_invariant,
+        };
+        Ok(Runner::new(&self.model, &options)?)
     }
 
     /// How many sequences of `context` tokens can run at a time: their K/V entries and activations must fit what `others`
@@ -502,8 +530,8 @@ impl Session {
         let engine = self.engine.as_mut().expect("a sequence was submitted");
         let prompt = request.prompt.len().max(1);
         let rows = (prompt - usize::from(request.max_new_tokens > 0)).min(engine.prefill_rows());
-        // Nothing compiles while tokens are awaited.
-        engine.runner_mut().prepare(&self.model, rows, 1, prompt + request.max_new_tokens)?;
+        // What the first token takes compiles before the clock starts; plans for longer contexts follow when they are needed.
+        engine.runner_mut().prepare(&self.model, rows, 1, prompt..prompt + request.max_new_tokens.min(1))?;
         self.model.gpu().wait_idle()?;
         Ok(Generation { session: self, handle, finished: false })
     }
@@ -718,6 +746,29 @@ impl BatchOptions {
         least("max_context", self.max_context.unwrap_or(1), 1, "1 or more")?;
         least("prefill_rows", self.prefill_rows, 16, "16 or more")
     }
+}
+
+/// Most steps of one measurement; a profile makes four, and one more step. The other room that is left for them is for
+/// sequences ahead of others.
+const PROFILED_STEPS: usize = 32;
+/// A measurement of slow steps has fewer, so that it takes about so many microseconds.
+const PROFILED_MICROS: f64 = 1e6;
+
+fn profile(gpu: &Gpu, plan: &Plan) -> Result<StepProfile> {
+    let of_one = timing::device_micros(gpu, plan, 1)?;
+    let steps = (PROFILED_MICROS / of_one.max(1.0)).clamp(1.0, PROFILED_STEPS as f64) as u32;
+    let device_micros = timing::device_micros(gpu, plan, steps)?;
+    let parts = timing::parts(gpu, plan, steps)?;
+    let start = Instant::now();
+    for _ in 0..steps {
+        let mut submission = Submission::new(gpu);
+        submission.plan(plan);
+        submission.submit();
+    }
+    let host_micros = start.elapsed().as_secs_f64() * 1e6 / f64::from(steps);
+    gpu.wait_idle()?;
+    let dispatches = timing::profile(gpu, plan, steps)?;
+    Ok(StepProfile { device_micros, host_micros, parts, dispatches })
 }
 
 fn append(to: &mut Vec<Vec<f32>>, from: Vec<Vec<f32>>) {
