@@ -47,9 +47,9 @@ pub(crate) struct SpeedArgs {
     /// Sequences at a time
     #[arg(short, long, value_name = "N,...", value_delimiter = ',', value_parser = at_least_one, default_value = "1")]
     batch: Vec<usize>,
-    /// Timed runs of a test; another one before them is not counted
-    #[arg(short, long, value_name = "N", value_parser = at_least_one, default_value_t = 5)]
-    repetitions: usize,
+    /// Timed runs of a test; what runs before them is not counted [default: 5, or 2 on software rasterisers]
+    #[arg(short, long, value_name = "N", value_parser = at_least_one)]
+    repetitions: Option<usize>,
     /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     dtype: DtypeArg,
@@ -228,7 +228,7 @@ fn measure(args: &SpeedArgs, model: &Model, device: DeviceSelector, tests: &[Tes
     }
     let mut row = describe(&session, &checkpoint, model, peaks);
     row.depths = args.mode.name().to_owned();
-    row.repetitions = args.repetitions;
+    row.repetitions = args.repetitions.unwrap_or(if gpu.caps().is_cpu { 2 } else { 5 });
     if !args.no_check {
         let check = Check::of(&mut session, &checkpoint)?;
         row.check_tokens = Some(check.tokens);
@@ -256,7 +256,7 @@ fn measure(args: &SpeedArgs, model: &Model, device: DeviceSelector, tests: &[Tes
         session = session.with_batch(options)?;
         session.prepare_decode(positions)?;
         for &test in tests {
-            let samples = samples(&mut session, test, batch, args.repetitions)?;
+            let samples = samples(&mut session, test, batch, row.repetitions)?;
             let mut row = Row { test: test.name(), batch, ..row.clone() };
             row.prompt_tokens = test.prompt;
             row.new_tokens = test.new;
