@@ -44,7 +44,8 @@ mod sharing;
 mod weights;
 
 pub use config::{
-    Balancing, Gating, KvStrategy, Mode, MorConfig, Quantization, RouterFunc, RouterType, Sampling, SharingStrategy,
+    Balancing, Gating, KvStrategy, Lora, Mode, MorConfig, Quantization, RouterFunc, RouterType, Sampling,
+    SharingStrategy,
 };
 pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
@@ -55,5 +56,6 @@ pub use model::{
 };
 pub use sharing::{EffectiveLayer, LayerLayout};
 pub use weights::{
-    Checkpoint, Dtype, LayerTensor, LayerTensors, ParameterCounts, RouterTensors, TensorId, TensorName, TensorView,
+    Checkpoint, Dtype, LayerTensor, LayerTensors, LoraTensors, ParameterCounts, RouterTensors, TensorId, TensorName,
+    TensorView,
 };

@@ -55,6 +55,32 @@ pub struct LayerTensors {
     pub post_attention_layernorm: TensorId,
 }
 
+impl LayerTensors {
+    /// One of them.
+    pub const fn get(self, tensor: LayerTensor) -> TensorId {
+        match tensor {
+            LayerTensor::QProj => self.q_proj,
+            LayerTensor::KProj => self.k_proj,
+            LayerTensor::VProj => self.v_proj,
+            LayerTensor::OProj => self.o_proj,
+            LayerTensor::GateProj => self.gate_proj,
+            LayerTensor::UpProj => self.up_proj,
+            LayerTensor::DownProj => self.down_proj,
+            LayerTensor::InputLayernorm => self.input_layernorm,
+            LayerTensor::PostAttentionLayernorm => self.post_attention_layernorm,
+        }
+    }
+}
+
+/// The factors of one projection's adapter; see [`Lora`](crate::Lora).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LoraTensors {
+    /// `[rank, in]`.
+    pub a: TensorId,
+    /// `[out, rank]`.
+    pub b: TensorId,
+}
+
 /// The tensors of one router.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RouterTensors {
@@ -95,6 +121,8 @@ pub struct ParameterCounts {
     pub unique_embedding: u64,
     /// As `unique_non_embedding` for the unrolled model, every effective layer counted.
     pub effective_non_embedding: u64,
+    /// Of these, the parameters of adapters and recursion encodings, which no two layers share.
+    pub relaxation: u64,
     /// Bytes of all distinct tensors as stored.
     pub unique_bytes: u64,
 }
@@ -266,6 +294,17 @@ impl Checkpoint {
         self.layers[layer]
     }
 
+    /// Adapter of a projection of an effective layer, `None` when it has none.
+    pub fn lora(&self, layer: usize, tensor: LayerTensor) -> Option<LoraTensors> {
+        let a = self.id(TensorName::LoraA { layer, tensor })?;
+        Some(LoraTensors { a, b: self.id(TensorName::LoraB { layer, tensor })? })
+    }
+
+    /// What the output of an effective layer is multiplied by `[C]`, `None` when by nothing.
+    pub fn recursion_encoding(&self, layer: usize) -> Option<TensorId> {
+        self.id(TensorName::RecursionEncoding { layer })
+    }
+
     /// Router of a recursion, `None` when the model routes nothing or has no such recursion. Token choice has one
     /// router, that of recursion 0.
     pub fn router(&self, recursion: u32) -> Option<RouterTensors> {
@@ -373,16 +412,17 @@ impl Checkpoint {
         let embedding = [self.embed_tokens(), self.lm_head()];
         let unique =
             |is_embedding: bool| self.tensor_ids().filter(|id| embedding.contains(id) == is_embedding).map(elems).sum();
-        let effective_non_embedding = self
-            .ids
-            .iter()
-            .filter(|(name, _)| !matches!(name, TensorName::EmbedTokens | TensorName::LmHead))
-            .map(|(_, &id)| elems(id))
-            .sum();
+        let effective = |counts: fn(&TensorName) -> bool| {
+            self.ids.iter().filter(|(name, _)| counts(name)).map(|(_, &id)| elems(id)).sum()
+        };
         ParameterCounts {
             unique_non_embedding: unique(false),
             unique_embedding: unique(true),
-            effective_non_embedding,
+            effective_non_embedding: effective(|name| !matches!(name, TensorName::EmbedTokens | TensorName::LmHead)),
+            relaxation: effective(|name| {
+                use TensorName::{LoraA, LoraB, RecursionEncoding};
+                matches!(name, LoraA { .. } | LoraB { .. } | RecursionEncoding { .. })
+            }),
             unique_bytes: self.tensors.iter().map(|tensor| tensor.num_bytes() as u64).sum(),
         }
     }

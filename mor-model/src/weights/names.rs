@@ -40,6 +40,25 @@ impl LayerTensor {
         Self::PostAttentionLayernorm,
     ];
 
+    /// The matrices among them, which can have adapters.
+    pub const PROJECTIONS: [Self; 7] =
+        [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
+
+    /// Its own name, `q_proj` say.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::QProj => "q_proj",
+            Self::KProj => "k_proj",
+            Self::VProj => "v_proj",
+            Self::OProj => "o_proj",
+            Self::GateProj => "gate_proj",
+            Self::UpProj => "up_proj",
+            Self::DownProj => "down_proj",
+            Self::InputLayernorm => "input_layernorm",
+            Self::PostAttentionLayernorm => "post_attention_layernorm",
+        }
+    }
+
     /// Name after the layer's prefix.
     pub const fn suffix(self) -> &'static str {
         match self {
@@ -94,6 +113,25 @@ pub enum TensorName {
         /// Which of the nine.
         tensor: LayerTensor,
     },
+    /// First factor of an adapter `[rank, in]`.
+    LoraA {
+        /// Effective layer.
+        layer: usize,
+        /// The projection it adapts.
+        tensor: LayerTensor,
+    },
+    /// Second factor of an adapter `[out, rank]`.
+    LoraB {
+        /// Effective layer.
+        layer: usize,
+        /// The projection it adapts.
+        tensor: LayerTensor,
+    },
+    /// What the output of a recursion's last layer is multiplied by `[C]`.
+    RecursionEncoding {
+        /// Effective layer.
+        layer: usize,
+    },
     /// A router matrix; token choice has recursion 0 only.
     Router {
         /// Recursion.
@@ -122,6 +160,7 @@ impl TensorName {
         match self {
             Self::Layer { tensor, .. } => tensor.quantized_dtype(quantization, config),
             Self::EmbedTokens | Self::LmHead => Some(Dtype::Q8),
+            Self::LoraA { .. } | Self::LoraB { .. } | Self::RecursionEncoding { .. } => None,
             Self::Router { .. } | Self::AuxRouter { .. } | Self::RouterBias | Self::Norm => None,
         }
     }
@@ -142,9 +181,22 @@ pub(super) fn expected_tensors(config: &MorConfig, layout: &LayerLayout) -> Vec<
 
     push(TensorName::EmbedTokens, "model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden]);
     for layer in 0..layout.num_layers() {
+        let lora = config.lora.as_ref().filter(|_| layout.recursion(layer).is_some());
         for tensor in LayerTensor::ALL {
-            let name = format!("{}.{}", layout.prefix(layer), tensor.suffix());
-            push(TensorName::Layer { layer, tensor }, name, tensor.shape(config));
+            let (name, shape) = (format!("{}.{}", layout.prefix(layer), tensor.suffix()), tensor.shape(config));
+            let Some(lora) = lora.filter(|lora| lora.targets.contains(&tensor)) else {
+                push(TensorName::Layer { layer, tensor }, name, shape);
+                continue;
+            };
+            // A module of its own holds the factors and, as `base_layer`, the projection.
+            let module = name.trim_end_matches("weight");
+            push(TensorName::Layer { layer, tensor }, format!("{module}base_layer.weight"), shape.clone());
+            let (a, b) = (format!("{module}lora_A.default.weight"), format!("{module}lora_B.default.weight"));
+            push(TensorName::LoraA { layer, tensor }, a, vec![lora.rank, shape[1]]);
+            push(TensorName::LoraB { layer, tensor }, b, vec![shape[0], lora.rank]);
+        }
+        if let Some(name) = layout.encoding_name(layer) {
+            push(TensorName::RecursionEncoding { layer }, name, vec![hidden]);
         }
     }
 
