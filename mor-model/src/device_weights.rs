@@ -352,12 +352,12 @@ impl<'a> Loader<'a> {
         columns: Columns,
         split: usize,
     ) -> Result<Projection> {
-        let adapter = self.adapter(layer, &rows, columns)?;
+        let adapter = self.adapter(layer, &rows, columns, split)?;
         Ok(Projection { weight: self.matrix_in_parts(label, rows, &|_| columns, split)?, adapter })
     }
 
     /// The adapter of the projection that consists of `rows`, if `layer` has any for one of its tensors.
-    fn adapter(&mut self, layer: usize, rows: &[SourceRow], columns: Columns) -> Result<Option<Adapter>> {
+    fn adapter(&mut self, layer: usize, rows: &[SourceRow], columns: Columns, split: usize) -> Result<Option<Adapter>> {
         let (checkpoint, weights) = (self.checkpoint, self.checkpoint.layer(layer));
         let adapted = |tensor: &LayerTensor| {
             let id = weights.get(*tensor);
@@ -380,7 +380,7 @@ impl<'a> Loader<'a> {
             let index = factors.iter().position(|(_, factor)| factor.b == id).unwrap_or(0);
             Columns::one_of(index, factors.len(), rank)
         };
-        let b = self.matrix_in_parts("lora_b", rows.iter().map(b_row).collect(), &group_of, 0)?;
+        let b = self.matrix_in_parts("lora_b", rows.iter().map(b_row).collect(), &group_of, split)?;
         Ok(Some(Adapter { a, b }))
     }
 

@@ -37,6 +37,7 @@ mod error;
 #[cfg(feature = "oracle")]
 pub mod golden;
 mod kv_layout;
+mod lora;
 mod model;
 #[cfg(feature = "oracle")]
 pub mod oracle;
@@ -50,6 +51,7 @@ pub use config::{
 pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
+pub use lora::{LoraFactors, lora_factors};
 pub use model::{
     Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, PARTS, Phase, Routing, SampleTensors, ScriptedRouter,
     StepTensors,
