@@ -4,7 +4,7 @@
 
 use mor_model::golden::{GoldenTensors, fixtures_dir};
 use mor_model::oracle::Oracle;
-use mor_model::{Checkpoint, Dtype, LayerTensor, LoraFactors, MorConfig, Routing, lora_factors};
+use mor_model::{Checkpoint, Dtype, LayerLayout, LayerTensor, LoraFactors, MorConfig, Routing, lora_factors};
 use serde_json::{Map, Value, json};
 
 /// `B A`, `[out, in]`.
@@ -54,8 +54,8 @@ fn large_differences_lose_no_more_than_they_must() {
     let shared = vec![0.0; num_outputs * num_inputs];
     // Cosine bases are orthonormal, so that singular values are known: 1 / (1 + k / 16).
     let basis = |n: usize, k: usize, i: usize| {
-        let scale = if k == 0 { 1.0 } else { 2.0f64 } / n as f64;
-        scale.sqrt() * (std::f64::consts::PI * k as f64 * (i as f64 + 0.5) / n as f64).cos()
+        let share: f64 = if k == 0 { 1.0 } else { 2.0 };
+        (share / n as f64).sqrt() * (std::f64::consts::PI * k as f64 * (i as f64 + 0.5) / n as f64).cos()
     };
     let value = |k: usize| 1.0 / (1.0 + k as f64 / 16.0);
     let element = |o: usize, i: usize| {
@@ -69,60 +69,67 @@ fn large_differences_lose_no_more_than_they_must() {
     assert!(left <= least * (1.0 + 1e-4), "{left} is left, of which {least} must be");
 }
 
-/// Adapters of full rank whose factor is 1 give back the layers that were averaged.
-#[test]
-fn full_rank_adapters_undo_sharing() {
-    let base = json!({
-        "vocab_size": 53, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
-    });
-    let vanilla = Checkpoint::random(MorConfig::from_json_str(&base.to_string(), "vanilla").unwrap(), 3, Dtype::F32);
-    let rank = 16;
-    let mut config = base;
-    config["mor"] = json!({
-        "mode": "recursive", "sharing": "middle_cycle", "num_recursion": 2,
-        "lora": { "rank": rank, "alpha": rank, "targets": LayerTensor::PROJECTIONS.map(LayerTensor::name) },
-    });
-    let layout = mor_model::LayerLayout::new(&MorConfig::from_json_str(&config.to_string(), "shape").unwrap());
-
-    let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
-    let mut push = |name: String, shape: &[usize], values: Vec<f32>| tensors.push((name, shape.to_vec(), values));
-    for id in [vanilla.embed_tokens(), vanilla.norm()] {
-        push(vanilla.name(id).to_owned(), vanilla.shape(id), vanilla.to_f32(id));
-    }
-    for layer in 0..6 {
-        let group: Vec<usize> = (0..6).filter(|other| layout.owner(*other) == layout.owner(layer)).collect();
-        for tensor in LayerTensor::ALL {
-            let of = |layer: usize| vanilla.to_f32(vanilla.layer(layer).get(tensor));
-            let shape = vanilla.shape(vanilla.layer(layer).get(tensor)).to_vec();
-            let name = format!("{}.{}", layout.prefix(layer), tensor.suffix());
-            if layout.recursion(layer).is_none() || shape.len() == 1 {
-                push(name, &shape, of(layer));
-                continue;
-            }
-            let module = name.trim_end_matches("weight");
-            let (first, second) = (of(group[0]), of(group[1]));
-            let shared: Vec<f32> = first.iter().zip(&second).map(|(a, b)| (a + b) / 2.0).collect();
-            let LoraFactors { a, b } = lora_factors(&of(layer), &shared, shape[1], rank);
-            push(format!("{module}lora_A.default.weight"), &[rank, shape[1]], a);
-            push(format!("{module}lora_B.default.weight"), &[shape[0], rank], b);
-            push(format!("{module}base_layer.weight"), &shape, shared);
-        }
-    }
+/// A checkpoint of f32 tensors.
+fn checkpoint(config: &Value, tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Checkpoint {
     let (mut header, mut data) = (Map::new(), Vec::new());
     for (name, shape, values) in tensors {
         let start = data.len();
         data.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-        header.insert(name, json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, data.len()] }));
+        header.insert(name.clone(), json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, data.len()] }));
     }
     let header = Value::Object(header).to_string();
     let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
-    let relaxed = Checkpoint::from_bytes(&config.to_string(), file, "relaxed").unwrap();
-    assert_eq!(relaxed.layer(1), relaxed.layer(3));
+    Checkpoint::from_bytes(&config.to_string(), file, "test").unwrap()
+}
 
+/// Adapters of full rank whose factor is 1 give back the layers that were averaged; those of rank 1 do not.
+#[test]
+fn full_rank_adapters_undo_sharing() {
+    let mut config = json!({
+        "vocab_size": 53, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+    });
+    let random = Checkpoint::random(MorConfig::from_json_str(&config.to_string(), "vanilla").unwrap(), 3, Dtype::F32);
+    // Large enough for every layer to matter.
+    let values = |id| {
+        let scale = if random.shape(id).len() == 2 { 15.0 } else { 1.0 };
+        random.to_f32(id).into_iter().map(|value| scale * value).collect::<Vec<f32>>()
+    };
+    let written = |id| (random.name(id).to_owned(), random.shape(id).to_vec(), values(id));
+    let vanilla = checkpoint(&config, &random.tensor_ids().map(written).collect::<Vec<_>>());
     let tokens: Vec<u32> = (0..20).map(|i| i * 7 % 53).collect();
     let logits = |checkpoint: &Checkpoint| Oracle::new(checkpoint).forward(&tokens, Routing::Causal).unwrap().logits;
-    for (found, expected) in logits(&relaxed).iter().zip(logits(&vanilla)) {
-        assert!(GoldenTensors::close(*found, expected), "{found}, expected {expected}");
+
+    for rank in [16, 1] {
+        config["mor"] = json!({
+            "mode": "recursive", "sharing": "middle_cycle", "num_recursion": 2,
+            "lora": { "rank": rank, "alpha": rank, "targets": LayerTensor::PROJECTIONS.map(LayerTensor::name) },
+        });
+        let layout = LayerLayout::new(&MorConfig::from_json_str(&config.to_string(), "relaxed").unwrap());
+        let mut tensors = vec![written(random.embed_tokens()), written(random.norm())];
+        for layer in 0..6 {
+            let group: Vec<usize> = (0..6).filter(|other| layout.owner(*other) == layout.owner(layer)).collect();
+            for tensor in LayerTensor::ALL {
+                let of = |layer: usize| values(random.layer(layer).get(tensor));
+                let shape = random.shape(random.layer(layer).get(tensor)).to_vec();
+                let name = format!("{}.{}", layout.prefix(layer), tensor.suffix());
+                if layout.recursion(layer).is_none() || shape.len() == 1 {
+                    tensors.push((name, shape, of(layer)));
+                    continue;
+                }
+                let module = name.trim_end_matches("weight");
+                let shared: Vec<f32> =
+                    of(group[0]).iter().zip(of(group[1])).map(|(a, b)| f32::midpoint(*a, b)).collect();
+                let LoraFactors { a, b } = lora_factors(&of(layer), &shared, shape[1], rank);
+                tensors.push((format!("{module}lora_A.default.weight"), vec![rank, shape[1]], a));
+                tensors.push((format!("{module}lora_B.default.weight"), vec![shape[0], rank], b));
+                tensors.push((format!("{module}base_layer.weight"), shape, shared));
+            }
+        }
+        let relaxed = checkpoint(&config, &tensors);
+        assert_eq!(relaxed.layer(1), relaxed.layer(3), "the shared weights are one");
+        let (found, expected) = (logits(&relaxed), logits(&vanilla));
+        let close = found.iter().zip(expected).all(|(found, expected)| GoldenTensors::close(*found, expected));
+        assert_eq!(close, rank == 16, "rank {rank}");
     }
 }
