@@ -12,7 +12,7 @@
 //           4 out write; 5 norm_weight read [NORM]; 5 stats read [MERGE];
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
-//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]
+//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED]
 // Grid      (ceil(O / (2 * GROUPS * PAIRS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs
 // Spec      NUM_OUTPUTS of this call; IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, WIDE, of a quantised
@@ -22,7 +22,8 @@
 //           heads of HEAD_DIM, or neither; X_BY_ROW; SINGLE: streams have one row; SUBGROUP: lanes exchange by subgroup
 //           operations, SUBGROUP_EXACT: LANES is the subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED:
 //           WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV,
-//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches
+//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV: added
+//           to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
 // Limits    16 * ROWS * (2 * CHUNK * PARTS + CHUNK * PARTS / 4 + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES
 //           more, without SUBGROUP 4 * GROUPS * LANES more; with TEXELS the last alone
 // Numerics  f32; lane-strided partial sums, then a tree over lanes; codes are summed before they are scaled
@@ -42,6 +43,7 @@ struct Params {
     eps: f32,
     scale: f32,
     in_features: u32,
+    delta_start: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -404,7 +406,7 @@ fn main(
             let entry = list_entry(first_entry + m);
             if entry.row != NONE && mine < NUM_OUTPUTS {
                 let o = params.first_output + mine;
-                epilogue(first_entry + m, entry, o, sums[m] * factor[m], operands(entry, o));
+                epilogue(first_entry + m, entry, o, sums[m] * factor[m], operands(first_entry + m, entry, o));
             }
         }
     }
@@ -440,7 +442,7 @@ fn main(
                 for (var p = 0u; p < PAIRS; p++) {
                     let o = 2u * (first_pair + p);
                     if entry.row != NONE && o < NUM_OUTPUTS {
-                        read[m * PAIRS + p] = operands(entry, params.first_output + o);
+                        read[m * PAIRS + p] = operands(first_entry + m, entry, params.first_output + o);
                     }
                 }
             }

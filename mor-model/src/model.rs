@@ -21,9 +21,11 @@ use mor_kernels::rows::{KvTable, NONE, PAGE_SIZE, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, KernelError, Result};
 
-use crate::device_weights::{DeviceWeights, LayerWeights, Matrix, Precision, RouterWeights, device_head_dim};
+use crate::device_weights::{
+    Adapter, DeviceWeights, LayerWeights, Matrix, Precision, Projection, RouterWeights, device_head_dim,
+};
 use crate::{
-    Checkpoint, DepthControl, Gating, KvLayout, KvStrategy, LayerLayout, Mode, ModelError, MorConfig, RouterFunc,
+    Checkpoint, DepthControl, Gating, KvLayout, KvStrategy, LayerLayout, Lora, Mode, ModelError, MorConfig, RouterFunc,
     SharingStrategy, UNSHARED_GROUP, recursion_group,
 };
 
@@ -189,10 +191,14 @@ pub struct StepTensors {
     layer_out: Tensor,
     /// Normalised rows `[n, C]`; after a step over all rows, the final hidden states.
     pub normed: Tensor,
+    /// `[n, q columns]` and behind them, where layers have adapters of them, what is added to the columns of q, k and v.
     q: Tensor,
     attention: Tensor,
     attention_stats: Tensor,
+    /// `[n, inner columns]` and behind them, where layers have adapters of them, what is added to those of gate and up.
     mlp: Tensor,
+    /// Results of the adapters' first factors `[n, ranks]`.
+    adapted: Option<Tensor>,
     router_hidden: Option<Tensor>,
     /// `[n, V]`, V padded to an even number.
     pub logits: Tensor,
@@ -325,7 +331,8 @@ impl MorModel {
             RouterToken::check_recursions(config.num_recursions as u32)?;
         }
         // The configuration says which layers are tied; a checkpoint whose copies differ keeps them apart all the same.
-        let is_tied = |l| checkpoint.layer(l) == checkpoint.layer(layout.owner(l));
+        let relaxed = config.lora.is_some() || config.recursion_encoding;
+        let is_tied = |l| !relaxed && checkpoint.layer(l) == checkpoint.layer(layout.owner(l));
         let shares_block = config.mode != Mode::Vanilla && config.sharing.is_cycle();
         let shares_weights = shares_block && (0..layout.num_layers()).all(is_tied);
         let batching = if shares_weights { Batching::Depthwise } else { Batching::Lockstep };
@@ -431,6 +438,16 @@ impl MorModel {
         device_head_dim(self.config.head_dim)
     }
 
+    /// Columns of a row inside the MLP on the device.
+    fn mlp_dim(&self) -> usize {
+        self.config.intermediate_size.next_multiple_of(8)
+    }
+
+    /// Whether the fused projection that `projection` picks has adapters in any layer.
+    fn adapts(&self, projection: fn(&LayerWeights) -> &Projection) -> bool {
+        self.weights.layers.iter().any(|layer| projection(layer).adapter.is_some())
+    }
+
     /// Columns of a row of queries on the device.
     pub fn q_dim(&self) -> usize {
         self.config.num_attention_heads * self.head_dim()
@@ -489,6 +506,15 @@ impl MorModel {
             }
             None => t,
         };
+        let (mut q_columns, mut mlp_columns) = (q_dim, self.mlp_dim());
+        if self.adapts(|layer| &layer.qkv_proj) {
+            q_columns += q_dim + 2 * self.kv_dim();
+        }
+        if self.adapts(|layer| &layer.gate_up_proj) {
+            mlp_columns += 2 * self.mlp_dim();
+        }
+        let adapters = self.weights.layers.iter().flat_map(LayerWeights::projections);
+        let most_ranks = adapters.filter_map(|projection| Some(projection.adapter.as_ref()?.a.num_rows)).max();
         let router_width = self.weights.routers.as_ref().and_then(|r| r.router.hidden.first()).map(|m| m.num_rows);
         Ok(StepTensors {
             capacity,
@@ -510,10 +536,11 @@ impl MorModel {
             middle: f32s("middle", &[t, c])?,
             layer_out: f32s("layer_out", &[t, c])?,
             normed: f32s("normed", &[t, c])?,
-            q: f32s("q", &[t, q_dim])?,
+            q: f32s("q", &[t, q_columns])?,
             attention: f32s("attention", &[num_partials, q_dim])?,
             attention_stats: f32s("attention_stats", &[num_partials, config.num_attention_heads, 2])?,
-            mlp: f32s("mlp", &[t, config.intermediate_size.next_multiple_of(8)])?,
+            mlp: f32s("mlp", &[t, mlp_columns])?,
+            adapted: most_ranks.map(|ranks| f32s("adapted", &[t, ranks])).transpose()?,
             router_hidden: router_width.map(|width| f32s("router_hidden", &[t, width])).transpose()?,
             logits: f32s("logits", &[logit_rows, self.logits_stride()])?,
             partials: Tensor::zeros(gpu, "partials", DType::U32, &[logit_rows, self.vocab_parts(), 4])?,
@@ -546,7 +573,13 @@ impl MorModel {
     /// Bytes that [`MorModel::step_tensors`] allocates, about.
     pub fn step_bytes(&self, capacity: usize, logit_rows: usize) -> u64 {
         let config = &self.config;
-        let per_row = 6 * config.hidden_size + 2 * self.q_dim() + config.intermediate_size + 64;
+        let mut per_row = 6 * config.hidden_size + 2 * self.q_dim() + config.intermediate_size + 64;
+        if self.adapts(|layer| &layer.qkv_proj) {
+            per_row += self.q_dim() + 2 * self.kv_dim();
+        }
+        if self.adapts(|layer| &layer.gate_up_proj) {
+            per_row += 2 * self.mlp_dim();
+        }
         4 * (capacity * per_row + logit_rows * (self.logits_stride() + 4 * self.vocab_parts())) as u64
     }
 
@@ -908,7 +941,7 @@ impl<'a> Recorder<'a> {
         end: LayerEnd<'_>,
     ) -> Result<()> {
         let (config, step) = (self.config(), self.step);
-        let weights: &LayerWeights = &self.model.weights.layers[layer];
+        let weights: &'a LayerWeights = &self.model.weights.layers[layer];
         let place = self.model.kv_layout.layer(layer);
         let (k_cache, v_cache) = &self.kv.buffers[place.buffer];
         let (q_dim, kv_dim) = (self.model.q_dim() as u32, self.model.kv_dim() as u32);
@@ -932,41 +965,49 @@ impl<'a> Recorder<'a> {
             x,
             weight: if std::ptr::eq(x, input) { &weights.input_layernorm } else { &weights.post_attention_layernorm },
         };
-        let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache };
-        self.record_linear(plan, rows, norm(input), (&weights.qkv_proj, qkv_columns), qkv, base)?;
+        let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache, delta: false };
+        let behind_q = LinearParams { delta_start: step.q.shape()[0] as u32 * q_dim, ..base };
+        self.record_projection(plan, rows, norm(input), (&weights.qkv_proj, qkv_columns), qkv, behind_q)?;
         if some_store {
             let first = &self.depthwise().at;
-            self.record_linear(plan, first, norm(input), (&weights.qkv_proj, q_dim..all_columns), qkv, base)?;
+            let kv_columns = (&weights.qkv_proj, q_dim..all_columns);
+            self.record_projection(plan, first, norm(input), kv_columns, qkv, behind_q)?;
         }
 
         let is_shared = self.model.layout.recursion(layer).is_some();
         let kv_table = if is_shared && config.kv == KvStrategy::Hybrid { KvTable::Slots } else { KvTable::Pages };
         let attended = self.record_attention(plan, rows, (k_cache, v_cache), kv_table)?;
 
-        let all = |matrix: &Matrix| 0..matrix.num_rows as u32;
+        let all = |projection: &'a Projection| (projection, 0..projection.weight.num_rows as u32);
         let o = Epilogue::Residual { residual: input, out: &step.middle, copy: None };
-        self.record_linear(plan, rows, attended, (&weights.o_proj, all(&weights.o_proj)), o, base)?;
+        self.record_projection(plan, rows, attended, all(&weights.o_proj), o, base)?;
 
-        let swiglu = LinearParams { out_stride: step.mlp.shape()[1] as u32, ..base };
-        let gate_up = (&weights.gate_up_proj, all(&weights.gate_up_proj));
-        self.record_linear(plan, rows, norm(&step.middle), gate_up, Epilogue::SwiGlu { out: &step.mlp }, swiglu)?;
+        let mlp_dim = self.model.mlp_dim() as u32;
+        let swiglu = Epilogue::SwiGlu { out: &step.mlp, delta: false };
+        let behind_mlp =
+            LinearParams { out_stride: mlp_dim, delta_start: step.mlp.shape()[0] as u32 * mlp_dim, ..base };
+        self.record_projection(plan, rows, norm(&step.middle), all(&weights.gate_up_proj), swiglu, behind_mlp)?;
 
-        let residual = &step.middle;
+        let (residual, encoding) = (&step.middle, weights.encoding.as_ref());
         let down = match end {
-            LayerEnd::Stream(out) => Epilogue::Residual { residual, out, copy: None },
+            LayerEnd::Stream(out) => match encoding {
+                Some(encoding) => Epilogue::Encoded { residual, out, encoding },
+                None => Epilogue::Residual { residual, out, copy: None },
+            },
+            // Only the first layer, which no recursion encodes, ends in two streams.
             LayerEnd::Streams(out, copy) => Epilogue::Residual { residual, out, copy: Some(copy) },
             LayerEnd::Block { gates } => match &step.token_weight {
                 Some(gates) => {
-                    Epilogue::BlockEndToken { residual, hidden: &step.hidden, gates, running: &step.running }
+                    let (hidden, running) = (&step.hidden, &step.running);
+                    Epilogue::BlockEndToken { residual, hidden, gates, running, encoding }
                 }
                 None => {
                     let gates = &step.router_weights[gates];
-                    Epilogue::BlockEndExpert { residual, hidden: &step.hidden, gates }
+                    Epilogue::BlockEndExpert { residual, hidden: &step.hidden, gates, encoding }
                 }
             },
         };
-        let x = Input::Compact { x: &step.mlp };
-        self.record_linear(plan, rows, x, (&weights.down_proj, all(&weights.down_proj)), down, base)
+        self.record_projection(plan, rows, Input::Compact { x: &step.mlp }, all(&weights.down_proj), down, base)
     }
 
     /// Records attention of the queries in `step.q`; returns what `o_proj` reads.
@@ -1019,8 +1060,92 @@ impl<'a> Recorder<'a> {
         }
     }
 
+    /// Records a projection over the rows `columns` of its weight. An adapter's product goes first, to where the projection's
+    /// adds it: into the output tensor behind the output, or into a spare stream that has the residual in it.
+    fn record_projection(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        rows: &RowSet,
+        input: Input<'_>,
+        (projection, columns): (&Projection, Range<u32>),
+        epilogue: Epilogue<'_>,
+        params: LinearParams,
+    ) -> Result<()> {
+        let (weight, step) = (&projection.weight, self.step);
+        let (Some(Adapter { a, b }), Some(adapted)) = (&projection.adapter, &step.adapted) else {
+            return self.record_linear(plan, rows, input, (weight, columns), epilogue, params);
+        };
+        let input = match self.product(rows, columns.end - columns.start, weight) {
+            // Both factors' norms are one.
+            Product::ManyRows { .. } => self.record_norm(plan, rows, input, params.eps)?,
+            Product::FewRows { .. } => input,
+        };
+        let ranks = a.num_rows as u32;
+        let scale = self.config().lora.as_ref().map_or(1.0, Lora::scale) as f32;
+        let to_ranks = LinearParams { out_stride: ranks, scale, ..params };
+        self.record_linear(plan, rows, input, (a, 0..ranks), Epilogue::Store { out: adapted }, to_ranks)?;
+
+        let spare = &step.normed;
+        let into_spare = |residual| Epilogue::Residual { residual, out: spare, copy: None };
+        let behind = LinearParams { first_output: params.delta_start, out_stride: b.num_rows as u32, ..params };
+        let (delta, delta_params, epilogue) = match epilogue {
+            Epilogue::Qkv { rope, q, k_cache, v_cache, .. } => {
+                (Epilogue::Store { out: q }, behind, Epilogue::Qkv { rope, q, k_cache, v_cache, delta: true })
+            }
+            Epilogue::SwiGlu { out, .. } => (Epilogue::Store { out }, behind, Epilogue::SwiGlu { out, delta: true }),
+            Epilogue::Residual { residual, out, copy } => {
+                (into_spare(residual), params, Epilogue::Residual { residual: spare, out, copy })
+            }
+            Epilogue::Encoded { residual, out, encoding } => {
+                (into_spare(residual), params, Epilogue::Encoded { residual: spare, out, encoding })
+            }
+            Epilogue::BlockEndExpert { residual, hidden, gates, encoding } => {
+                let end = Epilogue::BlockEndExpert { residual: spare, hidden, gates, encoding };
+                (into_spare(residual), params, end)
+            }
+            Epilogue::BlockEndToken { residual, hidden, gates, running, encoding } => {
+                let end = Epilogue::BlockEndToken { residual: spare, hidden, gates, running, encoding };
+                (into_spare(residual), params, end)
+            }
+            Epilogue::Store { .. } | Epilogue::Gelu { .. } => unreachable!("no projection of a layer ends so"),
+        };
+        let ranks = Input::Compact { x: adapted };
+        self.record_linear(plan, rows, ranks, (b, columns.clone()), delta, delta_params)?;
+        self.record_linear(plan, rows, input, (weight, columns), epilogue, params)
+    }
+
+    /// The kernels for `num_outputs` of the rows of `weight`.
+    fn product(&self, rows: &RowSet, num_outputs: u32, weight: &Matrix) -> Product {
+        let max_rows = match self.phase {
+            // A prompt ends in one row.
+            Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
+            Phase::Prefill => self.step.capacity.max(MAX_FEW_ROWS + 1),
+            _ => self.step.capacity,
+        };
+        let outputs = (num_outputs, weight.num_rows as u32);
+        self.phase.product(self.model.gpu.caps(), self.model.precision, max_rows, outputs)
+    }
+
+    /// Normalises `input` into the step's dense batch, if a norm is to come first.
+    fn record_norm<'i>(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        rows: &RowSet,
+        input: Input<'i>,
+        eps: f32,
+    ) -> Result<Input<'i>>
+    where
+        'a: 'i,
+    {
+        let Input::Norm { x, weight } = input else { return Ok(input) };
+        let norm = RmsNormParams { hidden_size: weight.num_elems() as u32, eps };
+        let y = &self.step.normed;
+        RmsNorm::default().record(plan, RmsNormBindings { rows, x, weight, y }, norm)?;
+        Ok(Input::Compact { x: y })
+    }
+
     /// Records `input @ weight^T` over the rows `columns` of the weight, shard by shard; only the last shard of the
-    /// range may be used in part.
+    /// range may be used in part. Output column 0 is `params.first_output`.
     fn record_linear(
         &self,
         plan: &mut PlanBuilder<'_>,
@@ -1031,30 +1156,18 @@ impl<'a> Recorder<'a> {
         params: LinearParams,
     ) -> Result<()> {
         let in_features = weight.in_features as u32;
-        let max_rows = match self.phase {
-            // A prompt ends in one row.
-            Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
-            Phase::Prefill => self.step.capacity.max(MAX_FEW_ROWS + 1),
-            _ => self.step.capacity,
-        };
-        let num_outputs = columns.end - columns.start;
-        let rows_of_weight = (num_outputs, weight.num_rows as u32);
-        let product = self.phase.product(plan.gpu().caps(), self.model.precision, max_rows, rows_of_weight);
-        let x = match (input, product) {
-            (Input::Norm { x, weight }, Product::ManyRows { norm_apart: true, .. }) => {
-                let norm = RmsNormParams { hidden_size: in_features, eps: params.eps };
-                let bindings = RmsNormBindings { rows, x, weight, y: &self.step.normed };
-                RmsNorm::default().record(plan, bindings, norm)?;
-                Input::Compact { x: &self.step.normed }
-            }
+        let product = self.product(rows, columns.end - columns.start, weight);
+        let x = match product {
+            Product::ManyRows { norm_apart: true, .. } => self.record_norm(plan, rows, input, params.eps)?,
             _ => input,
         };
         for shard in &weight.shards {
-            let first_output = shard.first_row as u32;
-            if !columns.contains(&first_output) {
+            let first_row = shard.first_row as u32;
+            if !columns.contains(&first_row) {
                 continue;
             }
-            let num_outputs = (shard.num_rows as u32).min(columns.end - first_output);
+            let num_outputs = (shard.num_rows as u32).min(columns.end - first_row);
+            let first_output = params.first_output + first_row;
             let params = LinearParams { num_outputs, first_output, in_features, ..params };
             let prologue = match x {
                 Input::Compact { x } => Prologue::Compact { x },

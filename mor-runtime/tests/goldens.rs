@@ -20,7 +20,8 @@ fn gpu() -> &'static Gpu {
 
 fn cases() -> Vec<GoldenCase> {
     let cases = GoldenCase::load_all().expect("the fixtures are readable");
-    assert_eq!(cases.len(), 23);
+    // The golden ones, and those of relaxed models.
+    assert_eq!(cases.len(), 23 + 6);
     cases
 }
 
@@ -131,6 +132,9 @@ fn some_cases_match_on_every_profile() {
         "expert_middle_cycle_r3_hybrid",
         "expert_cycle_r3_share_mlp_tanh",
         "token_middle_cycle_r3",
+        "recursive_cycle_r2_share_both",
+        "expert_middle_cycle_r2_hybrid_both",
+        "token_middle_cycle_r3_share_both",
     ];
     parity::on_every_profile(|gpu, name| {
         let chosen = || cases().into_iter().filter(|case| names.contains(&case.name.as_str())).collect::<Vec<_>>();
