@@ -16,6 +16,6 @@ run() {
 run cargo fmt --all --check
 run cargo clippy --workspace --all-targets --locked -- -D warnings
 # --bench by name: the workspace's features and artefacts stay those of the tests below.
-run cargo test --workspace --locked --bench kernels --bench model
+run cargo test --workspace --locked --bench kernels
 run env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 run cargo test --workspace --locked

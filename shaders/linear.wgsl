@@ -11,7 +11,7 @@
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
-//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]
+//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED]
 // Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output. A slice's threads own
 //           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments
 //           of 16x16 each
@@ -23,7 +23,8 @@
 //           of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST:
 //           TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in
 //           groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN:
-//           the epilogue; KV_F16: QKV into f16 caches
+//           the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the
+//           block ends: multiplied with what the layer adds up to
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
 //           1280 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
@@ -51,6 +52,7 @@ struct Params {
     eps: f32,
     scale: f32,
     in_features: u32,
+    delta_start: u32,
 }
 
 #if COOPERATIVE
@@ -453,7 +455,7 @@ fn main(
             v *= factors[tile_row];
 #endif
             let o = params.first_output + first_column + n;
-            epilogue(first_entry + tile_row, entry, o, v, operands(entry, o));
+            epilogue(first_entry + tile_row, entry, o, v, operands(first_entry + tile_row, entry, o));
         }
     }
     // The next fragment overwrites the results.
@@ -497,7 +499,7 @@ fn main(
 #if NORM
                 v *= factors[tile_row];
 #endif
-                epilogue(i, entry, params.first_output + o, v, operands(entry, params.first_output + o));
+                epilogue(i, entry, params.first_output + o, v, operands(i, entry, params.first_output + o));
             }
         }
     }

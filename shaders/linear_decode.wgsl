@@ -1,28 +1,29 @@
 // linear_decode: y = x W^T for few rows, with RMSNorm or the attention merge before it and an epilogue after it.
 // Math      y[i, o] = sum_k f(x)[i, k] * w[o, k]; f: identity, RMSNorm of row r = active_rows[i].row, or the merge of
 //           attention partials; then shared/epilogue.wgsl
-// Why       the weights are the traffic: they are fetched to registers before the activation is staged, each is
-//           read once for ROWS rows, and every fusion saves a dependent dispatch. A software rasteriser reads a buffer
-//           lane by lane but texels whole, and a barrier costs it more than a product: there (TEXELS) w is a storage
-//           texture (a sampled one pays for levels), LANES lanes hold the activation and share each pair of outputs
-//           in turn, nothing is staged
+// Why       the weights are the traffic: they are fetched to registers before the activation is staged, from addresses that
+//           wait for no other load; each is read once for ROWS rows, and every fusion saves a dependent dispatch. A software
+//           rasteriser reads a buffer lane by lane but texels whole, and a barrier costs it more than a product: there
+//           (TEXELS) w is a storage texture (a sampled one pays for levels), LANES lanes hold the activation and share each
+//           pair of outputs in turn, nothing is staged
 // Shapes    active_rows [n]; w [O, K] units of 8, or quantised rows; x compact [n, K], stream [T, K] (X_BY_ROW) or
 //           partials [n, H, S, hd] (MERGE); norm_weight [K]; stats [n, H, S] (max, sum); outputs as the epilogue says
 // Bindings  0 params uniform; 1 active_rows read; 2 w read [!TEXELS]; 2 w_texels texture [TEXELS]; 3 x read;
 //           4 out write; 5 norm_weight read [NORM]; 5 stats read [MERGE];
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
-//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]
+//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED]
 // Grid      (ceil(O / (2 * GROUPS * PAIRS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs
-// Spec      IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, WIDE, of a quantised row 16 bytes of codes;
-//           CHUNK units staged or held at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH steps of weights in flight before the
-//           activation is ready; TEXELS: w in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a multiple of LANES,
-//           STEPS = CHUNK / LANES; PARTS = UNIT / 8; LOG2_LANES; NORM, or MERGE of SPLITS partials, or
-//           neither; X_BY_ROW; SINGLE: streams have one row; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the
-//           subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of
-//           GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the
-//           epilogue; KV_F16: QKV into f16 caches
+// Spec      NUM_OUTPUTS of this call; IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, WIDE, of a quantised
+//           row 16 bytes of codes; CHUNK units staged or held at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH steps of
+//           weights in flight before the activation is ready; TEXELS: w in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a
+//           multiple of LANES, STEPS = CHUNK / LANES; PARTS = UNIT / 8; LOG2_LANES; NORM, or MERGE of SPLITS partials of
+//           heads of HEAD_DIM, or neither; X_BY_ROW; SINGLE: streams have one row; SUBGROUP: lanes exchange by subgroup
+//           operations, SUBGROUP_EXACT: LANES is the subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED:
+//           WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV,
+//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV: added
+//           to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
 // Limits    16 * ROWS * (2 * CHUNK * PARTS + CHUNK * PARTS / 4 + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES
 //           more, without SUBGROUP 4 * GROUPS * LANES more; with TEXELS the last alone
 // Numerics  f32; lane-strided partial sums, then a tree over lanes; codes are summed before they are scaled
@@ -42,6 +43,7 @@ struct Params {
     eps: f32,
     scale: f32,
     in_features: u32,
+    delta_start: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -252,6 +254,13 @@ fn lane_sum(value: f32, thread: u32, lane: u32) -> f32 {
 }
 #endif
 
+#if !TEXELS
+// Rows of w past the end are read as the last one and never stored.
+fn weight_row(row: u32) -> u32 {
+    return select(min(row, NUM_OUTPUTS - 1u), row, NUM_OUTPUTS % (OUTPUTS * GROUPS) == 0u);
+}
+
+#endif
 fn list_entry(i: u32) -> ActiveRow {
     var entry = active_rows[i];
 #if SINGLE
@@ -264,10 +273,9 @@ fn list_entry(i: u32) -> ActiveRow {
 // The activation's elements 4c..4c+3 for list entry i, before any scaling by the norm.
 fn load_x(i: u32, entry: ActiveRow, c: u32) -> vec4<f32> {
 #if MERGE
-    let head = c * 4u / params.head_dim;
-    let heads = IN_FEATURES / params.head_dim;
-    let first = (i * heads + head) * SPLITS;
-    let within = c - head * params.head_dim / 4u;
+    let head = c / (HEAD_DIM / 4u);
+    let first = (i * (IN_FEATURES / HEAD_DIM) + head) * SPLITS;
+    let within = c % (HEAD_DIM / 4u);
     var highest = -3.4028234e38;
     for (var s = 0u; s < SPLITS; s++) {
         highest = max(highest, stats[first + s].x);
@@ -278,7 +286,7 @@ fn load_x(i: u32, entry: ActiveRow, c: u32) -> vec4<f32> {
         let stat = stats[first + s];
         let share = exp(stat.x - highest);
         mass += share * stat.y;
-        sum += share * x[(first + s) * (params.head_dim / 4u) + within];
+        sum += share * x[(first + s) * (HEAD_DIM / 4u) + within];
     }
     return sum / mass;
 #elif X_BY_ROW
@@ -309,7 +317,7 @@ fn main(
     let thread = lane;
     let first_entry = workgroup.y * ROWS;
     // Units past the end are held as zeros, rows of w past the end read as the last one and never stored.
-    let last_row = params.num_outputs - 1u;
+    let last_row = NUM_OUTPUTS - 1u;
 
     // Indexed by the loop's own variable alone, which makes compilers unroll the loop and keep registers.
     var low: array<array<array<vec4<f32>, PARTS>, STEPS>, ROWS>;
@@ -396,9 +404,9 @@ fn main(
 #endif
         for (var m = 0u; m < ROWS; m++) {
             let entry = list_entry(first_entry + m);
-            if entry.row != NONE && mine < params.num_outputs {
+            if entry.row != NONE && mine < NUM_OUTPUTS {
                 let o = params.first_output + mine;
-                epilogue(first_entry + m, entry, o, sums[m] * factor[m], operands(entry, o));
+                epilogue(first_entry + m, entry, o, sums[m] * factor[m], operands(first_entry + m, entry, o));
             }
         }
     }
@@ -406,8 +414,6 @@ fn main(
     let thread = group * LANES + lane;
     let first_pair = (workgroup.x * GROUPS + group) * PAIRS;
     let first_entry = workgroup.y * ROWS;
-    // Rows of w past the end are read as the last one and never stored.
-    let last_row = params.num_outputs - 1u;
 
     var sums: array<f32, ROWS * OUTPUTS>;
     for (var s = 0u; s < ROWS * OUTPUTS; s++) {
@@ -427,7 +433,7 @@ fn main(
         for (var p = 0u; p < PREFETCH; p++) {
             let unit = min(p * LANES + lane, units - 1u);
             for (var o = 0u; o < OUTPUTS; o++) {
-                ahead[p * OUTPUTS + o] = fetch(min(first_pair * 2u + o, last_row), base + unit);
+                ahead[p * OUTPUTS + o] = fetch(weight_row(first_pair * 2u + o), base + unit);
             }
         }
         if base == 0u {
@@ -435,8 +441,8 @@ fn main(
                 let entry = list_entry(first_entry + m);
                 for (var p = 0u; p < PAIRS; p++) {
                     let o = 2u * (first_pair + p);
-                    if entry.row != NONE && o < params.num_outputs {
-                        read[m * PAIRS + p] = operands(entry, params.first_output + o);
+                    if entry.row != NONE && o < NUM_OUTPUTS {
+                        read[m * PAIRS + p] = operands(first_entry + m, entry, params.first_output + o);
                     }
                 }
             }
@@ -486,13 +492,13 @@ fn main(
 #if QUANTISED
             var loaded: array<LoadedUnit, OUTPUTS>;
             for (var o = 0u; o < OUTPUTS; o++) {
-                loaded[o] = fetch(min(first_pair * 2u + o, last_row), base + unit);
+                loaded[o] = fetch(weight_row(first_pair * 2u + o), base + unit);
             }
             add_unit(base, unit, &loaded, &sums);
 #else
             var weights: array<mat2x4<f32>, OUTPUTS>;
             for (var o = 0u; o < OUTPUTS; o++) {
-                weights[o] = unpack_weights(fetch(min(first_pair * 2u + o, last_row), base + unit));
+                weights[o] = unpack_weights(fetch(weight_row(first_pair * 2u + o), base + unit));
             }
             for (var m = 0u; m < ROWS; m++) {
                 let x0 = staged[m * ROW_STRIDE + padded(2u * unit)];
@@ -527,7 +533,7 @@ fn main(
             let a = lane_sum(sums[m * OUTPUTS + 2u * p], thread, lane);
             let b = lane_sum(sums[m * OUTPUTS + 2u * p + 1u], thread, lane);
             let o = 2u * (first_pair + p);
-            if lane == 0u && entry.row != NONE && o < params.num_outputs {
+            if lane == 0u && entry.row != NONE && o < NUM_OUTPUTS {
                 epilogue(first_entry + m, entry, params.first_output + o, vec2<f32>(a, b) * factor, read[m * PAIRS + p]);
             }
         }

@@ -1,6 +1,6 @@
 // router_token: choose the depth of every active row, once, at the input of the shared part.
 // Math      l = input_scale * weight x[s]; g = alpha * softmax(l) with SOFTMAX, else alpha * sigmoid(l);
-//           d = argmax(g + bias); logits[r] = l; gates[r] = g; depth[r] = d + 1; token_weight[r] = g[d];
+//           d = argmax of g[i] + bias[i] + i * depth_bias over i < max_depth; logits[r] = l; gates[r] = g; depth[r] = d + 1; token_weight[r] = g[d];
 //           r = active_rows[i].row, s = r with X_BY_ROW, else i
 // Why       R is 2 to 4, too narrow for a matrix product, and the choice needs the whole row of gates at once
 // Shapes    active_rows [n]; x [T, K] f32 with X_BY_ROW, else [n, K] f32; weight [R, K] f32, f16 or bf16;
@@ -20,6 +20,8 @@ struct Params {
     in_features: u32,
     input_scale: f32,
     alpha: f32,
+    max_depth: u32,
+    depth_bias: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -104,12 +106,12 @@ fn finish(row: u32) {
 #endif
         gate[r] = params.alpha * gate[r];
         gates[row * NUM_RECURSIONS + r] = gate[r];
+        var score = gate[r];
 #if BIAS
-        let score = gate[r] + bias[r];
-#else
-        let score = gate[r];
+        score += bias[r];
 #endif
-        if score > best {
+        score += f32(r) * params.depth_bias;
+        if r < params.max_depth && score > best {
             best = score;
             chosen = r;
         }

@@ -16,7 +16,7 @@
 //           with DECIDES EXPERT, TOKEN or neither (all take all recursions); KV: the rows attend; KV_LENGTHS: KV but for EXIT;
 //           KV_SLOTS: the table lists keys, not pages (hybrid caches)
 // Limits    params.num_slots <= S; a sequence is its slot
-// Numerics  integers; a recursion is taken if its logit >= 0 (NaN does not pass) or its capacity is 1
+// Numerics  integers; a recursion is taken if its decision >= params.threshold (NaN does not pass) or its capacity is 1
 // Source    MoR, continuous depth-wise batching (arXiv 2507.10524, section 4.2)
 #import shared/rows
 #import shared/scan
@@ -28,6 +28,7 @@ struct Params {
     num_groups: u32,
     max_pages: u32,
     max_positions: u32,
+    threshold: f32,
 }
 
 struct Grids {
@@ -79,7 +80,7 @@ fn goes_on(slot: u32, passes: u32, counted: u32) -> bool {
         return false;
     }
 #if EXPERT
-    return counted == passes && (recursions[passes].z != 0u || decision[slot] >= 0.0);
+    return counted == passes && (recursions[passes].z != 0u || decision[slot] >= params.threshold);
 #elif TOKEN
     return target_depth[slot] > passes;
 #else

@@ -9,7 +9,7 @@
 // Spec      WORKGROUP_SIZE power of two: 4 * WORKGROUP_SIZE bytes of workgroup memory; BEGIN, EXPERT, TOKEN, FIXED or
 //           SAMPLE: which rows; KV: they store or read K/V; KV_SLOTS: the table lists keys, not pages (hybrid caches)
 // Limits    rows of a sequence are contiguous and ascend in position; params.num_rows <= T
-// Numerics  integers; the decision threshold is logit >= 0 (NaN does not pass)
+// Numerics  integers; a row is selected if its decision >= params.threshold (NaN does not pass)
 // Source    MoR, expert-choice and token-choice routing (arXiv 2507.10524)
 #import shared/rows
 #import shared/scan
@@ -25,6 +25,7 @@ struct Params {
     max_pages: u32,
     max_positions: u32,
     first_hybrid_group: u32,
+    threshold: f32,
 }
 
 struct Grids {
@@ -62,7 +63,7 @@ fn keep(r: u32) -> u32 {
 #if BEGIN
     return 3u;
 #elif EXPERT
-    let selected = depth[r] == params.recursion && (params.always != 0u || decision[r] >= 0.0);
+    let selected = depth[r] == params.recursion && (params.always != 0u || decision[r] >= params.threshold);
     return select(params.keep_all, 3u, selected);
 #elif TOKEN
     return select(0u, 3u, depth[r] > params.recursion);

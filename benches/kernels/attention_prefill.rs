@@ -1,5 +1,5 @@
-//! `attention_prefill`: 512 and 2048 rows of one sequence of every shape, f16 cache; throughput counts FLOP, of keys that a row
-//! does not see too. Ids end with `half` where queries and weights may be rounded to f16.
+//! `attention_prefill`: 512 and 2048 rows of one sequence of every shape, f16 cache; throughput counts the FLOP of
+//! scores and sums. Ids end with `half` where queries and weights may be rounded to f16.
 
 use criterion::Criterion;
 use mor_bench::{SHAPES, record, time_flop};
@@ -66,5 +66,7 @@ fn attention(
     };
     gpu.run(&plan).expect("the device answers");
     parity::assert_close(id, &out.read(gpu), &attention_prefill(&shape, inputs, shape.scale()), tolerance);
-    time_flop(criterion, gpu, "attention_prefill", id, (4 * num_rows * num_rows * row_elems) as u64, &plan, 1);
+    // A row sees itself and all before it.
+    let flop = 2 * row_elems * num_rows * (num_rows + 1);
+    time_flop(criterion, gpu, "attention_prefill", id, flop as u64, &plan, 1);
 }

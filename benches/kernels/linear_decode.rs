@@ -68,7 +68,7 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [o, k]: [u32; 2], n
         };
         let y = Output::new(gpu, n * o_len);
         let epilogue = Epilogue::Store { out: &y.tensor };
-        let kernel = LinearDecode::new(gpu.caps(), k, dtype, prologue.kind(), EpilogueKind::Store, n as u32);
+        let kernel = LinearDecode::new(gpu.caps(), [o, k], dtype, prologue.kind(), EpilogueKind::Store, n as u32);
         let bindings = LinearDecodeBindings { rows: &rows, weight: &weight, prologue, epilogue };
         let params =
             LinearParams { num_outputs: o, out_stride: o, in_features: k, eps: 1e-5, scale: 1.0, ..Default::default() };

@@ -29,7 +29,13 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 token_weight: &token_weight.tensor,
                 bias: None,
             };
-            let params = RouterTokenParams { in_features: shape.hidden_size, input_scale: 1.0, alpha: 1.0 };
+            let params = RouterTokenParams {
+                in_features: shape.hidden_size,
+                input_scale: 1.0,
+                alpha: 1.0,
+                max_depth: 3,
+                depth_bias: 0.0,
+            };
             let id = format!("{}/{num_rows}", shape.name);
             let grid = Grid::Fixed([1, num_rows as u32, 1]);
             let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else {

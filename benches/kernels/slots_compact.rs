@@ -34,7 +34,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
             target_depth: Vec::new(),
         };
         let mut want_slots = slots.clone();
-        let phase = Phase::Block(Rule::Expert { keep_all: false });
+        let phase = Phase::Block(Rule::Expert { threshold: 0.0, keep_all: false });
         let sizes = (NUM_GROUPS, max_pages, MAX_POSITIONS);
         let want = slots_compact(&mut want_slots, phase, num_slots, &recursions, sizes, false);
 
@@ -58,7 +58,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 grids: &plan.grid_table(),
                 recursions: &table,
                 active: &active,
-                phase: SlotPhase::Block(DepthRule::Expert { decision: &decision, keep_all: false }),
+                phase: SlotPhase::Block(DepthRule::Expert { decision: &decision, threshold: 0.0, keep_all: false }),
                 kv: Some(kv),
                 num_recursions: NUM_RECURSIONS as u32,
                 max_positions: MAX_POSITIONS as u32,

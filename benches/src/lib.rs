@@ -2,16 +2,19 @@
 //!
 //! - `kernels/<stem>.rs`: every shape is first compared with the kernel's oracle, then timed by device timestamps. A
 //!   shape that does not fit the device is skipped by name.
-//! - `model/main.rs`: prefill and greedy decoding of whole models at batch 1, by wall clock, as Markdown rows.
+//!   Beside criterion's report stands the best rate and its share of what the device reaches in the same run: of its copy
+//!   bandwidth, or of `linear` in a large square product.
 //! - `runs/`: raw outputs, one file per date and device; a number in prose links the one it comes from.
 //!
-//! `cargo bench -p mor-bench` times; `cargo test -p mor-bench --benches` runs everything once. `MOR_TEST_DEVICE` (kernels)
-//! and `--device` (models) choose an adapter. A GPU's clock falls when idle: warm it up, quote medians.
+//! `cargo bench -p mor-bench` times; `cargo test -p mor-bench --benches` runs everything once. `MOR_TEST_DEVICE` chooses an
+//! adapter. A GPU's clock falls when idle: warm it up, quote medians. Whole models are measured by `mor bench`.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use mor_kernels::gpu::Gpu;
+use mor_kernels::peaks::Peaks;
 use mor_kernels::plan::{Plan, PlanBuilder};
 use mor_kernels::timing;
 
@@ -104,8 +107,10 @@ fn time_per(
     (plan, count): (&Plan, usize),
     reset: &dyn Fn(),
 ) {
+    let name = format!("{group}/{id}");
+    let (mut runs, mut best) = (0, f64::INFINITY);
     let mut group = criterion.benchmark_group(group);
-    group.throughput(throughput);
+    group.throughput(throughput.clone());
     group.bench_function(BenchmarkId::from_parameter(id), |bencher| {
         bencher.iter_custom(|iterations| {
             let mut total = Duration::ZERO;
@@ -114,11 +119,38 @@ fn time_per(
                 let batch = left.min(MAX_BATCH as u64);
                 reset();
                 let micros = timing::device_micros(gpu, plan, batch as u32).expect("the device writes timestamps");
-                total += Duration::from_nanos((micros * 1e3 / count as f64) as u64) * batch as u32;
+                let micros = micros / count as f64;
+                total += Duration::from_nanos((micros * 1e3) as u64) * batch as u32;
                 left -= batch;
+                runs += batch;
+                best = best.min(micros);
             }
             total
         });
     });
     group.finish();
+    // A single run, as tests make it, says nothing.
+    if runs > 1 {
+        println!("{name:<40} {}", share(gpu, &throughput, best));
+    }
+}
+
+/// The rate of a run that took `micros`, and its share of the device's peak.
+fn share(gpu: &Gpu, throughput: &Throughput, micros: f64) -> String {
+    static PEAKS: OnceLock<Peaks> = OnceLock::new();
+    let half_products = gpu.caps().cooperative_matrices;
+    let peaks = PEAKS.get_or_init(|| Peaks::measure(gpu, half_products).expect("the device writes timestamps"));
+    match throughput {
+        Throughput::Bytes(bytes) => {
+            let rate = *bytes as f64 * 1e6 / micros;
+            let share = 100.0 * rate / peaks.copy_bytes_per_s;
+            format!("{:.1} GB/s, {share:.1} % of {:.1} copied", rate / 1e9, peaks.copy_bytes_per_s / 1e9)
+        }
+        Throughput::Elements(flop) => {
+            let rate = *flop as f64 * 1e6 / micros;
+            let share = 100.0 * rate / peaks.matrix_flop_per_s;
+            format!("{:.3} TFLOP/s, {share:.1} % of {:.3} multiplied", rate / 1e12, peaks.matrix_flop_per_s / 1e12)
+        }
+        _ => String::new(),
+    }
 }

@@ -4,7 +4,18 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
-use mor_runtime::{DeviceSelector, KvStrategy, Precision, Quantization, Routing};
+use mor_runtime::{DeviceSelector, KvStrategy, Precision, Quantization, Routing, SamplingParams};
+
+use crate::chat::ChatArgs;
+use crate::generate::random_seed;
+use crate::help::{CompletionsArgs, ManArgs};
+
+use crate::depth::DepthArgs;
+use crate::sweep::Sweep;
+use crate::trace::TraceArgs;
+
+use crate::bench::BenchArgs;
+use crate::profile::ProfileArgs;
 
 /// Run Mixture-of-Recursions language models on any GPU.
 #[derive(Debug, Parser)]
@@ -18,27 +29,30 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Continue a prompt
     Generate(GenerateArgs),
+    /// Talk with a model
+    Chat(ChatArgs),
     /// Answer a file of requests, many at a time
     Batch(BatchArgs),
     /// Run full sequences and write everything they compute
     Forward(ForwardArgs),
     /// Measure the likelihood of a text
     Eval(EvalArgs),
+    /// Continue a prompt and show how each token was routed
+    Trace(TraceArgs),
     /// Show a model's layers, parameters and memory
     Inspect(InspectArgs),
     /// Write a model with its matrices as small integers
     Quantize(QuantizeArgs),
     /// List the adapters of this machine
     Devices(DevicesArgs),
-    /// Measure
-    #[command(subcommand)]
-    Bench(BenchCommand),
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum BenchCommand {
-    /// Tokens a second of many sequences, against models of the same depth without recursions
-    Throughput(ThroughputArgs),
+    /// Measure how fast models read prompts and generate, and compare measurements
+    Bench(BenchArgs),
+    /// Show which kernels take how much of a step's time
+    Profile(ProfileArgs),
+    /// Print what makes a shell complete the command line
+    Completions(CompletionsArgs),
+    /// Write manual pages, one a command
+    Man(ManArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -59,24 +73,8 @@ pub(crate) struct GenerateArgs {
     /// Most tokens to generate [default: 128, or what the context leaves]
     #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true)]
     pub(crate) max_new_tokens: Option<usize>,
-    /// Divides the logits; 0 always takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
-    pub(crate) temperature: f32,
-    /// Keep the K most likely tokens; 0 keeps all
-    #[arg(long, value_name = "K", default_value_t = 0, allow_negative_numbers = true)]
-    pub(crate) top_k: u32,
-    /// Keep the most likely tokens that together reach this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
-    pub(crate) top_p: f32,
-    /// Keep tokens at least this fraction as likely as the most likely one
-    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
-    pub(crate) min_p: f32,
-    /// Make tokens that already occurred less likely; 1 is off
-    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
-    pub(crate) repeat_penalty: f32,
-    /// Same seed, same text on the same device [default: random; the summary names it]
-    #[arg(long, value_name = "S", allow_negative_numbers = true)]
-    pub(crate) seed: Option<u64>,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
     /// End before this text; may be given several times
     #[arg(long, value_name = "STR", allow_hyphen_values = true)]
     pub(crate) stop: Vec<String>,
@@ -90,6 +88,8 @@ pub(crate) struct GenerateArgs {
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
     pub(crate) quantize: QuantizeArg,
+    #[command(flatten)]
+    pub(crate) depth: DepthArgs,
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
@@ -105,6 +105,41 @@ pub(crate) struct GenerateArgs {
     /// Random weights of the shape in a config.json; only with --prompt-tokens or no prompt
     #[arg(long, value_name = "CONFIG", help_heading = "Benchmarks", conflicts_with = "model")]
     pub(crate) random_weights: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct SamplingArgs {
+    /// Divides the logits; 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
+    temperature: f32,
+    /// Keep the K most likely tokens; 0 keeps all
+    #[arg(long, value_name = "K", default_value_t = 0, allow_negative_numbers = true)]
+    top_k: u32,
+    /// Keep the most likely tokens that together reach this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
+    top_p: f32,
+    /// Keep tokens at least this fraction as likely as the most likely one
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
+    min_p: f32,
+    /// Make tokens that already occurred less likely; 1 is off
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    repeat_penalty: f32,
+    /// Same seed, same text on the same device [default: random; the summary names it]
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
+    seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    pub(crate) fn params(&self) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repeat_penalty,
+            seed: self.seed.unwrap_or_else(random_seed),
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -129,7 +164,7 @@ pub(crate) struct BatchArgs {
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one, allow_negative_numbers = true)]
     pub(crate) concurrency: usize,
     /// Adapters that share the work, by index or name [default: the best one]
-    #[arg(long, value_name = "IDX|NAME,...", value_delimiter = ',', env = "MOR_DEVICES")]
+    #[arg(long, value_name = "IDX|NAME,...", value_delimiter = ',')]
     pub(crate) devices: Vec<String>,
     /// Compute each sequence to the same bits whatever runs beside it; slower
     #[arg(long)]
@@ -142,6 +177,8 @@ pub(crate) struct BatchArgs {
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
     pub(crate) quantize: QuantizeArg,
+    #[command(flatten)]
+    pub(crate) depth: DepthArgs,
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
@@ -170,6 +207,8 @@ pub(crate) struct ForwardArgs {
     #[command(flatten)]
     pub(crate) quantize: QuantizeArg,
     #[command(flatten)]
+    pub(crate) depth: DepthArgs,
+    #[command(flatten)]
     pub(crate) device: DeviceArg,
 }
 
@@ -192,6 +231,15 @@ pub(crate) struct EvalArgs {
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
     pub(crate) quantize: QuantizeArg,
+    #[command(flatten)]
+    pub(crate) depth: DepthArgs,
+    /// Score once for each value of --max-depth or --router-bias, both ends included: max-depth=A..B, where B may be R, the
+    /// recursions of the model, or router-bias=A..B[:STEP]; may be given several times
+    #[arg(long, value_name = "NAME=A..B[:STEP]", value_parser = Sweep::parse)]
+    pub(crate) sweep: Vec<Sweep>,
+    /// Draw the sweeps: perplexity against mean depth and against tokens/s
+    #[arg(long, value_name = "SVG", requires = "sweep")]
+    pub(crate) plot: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) device: DeviceArg,
     /// Print one JSON object
@@ -220,6 +268,9 @@ pub(crate) struct QuantizeArgs {
     /// 8 bits a weight, or 4
     #[arg(long, value_enum)]
     pub(crate) to: QuantizationArg,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -304,13 +355,12 @@ pub(crate) enum FormatArg {
 #[derive(Debug, clap::Args)]
 pub(crate) struct DeviceArg {
     /// Adapter by its index in `mor devices` or a part of its name [default: the best]
-    #[arg(long, value_name = "IDX|NAME", env = "MOR_DEVICE")]
+    #[arg(long, value_name = "IDX|NAME")]
     pub(crate) device: Option<String>,
 }
 
 impl DeviceArg {
     pub(crate) fn selector(&self) -> DeviceSelector {
-        // An empty environment variable is an unset one.
         self.device.as_deref().filter(|text| !text.trim().is_empty()).map_or(DeviceSelector::Best, device_selector)
     }
 }
@@ -431,7 +481,7 @@ fn token_list(text: &str) -> Result<TokenList, String> {
     text.split(',').map(id).collect::<Result<_, _>>().map(TokenList)
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&count| count > 0).ok_or_else(|| "expected a whole number, 1 or more".to_owned())
 }
 

@@ -103,9 +103,11 @@ pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
         None => Model::named(args.model.as_deref())?,
     };
     let kv = args.kv.map(|kv| kv.strategy());
+    let config = model.config()?;
     if let Some(kv) = kv {
-        model.config()?.with_kv(kv)?;
+        config.with_kv(kv)?;
     }
+    let depth = args.depth.control(&config)?;
     let batch = BatchOptions {
         max_sequences: args.concurrency,
         kv_bytes: args.kv_memory.map(|mib| (mib as u64) << 20),
@@ -114,8 +116,14 @@ pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
     };
     let mut sessions = Vec::new();
     for device in args.selectors() {
-        let options =
-            SessionOptions { precision: args.dtype.precision(), kv, batch: batch.clone(), ..SessionOptions::default() };
+        let options = SessionOptions {
+            precision: args.dtype.precision(),
+            quantize: args.quantize.quantization(),
+            kv,
+            depth,
+            batch: batch.clone(),
+            ..SessionOptions::default()
+        };
         sessions.push(model.load(device, options)?);
     }
     let tokenizer = sessions[0].tokenizer().cloned();

@@ -5,14 +5,16 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mor_model::{MorConfig, Quantization};
-use mor_runtime::{Score, SessionOptions, Tokenizer};
+use mor_runtime::{DepthControl, Routing, Score, Session, SessionOptions, Tokenizer};
 use serde::Serialize;
 
 use crate::args::EvalArgs;
 use crate::failure::bad_input;
 use crate::input::read_text;
 use crate::model::{Model, storage};
-use crate::{print, print_json};
+use crate::output::{check_target, write_atomically};
+use crate::sweep::{self, Point};
+use crate::{plot, print, print_json};
 
 /// What stands on the line between two documents.
 const SEPARATOR: &str = "<|endoftext|>";
@@ -23,15 +25,31 @@ struct Report<'a> {
     model: String,
     documents: usize,
     predicted_tokens: usize,
-    mean_nll_nats: f64,
-    perplexity: f64,
-    mean_depth: f64,
-    tokens_per_s: f64,
+    #[serde(flatten)]
+    results: Results,
     routing: &'static str,
     dtype: &'static str,
     quantization: Option<&'static str>,
     device: &'a str,
     backend: &'a str,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Results {
+    One(Quality),
+    Sweep { points: Vec<Point> },
+}
+
+/// A text scored at one setting.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Quality {
+    pub(crate) mean_nll_nats: f64,
+    pub(crate) perplexity: f64,
+    pub(crate) mean_depth: f64,
+    pub(crate) tokens_per_s: f64,
+    pub(crate) max_depth: Option<usize>,
+    pub(crate) router_bias: f32,
 }
 
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
@@ -44,10 +62,14 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let origin = args.text.display().to_string();
     let text = read_text(&args.text)?;
     let documents = chosen(split_documents(&text), args.documents.clone(), &origin)?;
+    let depth = args.depth.control(&config)?;
+    let settings = swept(args, depth, &config)?;
+    args.plot.iter().try_for_each(|path| check_target("--plot", path))?;
 
     let options = SessionOptions {
         precision: args.dtype.precision(),
         quantize: args.quantize.quantization(),
+        depth,
         ..SessionOptions::default()
     };
     let mut session = model.load(args.device.selector(), options)?;
@@ -65,47 +87,105 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 
     // indicatif draws nothing where standard error is no terminal.
     let style = ProgressStyle::with_template("{bar:30} {pos} of {len} tokens, {per_sec}, {eta} left");
-    let bar = ProgressBar::new(predicted_tokens as u64);
+    let bar = ProgressBar::new((predicted_tokens * settings.len().max(1)) as u64);
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    let mut totals = Totals::default();
-    let start = Instant::now();
-    for tokens in encoded.iter().filter(|tokens| tokens.len() > 1) {
-        totals.add(&session.score(tokens, args.routing.routing())?);
-        bar.inc(tokens.len() as u64 - 1);
-    }
-    let secs = start.elapsed().as_secs_f64();
+    let routing = args.routing.routing();
+    let results = if settings.is_empty() {
+        Results::One(score(&mut session, &encoded, routing, &bar)?)
+    } else {
+        let mut points = Vec::with_capacity(settings.len());
+        let longest = encoded.iter().max_by_key(|tokens| tokens.len()).map_or(&[][..], Vec::as_slice);
+        for (sweep, control) in settings {
+            session = session.with_depth_control(control)?;
+            // Settings are compared by their speed, so nothing is compiled while it is taken.
+            session.score(longest, routing)?;
+            points.push(Point { sweep, quality: score(&mut session, &encoded, routing, &bar)? });
+        }
+        Results::Sweep { points }
+    };
     bar.finish_and_clear();
 
-    let mean_nll_nats = totals.mean_nll();
     let report = Report {
         model: model.name(),
         documents: documents.len(),
-        predicted_tokens: totals.num_predicted,
-        mean_nll_nats,
-        perplexity: mean_nll_nats.exp(),
-        mean_depth: totals.mean_depth(),
-        tokens_per_s: totals.num_predicted as f64 / secs.max(1e-9),
+        predicted_tokens,
+        results,
         routing: args.routing.name(),
         dtype: session.precision().as_str(),
         quantization: session.config().quantization.map(Quantization::as_str),
         device: &session.device().name,
         backend: &session.device().backend,
     };
+    if let (Some(path), Results::Sweep { points }) = (&args.plot, &report.results) {
+        let svg = plot::svg(&report.model, &sweep::charts(points));
+        write_atomically(path, |partial| std::fs::write(partial, svg))?;
+    }
     if args.json {
         return print_json(&report);
     }
-    let lines = [
+    let mut lines = vec![
         format!("model             {}", report.model),
         format!("documents         {}", report.documents),
         format!("predicted_tokens  {}", report.predicted_tokens),
-        format!("mean_nll_nats     {:.6}", report.mean_nll_nats),
-        format!("perplexity        {:.5}", report.perplexity),
-        format!("mean_depth        {:.5}", report.mean_depth),
-        format!("tokens/s          {:.1}", report.tokens_per_s),
+    ];
+    if let Results::One(Quality { mean_nll_nats, perplexity, mean_depth, tokens_per_s, .. }) = &report.results {
+        lines.extend([
+            format!("mean_nll_nats     {mean_nll_nats:.6}"),
+            format!("perplexity        {perplexity:.5}"),
+            format!("mean_depth        {mean_depth:.5}"),
+            format!("tokens/s          {tokens_per_s:.1}"),
+        ]);
+    }
+    lines.extend([
         format!("routing           {}", report.routing),
         format!("device            {} on \"{}\" ({})", storage(&session), report.device, report.backend),
-    ];
+    ]);
+    if let Results::Sweep { points } = &report.results {
+        lines.extend([String::new(), sweep::table(points).trim_end().to_owned()]);
+    }
     Ok(print(&format!("{}\n", lines.join("\n")))?)
+}
+
+/// The settings of all sweeps, with the names of the options swept.
+fn swept(
+    args: &EvalArgs,
+    depth: DepthControl,
+    config: &MorConfig,
+) -> anyhow::Result<Vec<(&'static str, DepthControl)>> {
+    let mut settings = Vec::new();
+    for sweep in &args.sweep {
+        let name = sweep.name();
+        if args.sweep.iter().filter(|other| other.name() == name).count() > 1 {
+            return Err(bad_input!("--sweep {name} is given twice, expected each option once"));
+        }
+        if (name == "max-depth" && depth.max_depth.is_some()) || (name == "router-bias" && depth.router_bias != 0.0) {
+            return Err(bad_input!("--{name} is given beside --sweep {name}, which sets it; leave one of them out"));
+        }
+        let controls = sweep.controls(depth, config);
+        controls.iter().try_for_each(|control| control.validate(config))?;
+        settings.extend(controls.into_iter().map(|control| (name, control)));
+    }
+    Ok(settings)
+}
+
+/// Scores all documents.
+fn score(session: &mut Session, encoded: &[Vec<u32>], routing: Routing, bar: &ProgressBar) -> anyhow::Result<Quality> {
+    let mut totals = Totals::default();
+    let start = Instant::now();
+    for tokens in encoded.iter().filter(|tokens| tokens.len() > 1) {
+        totals.add(&session.score(tokens, routing)?);
+        bar.inc(tokens.len() as u64 - 1);
+    }
+    let secs = start.elapsed().as_secs_f64();
+    let DepthControl { max_depth, router_bias } = session.model().depth_control();
+    Ok(Quality {
+        mean_nll_nats: totals.mean_nll(),
+        perplexity: totals.mean_nll().exp(),
+        mean_depth: totals.mean_depth(),
+        tokens_per_s: totals.num_predicted as f64 / secs.max(1e-9),
+        max_depth,
+        router_bias,
+    })
 }
 
 /// The token every document starts with: the one that ended the document before it in training.

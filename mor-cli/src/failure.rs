@@ -39,12 +39,15 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         // The reader has seen enough, for example `| head`.
         return ExitCode::SUCCESS;
     }
+    if let Some(error) = error.downcast_ref::<clap::Error>() {
+        return report_usage(error);
+    }
     note(&format!("error: {}", one_line(&sentence(error))));
     ExitCode::from(exit_code(error))
 }
 
 /// Reports what clap found in the arguments, which may also be a request for help.
-pub(crate) fn report_usage(error: &clap::Error) -> ExitCode {
+fn report_usage(error: &clap::Error) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             // A reader that has gone wants no help.
@@ -63,7 +66,7 @@ pub(crate) fn report_usage(error: &clap::Error) -> ExitCode {
 }
 
 /// clap's paragraphs as one sentence: its first, without the usage, plus its suggestion if it has one.
-fn usage_sentence(error: &clap::Error) -> String {
+pub(crate) fn usage_sentence(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);
     let mut sentence = one_line(text.split("\n\n").next().unwrap_or(text));
@@ -107,6 +110,16 @@ pub(crate) fn sentence(error: &anyhow::Error) -> String {
             };
             format!("{option} is {found}, expected {expected}")
         }
+        Some(RuntimeError::Model(error)) => model_sentence(error),
+        _ => error.downcast_ref().map_or_else(|| error.to_string(), model_sentence),
+    }
+}
+
+fn model_sentence(error: &ModelError) -> String {
+    match error {
+        ModelError::DepthControl { name, found, expected } => {
+            format!("--{} is {found}, expected {expected}", name.replace('_', "-"))
+        }
         _ => error.to_string(),
     }
 }
@@ -140,5 +153,12 @@ mod tests {
         assert_eq!(sentence(&error.into()), "--repeat-penalty is 0, expected more");
         let error = RuntimeError::Parameter { name: "prefill_rows", found: "4".to_owned(), expected: "more" };
         assert_eq!(sentence(&error.into()), "MOR_PREFILL_CHUNK is 4, expected more");
+        let error = || {
+            let (name, found, expected) = ("max_depth", "9".to_owned(), "1 to 3".to_owned());
+            ModelError::DepthControl { name, found, expected }
+        };
+        for error in [error().into(), RuntimeError::from(error()).into()] {
+            assert_eq!(sentence(&error), "--max-depth is 9, expected 1 to 3");
+        }
     }
 }

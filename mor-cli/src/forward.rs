@@ -2,9 +2,8 @@
 
 use std::borrow::Cow;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::Context;
 use mor_model::{Mode, MorConfig};
 use mor_runtime::{RuntimeError, SequenceOutput, SessionOptions};
 use safetensors::{Dtype, SafeTensors, View};
@@ -13,22 +12,25 @@ use crate::args::ForwardArgs;
 use crate::failure::bad_input;
 use crate::model::{Model, storage};
 use crate::note;
+use crate::output::{check_target, write_atomically};
 
 pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
     let model = Model::named(Some(&args.model))?;
     let config = model.config()?;
     let batch = Batch::read(&args.tokens, &config)?;
-    check_target(&args.out)?;
+    check_target("--out", &args.out)?;
+    let depth = args.depth.control(&config)?;
 
     let options = SessionOptions {
         precision: args.dtype.precision(),
         quantize: args.quantize.quantization(),
+        depth,
         ..SessionOptions::default()
     };
     let mut session = model.load(args.device.selector(), options)?;
     let output = session.forward(&batch.sequences, args.routing.routing())?;
     let tensors = output_tensors(&output.sequences, batch.padded_len, &config);
-    write_atomically(&args.out, tensors)?;
+    write_atomically(&args.out, |partial| safetensors::serialize_to_file(tensors, None, partial))?;
     note(&format!(
         "{} sequences, {} tokens, {} routing, {} on \"{}\" ({}); wrote {}",
         batch.sequences.len(),
@@ -197,51 +199,6 @@ fn output_tensors(sequences: &[SequenceOutput], padded_len: usize, config: &MorC
     tensors
 }
 
-/// Refuses a place that cannot be written to before any work is done for it.
-fn check_target(path: &Path) -> anyhow::Result<()> {
-    if path.is_dir() || path.file_name().is_none() {
-        return Err(bad_input!("--out {}: is a folder, expected the name of a file to write", path.display()));
-    }
-    let folder = folder_of(path);
-    if !folder.is_dir() {
-        return Err(bad_input!("--out {}: its folder does not exist; create it first", path.display()));
-    }
-    Ok(())
-}
-
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Writes beside the target and renames, so that the target is never half-written.
-fn write_atomically(path: &Path, tensors: Vec<(String, Output)>) -> anyhow::Result<()> {
-    let partial = Partial::beside(path);
-    safetensors::serialize_to_file(tensors, None, &partial.path)
-        .map_err(|error| bad_input!("cannot write {}: {error}", path.display()))?;
-    fs::rename(&partial.path, path).with_context(|| format!("cannot rename to {}", path.display()))
-}
-
-/// A file that is removed unless it was renamed.
-#[derive(Debug)]
-struct Partial {
-    path: PathBuf,
-}
-
-impl Partial {
-    fn beside(path: &Path) -> Self {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        // The process number keeps two writers apart.
-        Self { path: folder_of(path).join(format!(".{name}.{}.partial", std::process::id())) }
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        // After the rename there is nothing left to remove.
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -307,20 +264,5 @@ mod tests {
         assert_eq!(get("selected.0").data, [1, 0, 1, 1]);
         let depth: Vec<u8> = [3, 0, 3, 3].into_iter().flat_map(i32::to_le_bytes).collect();
         assert_eq!(get("depth").data, depth);
-    }
-
-    #[test]
-    fn nothing_half_written_stays() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("out.safetensors");
-        check_target(&path).unwrap();
-        drop(Partial::beside(&path));
-        fs::write(Partial::beside(&path).path.clone(), b"half").unwrap();
-        let tensor = Output { dtype: Dtype::U8, shape: vec![1], data: vec![1] };
-        write_atomically(&path, vec![("x".to_owned(), tensor)]).unwrap();
-        let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        assert_eq!(names, ["out.safetensors"]);
-        assert!(check_target(folder.path()).is_err());
-        assert!(check_target(&folder.path().join("no/out")).is_err());
     }
 }

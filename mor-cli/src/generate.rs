@@ -3,29 +3,25 @@
 use std::hash::{BuildHasher, Hasher};
 use std::io::{IsTerminal, Read};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use mor_model::{MorConfig, Quantization};
 use mor_runtime::{
-    BatchOptions, Event, GenerateRequest, RuntimeError, SamplingParams, Session, SessionOptions, Summary, TextStream,
-    Tokenizer,
+    BatchOptions, Event, GenerateRequest, RuntimeError, Session, SessionOptions, Summary, TextStream, Tokenizer,
 };
 use serde::Serialize;
 
 use crate::args::GenerateArgs;
-use crate::failure::{INTERRUPTED as INTERRUPTED_CODE, bad_input};
+use crate::failure::{INTERRUPTED, bad_input};
 use crate::input::{read_text, utf8};
 use crate::model::{Model, spare_threads_of_llvmpipe, storage};
-use crate::{note, print, print_json, style};
+use crate::{interrupt, note, print, print_json, style};
 
 /// Where `--max-new-tokens` is not given, unless the context ends before.
 const DEFAULT_NEW_TOKENS: usize = 128;
 
 /// Models up to this are decoded faster by one thread of a software rasteriser than by several.
-const SMALL_HIDDEN_SIZE: usize = 512;
-
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+pub(crate) const SMALL_HIDDEN_SIZE: usize = 512;
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
@@ -72,29 +68,37 @@ impl Prompt {
     }
 }
 
-pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
+/// A request that was checked, and the session that can serve it.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) model: Model,
+    pub(crate) config: MorConfig,
+    pub(crate) session: Session,
+    pub(crate) request: GenerateRequest,
+}
+
+/// The model that the arguments name.
+pub(crate) fn named_model(args: &GenerateArgs) -> anyhow::Result<Model> {
+    match &args.random_weights {
+        Some(config) => Ok(Model::Random(config.clone())),
+        None => Model::named(args.model.as_deref()),
+    }
+}
+
+/// Checks the arguments and loads the model.
+pub(crate) fn prepare(args: &GenerateArgs) -> anyhow::Result<Prepared> {
     // Everything that can be refused is refused before anything large is read or a device is opened.
-    let seed = args.seed.unwrap_or_else(random_seed);
-    let sampling = SamplingParams {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        min_p: args.min_p,
-        repetition_penalty: args.repeat_penalty,
-        seed,
-    };
+    let sampling = args.sampling.params();
     sampling.validate()?;
     if args.stop.iter().any(String::is_empty) {
         return Err(bad_input!("--stop is an empty text, expected at least one character"));
     }
-    let model = match &args.random_weights {
-        Some(config) => Model::Random(config.clone()),
-        None => Model::named(args.model.as_deref())?,
-    };
+    let model = named_model(args)?;
     let config = model.config()?;
     if let Some(kv) = args.kv {
         config.with_kv(kv.strategy())?;
     }
+    let depth = args.depth.control(&config)?;
     let prompt = read_prompt(args, config.vocab_size)?;
     check_request(&prompt, args, &model, &config)?;
     if config.hidden_size <= SMALL_HIDDEN_SIZE && prompt.is_short() {
@@ -107,10 +111,11 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
         precision: args.dtype.precision(),
         quantize: args.quantize.quantization(),
         kv,
+        depth,
         batch,
         ..SessionOptions::default()
     };
-    let mut session = model.load(args.device.selector(), options)?;
+    let session = model.load(args.device.selector(), options)?;
     let tokens = match (prompt, session.tokenizer()) {
         (Prompt::Tokens(tokens), _) => tokens,
         (Prompt::Text(text), _) if text.is_empty() => Vec::new(),
@@ -125,17 +130,19 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
         ignore_eos: args.ignore_eos,
         ..GenerateRequest::new(tokens)
     };
-    let mut output = Output::new(args, session.tokenizer(), &request.prompt, config.num_recursions);
+    Ok(Prepared { model, config, session, request })
+}
 
-    // From here on Ctrl-C ends the generation, not the program; a second one ends the program.
-    ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            if style::stdout_has_colour() {
-                let _ = print(style::RESET);
-            }
-            std::process::exit(INTERRUPTED_CODE.into());
-        }
-    })?;
+pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
+    let Prepared { model, config, mut session, request } = prepare(args)?;
+    let seed = request.sampling.seed;
+    let show = Show::new(args.json, args.show_depth);
+    // The prompt is shown before the new text for people, not for programs.
+    let shows_prompt = args.show_depth || (show == Show::Plain && std::io::stdout().is_terminal());
+    let prompt = if shows_prompt { pieces(session.tokenizer(), &request.prompt) } else { Vec::new() };
+    let mut output = Output::new(show, prompt, session.tokenizer().is_some(), config.num_recursions);
+
+    interrupt::watch()?;
 
     let mut progress = Progress::new();
     let summary = stream(&mut session, &request, &mut output, &mut progress)?;
@@ -150,7 +157,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     }
     note(&line);
     let Some(summary) = summary else {
-        return Ok(ExitCode::from(INTERRUPTED_CODE));
+        return Ok(ExitCode::from(INTERRUPTED));
     };
     if args.json {
         print_json(&Report {
@@ -186,7 +193,7 @@ fn stream(
 ) -> anyhow::Result<Option<Summary>> {
     output.start()?;
     for event in session.generate(request)? {
-        if INTERRUPTED.load(Ordering::Relaxed) {
+        if interrupt::requested() {
             return Ok(None);
         }
         match event? {
@@ -253,17 +260,17 @@ fn finished_line(summary: &Summary, seed: u64, session: &Session) -> String {
     )
 }
 
-fn count(tokens: usize) -> String {
+pub(crate) fn count(tokens: usize) -> String {
     format!("{tokens} token{}", if tokens == 1 { "" } else { "s" })
 }
 
-fn place(session: &Session) -> String {
+pub(crate) fn place(session: &Session) -> String {
     let device = session.device();
     format!("{} on \"{}\" ({})", storage(session), device.name, device.backend)
 }
 
 /// Few digits, so that it is easily typed again.
-fn random_seed() -> u64 {
+pub(crate) fn random_seed() -> u64 {
     // The standard library's only source of randomness: the keys of its hash maps.
     std::hash::RandomState::new().build_hasher().finish() >> 32
 }
@@ -341,7 +348,7 @@ fn check_request(prompt: &Prompt, args: &GenerateArgs, model: &Model, config: &M
 
 /// How tokens appear on standard output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Show {
+pub(crate) enum Show {
     /// Not at all: `--json` prints at the end.
     Nothing,
     /// As text.
@@ -352,11 +359,22 @@ enum Show {
     Marked,
 }
 
+impl Show {
+    pub(crate) fn new(json: bool, show_depth: bool) -> Self {
+        match (json, show_depth) {
+            (true, _) => Show::Nothing,
+            (false, false) => Show::Plain,
+            (false, true) if style::stdout_has_colour() => Show::Coloured,
+            (false, true) => Show::Marked,
+        }
+    }
+}
+
 /// Standard output during a generation.
 #[derive(Debug)]
-struct Output {
+pub(crate) struct Output {
     show: Show,
-    /// Pieces of the prompt, shown before the new text for people, not for programs.
+    /// Pieces of the prompt, shown before the new text.
     prompt: Vec<String>,
     has_text: bool,
     num_recursions: usize,
@@ -365,17 +383,8 @@ struct Output {
 }
 
 impl Output {
-    fn new(args: &GenerateArgs, tokenizer: Option<&Tokenizer>, prompt: &[u32], num_recursions: usize) -> Self {
-        let has_colour = style::stdout_has_colour();
-        let show = match (args.json, args.show_depth) {
-            (true, _) => Show::Nothing,
-            (false, false) => Show::Plain,
-            (false, true) if has_colour => Show::Coloured,
-            (false, true) => Show::Marked,
-        };
-        let shows_prompt = args.show_depth || (show == Show::Plain && std::io::stdout().is_terminal());
-        let prompt = if shows_prompt { pieces(tokenizer, prompt) } else { Vec::new() };
-        Self { show, prompt, has_text: tokenizer.is_some(), num_recursions, has_colour, ends_line: true }
+    pub(crate) fn new(show: Show, prompt: Vec<String>, has_text: bool, num_recursions: usize) -> Self {
+        Self { show, prompt, has_text, num_recursions, has_colour: style::stdout_has_colour(), ends_line: true }
     }
 
     /// Before prefill: a prompt that needs no depths is shown while it is read.
@@ -402,7 +411,7 @@ impl Output {
         }
     }
 
-    fn token(&mut self, token: u32, text: &str, depth: Option<u32>) -> std::io::Result<()> {
+    pub(crate) fn token(&mut self, token: u32, text: &str, depth: Option<u32>) -> std::io::Result<()> {
         let text = if self.has_text { text.to_owned() } else { format!("{token} ") };
         match self.show {
             Show::Nothing => Ok(()),
@@ -426,7 +435,7 @@ impl Output {
     }
 
     /// Leaves the terminal at the beginning of a line; colours end with each token.
-    fn end(&mut self) -> std::io::Result<()> {
+    pub(crate) fn end(&mut self) -> std::io::Result<()> {
         if self.ends_line { Ok(()) } else { self.write("\n") }
     }
 
@@ -441,7 +450,7 @@ impl Output {
 }
 
 /// The text of each token; their ids without a tokenizer.
-fn pieces(tokenizer: Option<&Tokenizer>, tokens: &[u32]) -> Vec<String> {
+pub(crate) fn pieces(tokenizer: Option<&Tokenizer>, tokens: &[u32]) -> Vec<String> {
     let Some(tokenizer) = tokenizer else {
         return tokens.iter().map(|token| format!("{token} ")).collect();
     };

@@ -16,6 +16,10 @@ struct Report {
     sharing: &'static str,
     num_recursions: usize,
     kv: &'static str,
+    /// Adapters of the shared layers.
+    lora: Option<Adapters>,
+    /// Whether each recursion multiplies its block's output by a vector of its own.
+    recursion_encoding: bool,
     router: Option<String>,
     capacity: Option<Vec<f64>>,
     vocab_size: usize,
@@ -36,6 +40,14 @@ struct Report {
 }
 
 #[derive(Debug, Serialize)]
+struct Adapters {
+    rank: usize,
+    /// What their product is multiplied by.
+    scale: f64,
+    targets: Vec<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
 struct Parameters {
     /// Distinct ones.
     unique: u64,
@@ -43,6 +55,8 @@ struct Parameters {
     /// Of the unrolled model: a tied layer counts as often as it runs.
     effective: u64,
     effective_non_embedding: u64,
+    /// Of adapters and recursion encodings, which the others contain.
+    relaxation: u64,
 }
 
 /// What the weights take on a device, padding aside.
@@ -97,6 +111,12 @@ impl Report {
             sharing: config.sharing.as_str(),
             num_recursions: config.num_recursions,
             kv: config.kv.as_str(),
+            lora: config.lora.as_ref().map(|lora| Adapters {
+                rank: lora.rank,
+                scale: lora.scale(),
+                targets: lora.targets.iter().map(|target| target.name()).collect(),
+            }),
+            recursion_encoding: config.recursion_encoding,
             router: config
                 .is_routed()
                 .then(|| format!("{}, {}, alpha {}", config.router_type, config.router_func, config.alpha)),
@@ -114,6 +134,7 @@ impl Report {
                 unique_non_embedding: counts.unique_non_embedding,
                 effective: counts.effective(),
                 effective_non_embedding: counts.effective_non_embedding,
+                relaxation: counts.relaxation,
             },
             checkpoint_bytes: counts.unique_bytes,
             weights: weights(checkpoint),
@@ -159,6 +180,15 @@ impl Report {
                 millions(self.parameters.effective_non_embedding)
             ),
         ]);
+        let adapters = self.lora.as_ref().map(|lora| {
+            format!("adapters of rank {}, factor {}, for {}", lora.rank, lora.scale, lora.targets.join(", "))
+        });
+        let encoding = self.recursion_encoding.then(|| "recursion encodings".to_owned());
+        let relaxations: Vec<String> = adapters.into_iter().chain(encoding).collect();
+        if !relaxations.is_empty() {
+            let count = self.parameters.relaxation;
+            lines.push(format!("relaxed by        {} ({count} parameters)", relaxations.join("; ")));
+        }
         lines.extend(self.quantization.map(|format| format!("quantised         {format}")));
         for WeightBytes { dtype, quantize, bytes } in &self.weights {
             let quantize = quantize.map_or(String::new(), |format| format!(" --quantize {format}"));
@@ -266,6 +296,18 @@ mod tests {
         assert!((own.ratio - 8.0 / 11.0).abs() < 1e-9, "{}", own.ratio);
         let text = report.to_text();
         assert!(text.contains("    4      1          1  own     model.layers.2.block.0"), "{text}");
+    }
+
+    #[test]
+    fn relaxations_are_described() {
+        let folder = mor_model::golden::fixtures_dir().with_file_name("relaxed").join("expert_middle_cycle_r3_both");
+        let report = Report::new("relaxed".to_owned(), &Checkpoint::open(folder).unwrap());
+        // Six layers of four adapters of rank 4: of q and o 24 x 24, of v 8 x 24, of down 24 x 20; three encodings.
+        assert_eq!(report.parameters.relaxation, 6 * 4 * (2 * 48 + 32 + 44) + 3 * 24);
+        let text = report.to_text();
+        let line = "relaxed by        adapters of rank 4, factor 1.5, for q_proj, v_proj, o_proj, down_proj; \
+                    recursion encodings (4200 parameters)";
+        assert!(text.contains(line), "{text}");
     }
 
     #[test]

@@ -6,45 +6,59 @@
 mod args;
 mod batch;
 mod bench;
+mod chat;
+mod depth;
 mod devices;
 mod embedded;
 mod eval;
 mod failure;
 mod forward;
 mod generate;
+mod help;
 mod input;
 mod inspect;
+mod interrupt;
 mod model;
+mod output;
+mod plot;
+mod profile;
 mod quantize;
+mod settings;
 mod style;
+mod sweep;
+mod trace;
 
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use crate::args::{Args, BenchCommand, Command};
+use crate::args::Command;
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.with_ansi(style::stderr_has_colour()).init();
 
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(error) => return failure::report_usage(&error),
-    };
-    let result = match args.command {
+    run().unwrap_or_else(|error| failure::report(&error))
+}
+
+fn run() -> anyhow::Result<ExitCode> {
+    match settings::parse()?.command {
         Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Batch(args) => batch::run(&args),
         Command::Forward(args) => forward::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quantize(args) => quantize::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Bench(BenchCommand::Throughput(args)) => bench::throughput(&args).map(|()| ExitCode::SUCCESS),
-    };
-    result.unwrap_or_else(|error| failure::report(&error))
+        Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Profile(args) => profile::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Completions(args) => help::completions(&args).map(|()| ExitCode::SUCCESS),
+        Command::Man(args) => help::man(&args).map(|()| ExitCode::SUCCESS),
+    }
 }
 
 /// Writes to standard output at once.

@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use etcetera::BaseStrategy;
 use indicatif::{ProgressBar, ProgressStyle};
 use mor_model::{Checkpoint, Dtype, MorConfig};
+use mor_runtime::chat::ChatTemplate;
 use mor_runtime::{
     AdapterKind, AdapterSummary, DeviceSelector, GpuOptions, LoadProgress, ModelSource, Session, SessionOptions,
 };
@@ -65,12 +67,20 @@ impl Model {
         }
     }
 
+    /// How it wants conversations to be written, where it says so.
+    pub(crate) fn chat_template(&self) -> anyhow::Result<Option<ChatTemplate>> {
+        Ok(match self {
+            Model::Folder(folder) => ChatTemplate::from_folder(folder)?,
+            Model::Embedded | Model::Random(_) => None,
+        })
+    }
+
     /// Configuration and weights without a device.
     pub(crate) fn checkpoint(&self) -> anyhow::Result<Checkpoint> {
         Ok(match self {
             Model::Embedded => Checkpoint::from_bytes(embedded::CONFIG, embedded::WEIGHTS, embedded::NAME)?,
             Model::Folder(folder) => Checkpoint::open(folder)?,
-            Model::Random(_) => Checkpoint::random(self.config()?, 0, Dtype::BF16),
+            Model::Random(_) => Checkpoint::random(self.config()?, 0, Dtype::F16),
         })
     }
 
@@ -78,7 +88,7 @@ impl Model {
         Ok(match self {
             Model::Embedded => embedded::source(),
             Model::Folder(folder) => ModelSource::Folder(folder.clone()),
-            Model::Random(_) => ModelSource::Random { config: self.config()?, seed: 0, dtype: Dtype::BF16 },
+            Model::Random(_) => ModelSource::Random { config: self.config()?, seed: 0, dtype: Dtype::F16 },
         })
     }
 
@@ -91,11 +101,20 @@ impl Model {
 /// Loads a model onto a device, with a progress bar where that takes a while.
 pub(crate) fn load(source: ModelSource, device: DeviceSelector, options: SessionOptions) -> anyhow::Result<Session> {
     let was_chosen = device != DeviceSelector::Best;
-    let gpu = GpuOptions { device, ..options.gpu };
+    let gpu = GpuOptions { device, pipeline_cache: cache_folder(), ..options.gpu };
     let options = SessionOptions { gpu, on_load: Some(Box::new(progress_bar())), ..options };
     let session = Session::load(source, options)?;
     warn_of_software(session.device(), was_chosen);
     Ok(session)
+}
+
+/// Folder for what can be made again: `MOR_CACHE_DIR`, an empty one for none, or the program's own where the system keeps
+/// such things.
+fn cache_folder() -> Option<PathBuf> {
+    match std::env::var_os("MOR_CACHE_DIR") {
+        Some(folder) => (!folder.is_empty()).then(|| folder.into()),
+        None => Some(etcetera::choose_base_strategy().ok()?.cache_dir().join("mor")),
+    }
 }
 
 /// How a session stores numbers, for people.

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use mor_model::{Checkpoint, Quantization};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::args::QuantizeArgs;
@@ -12,12 +13,13 @@ use crate::failure::bad_input;
 use crate::input::read_text;
 use crate::inspect::bytes_text;
 use crate::model::Model;
-use crate::print;
+use crate::{print, print_json};
 
 /// Beginnings of the names of files that belong to a model whatever its weights: tokenizer, defaults of generation,
 /// description and credits.
-const COMPANIONS: [&str; 10] = [
+const COMPANIONS: [&str; 11] = [
     "tokenizer",
+    "chat_template",
     "special_tokens_map",
     "added_tokens",
     "vocab",
@@ -28,6 +30,16 @@ const COMPANIONS: [&str; 10] = [
     "NOTICE",
     "ATTRIBUTION",
 ];
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    out: String,
+    quantization: &'static str,
+    /// Bytes of the weights.
+    bytes: u64,
+    bytes_before: u64,
+}
 
 pub(crate) fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
     let folder = &args.model;
@@ -51,6 +63,11 @@ pub(crate) fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
     }
     partial.publish(&args.out)?;
     let after = checkpoint.parameter_counts().unique_bytes;
+    if args.json {
+        let out = args.out.display().to_string();
+        let quantization = quantization.as_str();
+        return print_json(&Report { out, quantization, bytes: after, bytes_before: before });
+    }
     let (before, after) = (bytes_text(before), bytes_text(after));
     Ok(print(&format!("{}: {quantization}, {after} of weights, {before} before\n", args.out.display()))?)
 }

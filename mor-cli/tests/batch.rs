@@ -19,7 +19,8 @@ fn gpu() -> bool {
 
 fn command(input: &Path, output: &Path, rest: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mor"));
-    command.env_remove("RUST_LOG").env("XDG_RUNTIME_DIR", std::env::temp_dir());
+    command.env_remove("RUST_LOG").env("XDG_RUNTIME_DIR", std::env::temp_dir()).env("XDG_CONFIG_HOME", "/nonexistent");
+    command.env("MOR_CACHE_DIR", "");
     command.arg("batch").arg("--input").arg(input).arg("--output").arg(output).args(rest);
     command
 }

@@ -22,9 +22,9 @@ fn gpu() -> bool {
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mor"));
-    command.env_remove("RUST_LOG").args(args);
+    command.env_remove("RUST_LOG").env("MOR_CACHE_DIR", "").args(args);
     // Without it Mesa adds lines of its own to standard error.
-    command.env("XDG_RUNTIME_DIR", std::env::temp_dir());
+    command.env("XDG_RUNTIME_DIR", std::env::temp_dir()).env("XDG_CONFIG_HOME", "/nonexistent");
     command
 }
 

@@ -29,6 +29,8 @@ pub struct LinearParams {
     pub scale: f32,
     /// Elements of a row of the weight; a multiple of 8.
     pub in_features: u32,
+    /// Element of the output tensor where what is added to the product starts; even (SwiGLU and QKV with `delta`).
+    pub delta_start: u32,
 }
 
 /// Where a linear kernel's results go, with the tensors it takes. See `shaders/shared/epilogue.wgsl`.
@@ -53,21 +55,34 @@ pub enum Epilogue<'a> {
         /// A second stream that gets the same values, if any.
         copy: Option<&'a Tensor>,
     },
+    /// `out = encoding * (residual + y)`, between streams: the end of a recursion's last layer.
+    Encoded {
+        /// `[T, out_stride]` f32.
+        residual: &'a Tensor,
+        /// `[T, out_stride]` f32; another tensor than `residual`.
+        out: &'a Tensor,
+        /// `[out_stride]` f32.
+        encoding: &'a Tensor,
+    },
     /// `out = silu(gate) * up` of interleaved gate and up columns, compact.
     SwiGlu {
-        /// `[n, out_stride]` f32.
+        /// `[n, out_stride]` f32; with `delta`, then `[n, 2 * out_stride]` from [`LinearParams::delta_start`] on.
         out: &'a Tensor,
+        /// Whether the latter is added to the product.
+        delta: bool,
     },
     /// Rotates q and k, stores q compact and k, v in the caches; rows without a slot store no k and v.
     Qkv {
         /// `[max_positions, head_dim / 2]` of (cos, sin).
         rope: &'a Tensor,
-        /// `[n, q_dim]` f32.
+        /// `[n, q_dim]` f32; with `delta`, then `[n, q_dim + 2 * kv_dim]` from [`LinearParams::delta_start`] on.
         q: &'a Tensor,
         /// `[num_slots, kv_dim]` f32 or f16.
         k_cache: &'a Tensor,
         /// As `k_cache`.
         v_cache: &'a Tensor,
+        /// Whether what follows q is added to the product.
+        delta: bool,
     },
     /// Expert choice: adds the gated result to the rows with [`END_GATED`](crate::rows::END_GATED).
     BlockEndExpert {
@@ -77,6 +92,8 @@ pub enum Epilogue<'a> {
         hidden: &'a Tensor,
         /// `[T]` f32.
         gates: &'a Tensor,
+        /// `[C]` f32: multiplies the block's result, if the recursion has an encoding.
+        encoding: Option<&'a Tensor>,
     },
     /// Token choice: finishes the rows with [`END_GATED`](crate::rows::END_GATED) and passes the others on.
     BlockEndToken {
@@ -88,6 +105,8 @@ pub enum Epilogue<'a> {
         gates: &'a Tensor,
         /// `[T, C]`: input of the next recursion, written for the other rows.
         running: &'a Tensor,
+        /// `[C]` f32: multiplies the block's result, if the recursion has an encoding.
+        encoding: Option<&'a Tensor>,
     },
 }
 
@@ -102,47 +121,77 @@ pub enum EpilogueKind {
     Residual,
     /// [`Epilogue::Residual`] into two streams.
     ResidualCopy,
+    /// [`Epilogue::Encoded`].
+    Encoded,
     /// [`Epilogue::SwiGlu`].
     SwiGlu,
+    /// [`Epilogue::SwiGlu`] with `delta`.
+    SwiGluDelta,
     /// [`Epilogue::Qkv`] with f32 caches.
     QkvF32,
     /// [`Epilogue::Qkv`] with f16 caches.
     QkvF16,
+    /// [`Epilogue::Qkv`] with f32 caches and `delta`.
+    QkvF32Delta,
+    /// [`Epilogue::Qkv`] with f16 caches and `delta`.
+    QkvF16Delta,
     /// [`Epilogue::BlockEndExpert`].
     BlockEndExpert,
     /// [`Epilogue::BlockEndToken`].
     BlockEndToken,
+    /// [`Epilogue::BlockEndExpert`] with an encoding.
+    BlockEndExpertEncoded,
+    /// [`Epilogue::BlockEndToken`] with an encoding.
+    BlockEndTokenEncoded,
 }
 
 impl EpilogueKind {
     /// Every kind, for tests that translate all specialisations.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 15] = [
         Self::Store,
         Self::Gelu,
         Self::Residual,
         Self::ResidualCopy,
+        Self::Encoded,
         Self::SwiGlu,
+        Self::SwiGluDelta,
         Self::QkvF32,
         Self::QkvF16,
+        Self::QkvF32Delta,
+        Self::QkvF16Delta,
         Self::BlockEndExpert,
         Self::BlockEndToken,
+        Self::BlockEndExpertEncoded,
+        Self::BlockEndTokenEncoded,
     ];
+
+    /// Whether something is added to the product first.
+    pub const fn has_delta(self) -> bool {
+        matches!(self, Self::SwiGluDelta | Self::QkvF32Delta | Self::QkvF16Delta)
+    }
+
+    /// Whether the result of the layer is multiplied by an encoding.
+    pub const fn is_encoded(self) -> bool {
+        matches!(self, Self::Encoded | Self::BlockEndExpertEncoded | Self::BlockEndTokenEncoded)
+    }
 
     /// Adds this kind's flags.
     pub fn define(self, definitions: Definitions) -> Definitions {
         let name = match self {
             Self::Store => "STORE",
             Self::Gelu => "GELU",
-            Self::Residual | Self::ResidualCopy => "RESIDUAL",
-            Self::SwiGlu => "SWIGLU",
-            Self::QkvF32 | Self::QkvF16 => "QKV",
-            Self::BlockEndExpert => "BLOCK_END_EXPERT",
-            Self::BlockEndToken => "BLOCK_END_TOKEN",
+            Self::Residual | Self::ResidualCopy | Self::Encoded => "RESIDUAL",
+            Self::SwiGlu | Self::SwiGluDelta => "SWIGLU",
+            Self::QkvF32 | Self::QkvF16 | Self::QkvF32Delta | Self::QkvF16Delta => "QKV",
+            Self::BlockEndExpert | Self::BlockEndExpertEncoded => "BLOCK_END_EXPERT",
+            Self::BlockEndToken | Self::BlockEndTokenEncoded => "BLOCK_END_TOKEN",
         };
         definitions
             .flag(name, true)
             .flag("RESIDUAL_COPY", self == Self::ResidualCopy)
-            .flag("KV_F16", self == Self::QkvF16)
+            .flag("KV_F16", matches!(self, Self::QkvF16 | Self::QkvF16Delta))
+            .flag("DELTA", self.has_delta())
+            .flag("ENCODED", self.is_encoded())
     }
 }
 
@@ -154,18 +203,26 @@ impl<'a> Epilogue<'a> {
             Epilogue::Gelu { .. } => EpilogueKind::Gelu,
             Epilogue::Residual { copy: None, .. } => EpilogueKind::Residual,
             Epilogue::Residual { .. } => EpilogueKind::ResidualCopy,
-            Epilogue::SwiGlu { .. } => EpilogueKind::SwiGlu,
-            Epilogue::Qkv { k_cache, .. } if k_cache.dtype() == DType::F16 => EpilogueKind::QkvF16,
-            Epilogue::Qkv { .. } => EpilogueKind::QkvF32,
-            Epilogue::BlockEndExpert { .. } => EpilogueKind::BlockEndExpert,
-            Epilogue::BlockEndToken { .. } => EpilogueKind::BlockEndToken,
+            Epilogue::Encoded { .. } => EpilogueKind::Encoded,
+            Epilogue::SwiGlu { delta: false, .. } => EpilogueKind::SwiGlu,
+            Epilogue::SwiGlu { delta: true, .. } => EpilogueKind::SwiGluDelta,
+            Epilogue::Qkv { k_cache, delta, .. } => match (k_cache.dtype() == DType::F16, delta) {
+                (false, false) => EpilogueKind::QkvF32,
+                (true, false) => EpilogueKind::QkvF16,
+                (false, true) => EpilogueKind::QkvF32Delta,
+                (true, true) => EpilogueKind::QkvF16Delta,
+            },
+            Epilogue::BlockEndExpert { encoding: None, .. } => EpilogueKind::BlockEndExpert,
+            Epilogue::BlockEndToken { encoding: None, .. } => EpilogueKind::BlockEndToken,
+            Epilogue::BlockEndExpert { .. } => EpilogueKind::BlockEndExpertEncoded,
+            Epilogue::BlockEndToken { .. } => EpilogueKind::BlockEndTokenEncoded,
         }
     }
 
     /// The tensors at their binding indices, 4 and from 6 on.
     pub fn bindings(&self) -> Vec<Binding<'a>> {
         match *self {
-            Epilogue::Store { out } | Epilogue::Gelu { out } | Epilogue::SwiGlu { out } => {
+            Epilogue::Store { out } | Epilogue::Gelu { out } | Epilogue::SwiGlu { out, .. } => {
                 vec![Binding::write(4, out)]
             }
             Epilogue::Residual { residual, out, copy } => {
@@ -173,21 +230,30 @@ impl<'a> Epilogue<'a> {
                 bindings.extend(copy.map(|copy| Binding::write(7, copy)));
                 bindings
             }
-            Epilogue::Qkv { rope, q, k_cache, v_cache } => vec![
+            Epilogue::Encoded { residual, out, encoding } => {
+                vec![Binding::write(4, out), Binding::read(6, residual), Binding::read(9, encoding)]
+            }
+            Epilogue::Qkv { rope, q, k_cache, v_cache, .. } => vec![
                 Binding::write(4, q),
                 Binding::read(6, rope),
                 Binding::write(7, k_cache),
                 Binding::write(8, v_cache),
             ],
-            Epilogue::BlockEndExpert { residual, hidden, gates } => {
-                vec![Binding::write(4, hidden), Binding::read(6, residual), Binding::read(7, gates)]
+            Epilogue::BlockEndExpert { residual, hidden, gates, encoding } => {
+                let mut bindings = vec![Binding::write(4, hidden), Binding::read(6, residual), Binding::read(7, gates)];
+                bindings.extend(encoding.map(|encoding| Binding::read(9, encoding)));
+                bindings
             }
-            Epilogue::BlockEndToken { residual, hidden, gates, running } => vec![
-                Binding::write(4, hidden),
-                Binding::read(6, residual),
-                Binding::read(7, gates),
-                Binding::write(8, running),
-            ],
+            Epilogue::BlockEndToken { residual, hidden, gates, running, encoding } => {
+                let mut bindings = vec![
+                    Binding::write(4, hidden),
+                    Binding::read(6, residual),
+                    Binding::read(7, gates),
+                    Binding::write(8, running),
+                ];
+                bindings.extend(encoding.map(|encoding| Binding::read(9, encoding)));
+                bindings
+            }
         }
     }
 }

@@ -1,11 +1,15 @@
 //! [`Gpu`]: one opened device, and how one is found and chosen, or taken over from a program that has one.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use crate::caps::DeviceCaps;
 use crate::error::{KernelError, Result};
 use crate::kernel::{CompiledKernel, PipelineKey};
+use crate::pipeline_cache::PipelineCache;
 use crate::tensor::{TEXEL_ROW, Tensor};
 
 /// What kind of hardware an adapter is, best first.
@@ -84,6 +88,9 @@ pub struct GpuOptions {
     pub webgpu_limits: bool,
     /// Clamp storage bindings to this many bytes, so that even small weights are split: for tests.
     pub max_binding_bytes: Option<u64>,
+    /// Folder in which compiled kernels are kept between runs, a file per adapter and driver, where the backend can (Vulkan).
+    /// Made when it is needed; files that cannot be used are replaced. Default: none.
+    pub pipeline_cache: Option<PathBuf>,
 }
 
 impl Default for GpuOptions {
@@ -96,6 +103,7 @@ impl Default for GpuOptions {
             cooperative_matrices: !on("MOR_NO_COOPERATIVE_MATRICES"),
             webgpu_limits: on("MOR_WEBGPU_LIMITS"),
             max_binding_bytes: None,
+            pipeline_cache: None,
         }
     }
 }
@@ -113,16 +121,20 @@ pub(crate) struct GpuInner {
     queue: wgpu::Queue,
     pub(crate) summary: AdapterSummary,
     pub(crate) checked: bool,
-    pub(crate) pipelines: Mutex<HashMap<PipelineKey, Arc<CompiledKernel>>>,
+    pub(crate) kernels: Mutex<HashMap<PipelineKey, Arc<CompiledKernel>>>,
+    pub(crate) pipeline_cache: Option<PipelineCache>,
+    /// Time in which kernels were compiled.
+    pub(crate) compile_nanos: AtomicU64,
     /// Staging buffers that no readback uses, for the next ones.
     pub(crate) staging: Mutex<Vec<wgpu::Buffer>>,
     fault: Arc<Mutex<Option<Fault>>>,
 }
 
+/// An error that the device has raised.
 #[derive(Clone, Debug)]
-struct Fault {
-    out_of_memory: bool,
-    reason: String,
+pub(crate) struct Fault {
+    pub(crate) out_of_memory: bool,
+    pub(crate) reason: String,
 }
 
 impl Gpu {
@@ -235,42 +247,61 @@ impl Gpu {
         options: &GpuOptions,
     ) -> Result<Self> {
         let (features, limits) = wanted(adapter, options);
-        let offered = device.limits();
-        let summary = summarise(0, adapter, features & device.features(), &limits.or_worse_values_from(&offered));
+        let (features, offered) = (features & device.features(), device.limits());
+        let summary = summarise(0, adapter, features, &limits.or_worse_values_from(&offered));
         let missing = missing(adapter, &offered, summary.caps.is_cpu);
         if !missing.is_empty() {
             return Err(KernelError::UnfitDevice { adapter: summary.name, missing: missing.join(", ") });
         }
-        Ok(Self {
+        let mut gpu = Self {
             inner: Arc::new(GpuInner {
                 device,
                 queue,
                 summary,
                 checked: options.checked,
-                pipelines: Mutex::new(HashMap::new()),
+                kernels: Mutex::new(HashMap::new()),
+                pipeline_cache: None,
+                compile_nanos: AtomicU64::new(0),
                 staging: Mutex::new(Vec::new()),
                 fault: Arc::new(Mutex::new(None)),
             }),
-        })
+        };
+        if let Some(folder) = &options.pipeline_cache
+            && features.contains(wgpu::Features::PIPELINE_CACHE)
+        {
+            let cache = gpu.catch(|device, _| PipelineCache::open(device, &adapter.get_info(), folder));
+            Arc::get_mut(&mut gpu.inner).expect("nobody shares it yet").pipeline_cache = cache;
+        }
+        Ok(gpu)
     }
 
-    /// Runs `work`, which calls wgpu, and keeps the first error that it raises for [`Gpu::check`]. Error scopes leave alone
-    /// whatever else the program does with the device, on this thread and on others.
+    /// Runs `work`, which calls wgpu, and keeps the first error that it raises for [`Gpu::check`].
     pub(crate) fn catch<T>(&self, work: impl FnOnce(&wgpu::Device, &wgpu::Queue) -> T) -> T {
+        let (result, fault) = self.scoped(work);
+        if let Some(fault) = fault {
+            // The first error is the cause, later ones are its echoes.
+            self.inner.fault.lock().expect("no panic happens while the fault is held").get_or_insert(fault);
+        }
+        result
+    }
+
+    /// Runs `work`, which calls wgpu, and returns with its result the first error that it raises. Error scopes leave alone
+    /// whatever else the program does with the device, on this thread and on others.
+    pub(crate) fn scoped<T>(&self, work: impl FnOnce(&wgpu::Device, &wgpu::Queue) -> T) -> (T, Option<Fault>) {
         use wgpu::ErrorFilter as F;
         let inner = &*self.inner;
-        // Popped in the reverse order, also by a panic.
+        // Variables, so that a panic ends them in this order too.
         let internal = inner.device.push_error_scope(F::Internal);
         let memory = inner.device.push_error_scope(F::OutOfMemory);
         let validation = inner.device.push_error_scope(F::Validation);
         let result = work(&inner.device, &inner.queue);
-        for error in [validation, memory, internal].into_iter().filter_map(|scope| pollster::block_on(scope.pop())) {
-            let out_of_memory = matches!(error, wgpu::Error::OutOfMemory { .. });
-            let mut slot = inner.fault.lock().expect("no panic happens while the fault is held");
-            // The first error is the cause, later ones are its echoes.
-            slot.get_or_insert(Fault { out_of_memory, reason: error.to_string() });
-        }
-        result
+        // Every scope is ended, the last one first.
+        let errors = [validation, memory, internal].map(|scope| pollster::block_on(scope.pop()));
+        let fault = errors.into_iter().flatten().next().map(|error| Fault {
+            out_of_memory: matches!(error, wgpu::Error::OutOfMemory { .. }),
+            reason: error.to_string(),
+        });
+        (result, fault)
     }
 
     /// Every adapter of this machine, best first: discrete, integrated, virtual, CPU.
@@ -291,6 +322,11 @@ impl Gpu {
     /// Whether shaders carry run-time bounds checks.
     pub fn is_checked(&self) -> bool {
         self.inner.checked
+    }
+
+    /// Time that compiling kernels has taken so far.
+    pub fn compile_time(&self) -> Duration {
+        Duration::from_nanos(self.inner.compile_nanos.load(Ordering::Relaxed))
     }
 
     /// Writes `bytes` at `offset` bytes into `tensor`, before any work submitted later.
@@ -366,11 +402,6 @@ impl Gpu {
         }
     }
 
-    /// Takes the recorded error, if any.
-    pub(crate) fn take_fault_reason(&self) -> Option<String> {
-        self.take_fault().map(|fault| fault.reason)
-    }
-
     fn take_fault(&self) -> Option<Fault> {
         self.inner.fault.lock().expect("no panic happens while the fault is held").take()
     }
@@ -419,6 +450,9 @@ fn multiplies_matrices(adapter: &wgpu::Adapter) -> bool {
 fn wanted(adapter: &wgpu::Adapter, options: &GpuOptions) -> (wgpu::Features, wgpu::Limits) {
     use wgpu::Features as F;
     let mut features = F::TIMESTAMP_QUERY | F::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+    if options.pipeline_cache.is_some() {
+        features |= F::PIPELINE_CACHE;
+    }
     if options.subgroups {
         features |= F::SUBGROUP;
         if options.cooperative_matrices && multiplies_matrices(adapter) {

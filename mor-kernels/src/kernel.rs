@@ -1,10 +1,15 @@
 //! [`Kernel`]: one WGSL entry point as seen from Rust, and the cache of its compiled forms.
 
-use std::sync::Arc;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::Instant;
 
 use crate::caps::DeviceCaps;
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
+use crate::pipeline_cache::PipelineCache;
 use crate::rows;
 use crate::shader::{self, Definitions};
 use crate::tensor::Tensor;
@@ -35,28 +40,35 @@ pub struct Binding<'a> {
     pub(crate) index: u32,
     pub(crate) access: Access,
     pub(crate) tensor: &'a Tensor,
+    /// Whether a dispatch reads the whole tensor as its weight, for profiles.
+    pub(crate) is_weight: bool,
 }
 
 impl<'a> Binding<'a> {
     /// Bound read-only. Weights must be: `read_write` costs a third of the bandwidth.
     pub fn read(index: u32, tensor: &'a Tensor) -> Self {
-        Self { index, access: Access::Read, tensor }
+        Self { index, access: Access::Read, tensor, is_weight: false }
     }
 
     /// Bound for reading and writing.
     pub fn write(index: u32, tensor: &'a Tensor) -> Self {
-        Self { index, access: Access::ReadWrite, tensor }
+        Self { index, access: Access::ReadWrite, tensor, is_weight: false }
     }
 
-    /// A weight that [`Tensor::into_weight`] made: its texture where it has one.
+    /// A weight in its buffer, read as a whole.
     pub fn weight(index: u32, tensor: &'a Tensor) -> Self {
+        Self { is_weight: true, ..Self::read(index, tensor) }
+    }
+
+    /// A weight that [`Tensor::into_weight`] made, read as a whole: its texture where it has one.
+    pub fn texels(index: u32, tensor: &'a Tensor) -> Self {
         let access = if tensor.texels.is_some() { Access::Texels } else { Access::Read };
-        Self { index, access, tensor }
+        Self { access, ..Self::weight(index, tensor) }
     }
 
     /// Bound as a uniform.
     pub fn uniform(index: u32, tensor: &'a Tensor) -> Self {
-        Self { index, access: Access::Uniform, tensor }
+        Self { index, access: Access::Uniform, tensor, is_weight: false }
     }
 }
 
@@ -96,10 +108,22 @@ pub(crate) struct PipelineKey {
     accesses: Vec<(u32, Access)>,
 }
 
+/// A kernel whose bindings are laid out; [`compile`] adds the pipeline.
 #[derive(Debug)]
 pub(crate) struct CompiledKernel {
-    pub(crate) pipeline: wgpu::ComputePipeline,
+    key: PipelineKey,
     pub(crate) layout: wgpu::BindGroupLayout,
+    pipeline: OnceLock<wgpu::ComputePipeline>,
+}
+
+impl CompiledKernel {
+    /// The pipeline.
+    ///
+    /// # Panics
+    /// Before [`compile`].
+    pub(crate) fn pipeline(&self) -> &wgpu::ComputePipeline {
+        self.pipeline.get().expect("plans are compiled when they are finished")
+    }
 }
 
 /// The specialised WGSL of `kernel` on a device with `caps`, as the driver receives it.
@@ -124,8 +148,8 @@ fn with_row_constants(definitions: Definitions) -> Definitions {
         .u32("MAX_GRIDS", rows::MAX_GRIDS as u32)
 }
 
-/// Compiles `kernel` or finds it compiled.
-pub(crate) fn compile<K: Kernel>(gpu: &Gpu, kernel: &K, bindings: &[Binding<'_>]) -> Result<Arc<CompiledKernel>> {
+/// Lays the bindings of `kernel` out, or finds it done.
+pub(crate) fn prepare<K: Kernel>(gpu: &Gpu, kernel: &K, bindings: &[Binding<'_>]) -> Result<Arc<CompiledKernel>> {
     let caps = gpu.caps();
     let storage = kernel.workgroup_storage_bytes(caps);
     if storage > caps.max_workgroup_storage_bytes {
@@ -155,42 +179,78 @@ pub(crate) fn compile<K: Kernel>(gpu: &Gpu, kernel: &K, bindings: &[Binding<'_>]
         definitions: with_row_constants(kernel.definitions(caps)),
         accesses: bindings.iter().map(|binding| (binding.index, binding.access)).collect(),
     };
-    let mut pipelines = gpu.inner.pipelines.lock().expect("no panic happens while compiling");
-    if let Some(compiled) = pipelines.get(&key) {
-        return Ok(Arc::clone(compiled));
+    let mut kernels = gpu.inner.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = kernels.get(&key) {
+        return Ok(Arc::clone(known));
     }
-    let compiled = Arc::new(build(gpu, &key)?);
-    pipelines.insert(key, Arc::clone(&compiled));
-    Ok(compiled)
+    let mut entries = vec![layout_entry(0, Access::Uniform)];
+    entries.extend(key.accesses.iter().map(|&(index, access)| layout_entry(index, access)));
+    let descriptor = wgpu::BindGroupLayoutDescriptor { label: Some(K::NAME), entries: &entries };
+    let layout = gpu.catch(|device, _| device.create_bind_group_layout(&descriptor));
+    let prepared = Arc::new(CompiledKernel { key: key.clone(), layout, pipeline: OnceLock::new() });
+    kernels.insert(key, Arc::clone(&prepared));
+    Ok(prepared)
 }
 
-fn build(gpu: &Gpu, key: &PipelineKey) -> Result<CompiledKernel> {
-    let name = key.name;
+/// Compiles those of `kernels` that are not, on as many threads as the machine has: a plan has some dozens of kernels, and
+/// drivers take from milliseconds to seconds for each.
+pub(crate) fn compile<'k>(gpu: &Gpu, kernels: impl Iterator<Item = &'k Arc<CompiledKernel>>) -> Result<()> {
+    let mut missing: Vec<&Arc<CompiledKernel>> = Vec::new();
+    for kernel in kernels.filter(|kernel| kernel.pipeline.get().is_none()) {
+        if !missing.iter().any(|known| Arc::ptr_eq(known, kernel)) {
+            missing.push(kernel);
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let start = Instant::now();
+    let num_threads = thread::available_parallelism().map_or(1, NonZero::get).min(missing.len());
+    let (next, failure) = (AtomicUsize::new(0), Mutex::new(None));
+    let work = || {
+        while let Some(kernel) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+            match build(gpu, kernel) {
+                Ok(pipeline) => drop(kernel.pipeline.set(pipeline)),
+                Err(error) => {
+                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                }
+            }
+        }
+    };
+    thread::scope(|scope| {
+        (1..num_threads).for_each(|_| drop(scope.spawn(work)));
+        work();
+    });
+    tracing::debug!(kernels = missing.len(), time = ?start.elapsed(), "compiled");
+    let nanos = start.elapsed().as_nanos() as u64;
+    gpu.inner.compile_nanos.fetch_add(nanos, Ordering::Relaxed);
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+fn build(gpu: &Gpu, kernel: &CompiledKernel) -> Result<wgpu::ComputePipeline> {
+    let PipelineKey { name, source, definitions, .. } = &kernel.key;
     let rejected =
-        |reason| KernelError::Shader { kernel: name.to_owned(), adapter: gpu.summary().name.clone(), reason };
-    let source = shader::specialise(name, key.source, &key.definitions).map_err(rejected)?;
+        |reason| KernelError::Shader { kernel: (*name).to_owned(), adapter: gpu.summary().name.clone(), reason };
+    let is_ours = source.is_none();
+    let source = shader::specialise(name, *source, definitions).map_err(rejected)?;
     let label = format!("mor.{name}");
     let descriptor =
         wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(source.as_str().into()) };
-    let is_checked = gpu.is_checked() || key.source.is_some();
-    let compiled = gpu.catch(|device, _| {
-        let module = if is_checked {
+    // Scopes belong to the thread, so each error is known for that of its kernel.
+    let (pipeline, fault) = gpu.scoped(|device, _| {
+        let module = if gpu.is_checked() || !is_ours {
             device.create_shader_module(descriptor)
         } else {
             // SAFETY: every kernel of ours is run in its checked form over awkward sizes by the parity tests, with
             // sentinels around its outputs.
             unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
         };
-        let mut entries = vec![layout_entry(0, Access::Uniform)];
-        entries.extend(key.accesses.iter().map(|&(index, access)| layout_entry(index, access)));
-        let layout = device
-            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
         let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label: Some(&label),
-            bind_group_layouts: &[Some(&layout)],
+            bind_group_layouts: &[Some(&kernel.layout)],
             immediate_size: 0,
         });
-        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+        device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(&label),
             layout: Some(&pipeline_layout),
             module: &module,
@@ -198,15 +258,14 @@ fn build(gpu: &Gpu, key: &PipelineKey) -> Result<CompiledKernel> {
             compilation_options: wgpu::PipelineCompilationOptions {
                 constants: &[],
                 // Kernels of ours write workgroup memory before they read it.
-                zero_initialize_workgroup_memory: key.source.is_some(),
+                zero_initialize_workgroup_memory: !is_ours,
             },
-            cache: None,
-        });
-        CompiledKernel { pipeline, layout }
+            cache: gpu.inner.pipeline_cache.as_ref().map(PipelineCache::handle),
+        })
     });
-    match gpu.take_fault_reason() {
-        None => Ok(compiled),
-        Some(reason) => Err(rejected(format!("{reason}\n{source}"))),
+    match fault {
+        None => Ok(pipeline),
+        Some(fault) => Err(rejected(format!("{}\n{source}", fault.reason))),
     }
 }
 

@@ -14,7 +14,7 @@
 //! - [`submit`]: plans handed to the device together, and bytes read back some time later.
 //! - [`epilogue`]: what becomes of a linear kernel's results, shared by [`ops::Linear`] and [`ops::LinearDecode`].
 //! - [`quantize`]: weights as small integers in groups, packed as the linear kernels read them.
-//! - [`timing`]: device time by timestamp queries.
+//! - [`timing`]: device time by timestamp queries; [`peaks`]: what a device reaches at best.
 //!
 //! A program that has a device of its own shares it through [`Gpu::from_wgpu`], and runs kernels of its own by giving
 //! [`Kernel`](kernel::Kernel) a source.
@@ -62,6 +62,8 @@ pub mod ops;
 pub mod oracle;
 #[cfg(feature = "oracle")]
 pub mod parity;
+pub mod peaks;
+mod pipeline_cache;
 pub mod plan;
 pub mod quantize;
 pub mod rows;
@@ -76,3 +78,6 @@ pub use error::{KernelError, Result};
 pub use gpu::Gpu;
 /// The version of wgpu whose devices [`Gpu::from_wgpu`] takes.
 pub use wgpu;
+
+/// The library through which devices are driven, with its version: for reports.
+pub const GPU_LIBRARY: &str = "wgpu 30.0.1";

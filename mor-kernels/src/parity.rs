@@ -319,6 +319,7 @@ pub struct EpilogueCase {
     v_cache: Output,
     gates: Tensor,
     running: Output,
+    encoding: Tensor,
     num_columns: usize,
 }
 
@@ -345,14 +346,18 @@ impl EpilogueCase {
         }
         let (out_rows, out_stride) = match kind {
             E::Store | E::Gelu => (num_active, num_columns),
-            E::SwiGlu => (num_active, num_columns / 2),
-            E::QkvF32 | E::QkvF16 => (num_active, Self::Q_DIM),
+            E::SwiGlu | E::SwiGluDelta => (num_active, num_columns / 2),
+            E::QkvF32 | E::QkvF16 | E::QkvF32Delta | E::QkvF16Delta => (num_active, Self::Q_DIM),
             E::Residual | E::ResidualCopy | E::BlockEndExpert | E::BlockEndToken => (num_rows, num_columns),
+            E::Encoded | E::BlockEndExpertEncoded | E::BlockEndTokenEncoded => (num_rows, num_columns),
         };
+        // What is added lies behind what is written, with a gap.
+        let delta_start = out_rows * out_stride + 6;
+        let out_elems = if kind.has_delta() { delta_start + num_active * num_columns } else { out_rows * out_stride };
         let kv_elems = (num_active + 2) * Self::KV_DIM;
         // f16 caches are compared as the words that hold two halves each.
-        let kv_words = if kind == E::QkvF16 { kv_elems / 2 } else { kv_elems };
-        let kv_dtype = if kind == E::QkvF16 { DType::F16 } else { DType::F32 };
+        let kv_f16 = matches!(kind, E::QkvF16 | E::QkvF16Delta);
+        let (kv_words, kv_dtype) = if kv_f16 { (kv_elems / 2, DType::F16) } else { (kv_elems, DType::F32) };
         let cache = || {
             let mut output = Output::new(gpu, kv_words);
             gpu.write(&output.tensor, 0, &vec![0; 4 * kv_words]);
@@ -360,13 +365,14 @@ impl EpilogueCase {
             output
         };
         let initial = EpilogueState {
-            out: rng.normals(out_rows * out_stride),
+            out: rng.normals(out_elems),
             residual: rng.normals(num_rows * num_columns),
             rope: (0..num_rows * Self::HEAD_DIM / 2).map(|_| [rng.normal(), rng.normal()]).collect(),
             k_cache: vec![0.0; kv_elems],
             v_cache: vec![0.0; kv_elems],
             gates: rng.normals(num_rows),
             running: rng.normals(num_rows * num_columns),
+            encoding: rng.normals(num_columns),
         };
         let params = LinearParams {
             out_stride: out_stride as u32,
@@ -375,6 +381,7 @@ impl EpilogueCase {
             head_dim: Self::HEAD_DIM as u32,
             additive: rng.below(2) as u32,
             scale: 1.5,
+            delta_start: delta_start as u32,
             ..Default::default()
         };
         Self {
@@ -388,6 +395,7 @@ impl EpilogueCase {
             v_cache: cache(),
             gates: upload(gpu, &initial.gates),
             running: Output::from_values(gpu, &initial.running),
+            encoding: upload(gpu, &initial.encoding),
             active,
             initial,
             num_columns,
@@ -404,17 +412,25 @@ impl EpilogueCase {
     pub fn epilogue(&self) -> Epilogue<'_> {
         let out = &self.out.tensor;
         let (residual, gates, running) = (&self.residual, &self.gates, &self.running.tensor);
+        let delta = self.kind.has_delta();
+        let encoding = self.kind.is_encoded().then_some(&self.encoding);
         match self.kind {
             EpilogueKind::Store => Epilogue::Store { out },
             EpilogueKind::Gelu => Epilogue::Gelu { out },
             EpilogueKind::Residual => Epilogue::Residual { residual, out, copy: None },
             EpilogueKind::ResidualCopy => Epilogue::Residual { residual, out, copy: Some(running) },
-            EpilogueKind::SwiGlu => Epilogue::SwiGlu { out },
-            EpilogueKind::QkvF32 | EpilogueKind::QkvF16 => {
-                Epilogue::Qkv { rope: &self.rope, q: out, k_cache: &self.k_cache.tensor, v_cache: &self.v_cache.tensor }
+            EpilogueKind::Encoded => Epilogue::Encoded { residual, out, encoding: &self.encoding },
+            EpilogueKind::SwiGlu | EpilogueKind::SwiGluDelta => Epilogue::SwiGlu { out, delta },
+            EpilogueKind::QkvF32 | EpilogueKind::QkvF16 | EpilogueKind::QkvF32Delta | EpilogueKind::QkvF16Delta => {
+                let (k_cache, v_cache) = (&self.k_cache.tensor, &self.v_cache.tensor);
+                Epilogue::Qkv { rope: &self.rope, q: out, k_cache, v_cache, delta }
             }
-            EpilogueKind::BlockEndExpert => Epilogue::BlockEndExpert { residual, hidden: out, gates },
-            EpilogueKind::BlockEndToken => Epilogue::BlockEndToken { residual, hidden: out, gates, running },
+            EpilogueKind::BlockEndExpert | EpilogueKind::BlockEndExpertEncoded => {
+                Epilogue::BlockEndExpert { residual, hidden: out, gates, encoding }
+            }
+            EpilogueKind::BlockEndToken | EpilogueKind::BlockEndTokenEncoded => {
+                Epilogue::BlockEndToken { residual, hidden: out, gates, running, encoding }
+            }
         }
     }
 
@@ -426,7 +442,7 @@ impl EpilogueCase {
         assert_close(&format!("{what} out"), &self.out.read(gpu), &want.out, Tolerance::F32);
         assert_close(&format!("{what} running"), &self.running.read(gpu), &want.running, Tolerance::F32);
         for (name, cache, want) in [("k", &self.k_cache, &want.k_cache), ("v", &self.v_cache, &want.v_cache)] {
-            if self.kind == EpilogueKind::QkvF16 {
+            if cache.tensor.dtype() == DType::F16 {
                 let words = cache.read_u32(gpu);
                 let halves: &[half::f16] = bytemuck::cast_slice(&words);
                 let got: Vec<f32> = halves.iter().map(|h| h.to_f32()).collect();

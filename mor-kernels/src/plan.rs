@@ -45,21 +45,44 @@ enum Workgroups {
 
 #[derive(Debug)]
 enum Step {
-    Dispatch { label: &'static str, kernel: Arc<CompiledKernel>, bind_group: wgpu::BindGroup, workgroups: Workgroups },
-    Copy { from: wgpu::Buffer, from_offset: u64, to: wgpu::Buffer, to_offset: u64, bytes: u64 },
+    Dispatch {
+        label: &'static str,
+        pipeline: wgpu::ComputePipeline,
+        bind_group: wgpu::BindGroup,
+        workgroups: Workgroups,
+        weight_bytes: u64,
+    },
+    Copy {
+        from: wgpu::Buffer,
+        from_offset: u64,
+        to: wgpu::Buffer,
+        to_offset: u64,
+        bytes: u64,
+    },
 }
 
 impl Step {
     /// Encodes a dispatch; copies are not for passes.
     fn encode(&self, pass: &mut wgpu::ComputePass<'_>) {
-        let Step::Dispatch { kernel, bind_group, workgroups, .. } = self else { return };
-        pass.set_pipeline(&kernel.pipeline);
+        let Step::Dispatch { pipeline, bind_group, workgroups, .. } = self else { return };
+        pass.set_pipeline(pipeline);
         pass.set_bind_group(0, bind_group, &[]);
         match workgroups {
             Workgroups::Direct([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
             Workgroups::Indirect { buffer, offset } => pass.dispatch_workgroups_indirect(buffer, *offset),
         }
     }
+}
+
+/// One dispatch of a [`Plan`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dispatch {
+    /// [`Kernel::NAME`].
+    pub kernel: &'static str,
+    /// Name of the part it belongs to; see [`PlanBuilder::part`].
+    pub part: &'static str,
+    /// Bytes of the weights that it reads as a whole, unless its grid is empty; 0 of kernels without such a weight.
+    pub weight_bytes: u64,
 }
 
 /// A recorded list of steps over its own parameter arena.
@@ -82,11 +105,20 @@ impl Plan {
         self.description.join("\n")
     }
 
-    /// Labels of the dispatches, in order.
-    pub fn labels(&self) -> impl Iterator<Item = &'static str> {
-        self.steps.iter().filter_map(|step| match step {
-            Step::Dispatch { label, .. } => Some(*label),
-            Step::Copy { .. } => None,
+    /// The dispatches, in order.
+    pub fn dispatches(&self) -> impl Iterator<Item = Dispatch> {
+        let mut parts = self.parts.iter().peekable();
+        let mut part = "";
+        self.steps.iter().enumerate().filter_map(move |(index, step)| {
+            while let Some((name, _)) = parts.next_if(|(_, start)| *start <= index) {
+                part = name;
+            }
+            match step {
+                Step::Dispatch { label, weight_bytes, .. } => {
+                    Some(Dispatch { kernel: label, part, weight_bytes: *weight_bytes })
+                }
+                Step::Copy { .. } => None,
+            }
         })
     }
 
@@ -132,19 +164,31 @@ impl Plan {
         }
     }
 
-    /// Encodes the dispatches `range`, the i-th of it in a pass of its own between queries `2 i` and `2 i + 1`;
-    /// copies are left out.
+    /// Encodes the dispatches `range`, the i-th of it in a pass of its own between queries `2 i` and `2 i + 1`, and the copies
+    /// before each. Copies the grids of those that the device sizes to `12 i` in `grids`.
     pub(crate) fn encode_timed(
         &self,
         encoder: &mut wgpu::CommandEncoder,
         queries: &wgpu::QuerySet,
+        grids: &wgpu::Buffer,
         range: Range<usize>,
     ) {
-        let dispatches = self.steps.iter().filter(|step| matches!(step, Step::Dispatch { .. }));
-        for (i, step) in dispatches.skip(range.start).take(range.len()).enumerate() {
-            encoder.write_timestamp(queries, 2 * i as u32);
-            step.encode(&mut encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()));
-            encoder.write_timestamp(queries, 2 * i as u32 + 1);
+        let mut next = 0;
+        for step in &self.steps {
+            let is_dispatch = matches!(step, Step::Dispatch { .. });
+            if !is_dispatch && range.contains(&next) {
+                Self::encode_steps(std::slice::from_ref(step), encoder);
+            }
+            if is_dispatch && range.contains(&next) {
+                let i = next - range.start;
+                encoder.write_timestamp(queries, 2 * i as u32);
+                step.encode(&mut encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()));
+                encoder.write_timestamp(queries, 2 * i as u32 + 1);
+                if let Step::Dispatch { workgroups: Workgroups::Indirect { buffer, offset }, .. } = step {
+                    encoder.copy_buffer_to_buffer(buffer, *offset, grids, 12 * i as u64, 12);
+                }
+            }
+            next += usize::from(is_dispatch);
         }
     }
 }
@@ -169,6 +213,7 @@ enum Pending {
         entries: Vec<(u32, Resource)>,
         params: std::ops::Range<u64>,
         workgroups: Workgroups,
+        weight_bytes: u64,
     },
     Copy {
         from: wgpu::Buffer,
@@ -240,8 +285,7 @@ impl<'g> PlanBuilder<'g> {
     /// Records one dispatch.
     ///
     /// # Errors
-    /// [`KernelError::Limit`] if the grid or the kernel is over a device limit, [`KernelError::Shader`] if it
-    /// does not compile.
+    /// [`KernelError::Limit`] if the grid or the kernel is over a device limit.
     pub fn dispatch<K: Kernel>(
         &mut self,
         kernel: &K,
@@ -263,7 +307,7 @@ impl<'g> PlanBuilder<'g> {
                 });
             }
         }
-        let compiled = kernel::compile(self.gpu, kernel, &bindings)?;
+        let kernel = kernel::prepare(self.gpu, kernel, &bindings)?;
         let workgroups = match grid {
             Grid::Fixed(counts) => {
                 self.check_grid(K::NAME, counts)?;
@@ -285,10 +329,11 @@ impl<'g> PlanBuilder<'g> {
         self.params.resize(end.next_multiple_of(alignment), 0);
         self.pending.push(Pending::Dispatch {
             label: K::NAME,
-            kernel: compiled,
+            kernel,
             entries: bindings.iter().map(|b| (b.index, b.resource())).collect(),
             params: start as u64..end as u64,
             workgroups,
+            weight_bytes: bindings.iter().filter(|b| b.is_weight).map(|b| b.tensor.num_bytes()).sum(),
         });
         Ok(())
     }
@@ -300,11 +345,19 @@ impl<'g> PlanBuilder<'g> {
         self.pending.push(Pending::Copy { from, from_offset, to, to_offset, bytes });
     }
 
-    /// Uploads the parameters and makes the bind groups.
+    /// Compiles the kernels that are new, uploads the parameters and makes the bind groups.
     ///
     /// # Errors
-    /// [`KernelError::OutOfMemory`]; [`KernelError::Device`] if a bind group is refused: a bug of ours.
+    /// [`KernelError::Shader`] if a kernel does not compile; [`KernelError::OutOfMemory`]; [`KernelError::Device`] if a bind
+    /// group is refused: a bug of ours.
     pub fn finish(self) -> Result<Plan> {
+        kernel::compile(
+            self.gpu,
+            self.pending.iter().filter_map(|pending| match pending {
+                Pending::Dispatch { kernel, .. } => Some(kernel),
+                Pending::Copy { .. } => None,
+            }),
+        )?;
         let arena = Tensor::zeros_uniform(self.gpu, "params", self.params.len().max(16) as u64)?;
         self.gpu.write(&arena, 0, &self.params);
         let mut table = vec![[self.grids.len() as u32, 0, 0, 0]];
@@ -316,7 +369,7 @@ impl<'g> PlanBuilder<'g> {
                 Pending::Copy { from, from_offset, to, to_offset, bytes } => {
                     Step::Copy { from, from_offset, to, to_offset, bytes }
                 }
-                Pending::Dispatch { label, kernel, entries, params, workgroups } => {
+                Pending::Dispatch { label, kernel, entries, params, workgroups, weight_bytes } => {
                     let mut group = vec![wgpu::BindGroupEntry {
                         binding: 0,
                         resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
@@ -335,7 +388,8 @@ impl<'g> PlanBuilder<'g> {
                     let descriptor =
                         wgpu::BindGroupDescriptor { label: Some(label), layout: &kernel.layout, entries: &group };
                     let bind_group = self.gpu.catch(|device, _| device.create_bind_group(&descriptor));
-                    Step::Dispatch { label, kernel, bind_group, workgroups }
+                    let pipeline = kernel.pipeline().clone();
+                    Step::Dispatch { label, pipeline, bind_group, workgroups, weight_bytes }
                 }
             });
         }

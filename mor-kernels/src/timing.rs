@@ -2,7 +2,8 @@
 
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
-use crate::plan::Plan;
+use crate::plan::{Dispatch, Plan};
+use crate::tensor::{DType, Tensor};
 
 /// Entries of the largest query set.
 const MAX_QUERIES: u32 = 4096;
@@ -76,25 +77,44 @@ fn stamps(gpu: &Gpu, count: u32, record: impl FnOnce(&mut wgpu::CommandEncoder, 
     Ok(ticks.iter().map(|tick| tick.wrapping_sub(ticks[0]) as f64 * nanos_per_tick / 1e3).collect())
 }
 
-/// Device microseconds of every dispatch of `plan`, in order: the smallest of `repetitions` runs. Each dispatch gets
-/// a pass of its own between two timestamps, so the sum is more than the plan takes as a whole.
+/// A dispatch and its time, as [`profile`] measured it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DispatchTime {
+    /// The dispatch.
+    pub dispatch: Dispatch,
+    /// Mean device time, microseconds.
+    pub micros: f64,
+    /// Part of the repetitions in which it had workgroups at all, 0 to 1.
+    pub occupied: f64,
+}
+
+/// Device time of every dispatch of `plan`, in order: the mean of `repetitions` runs, since rows, and with them the work, may
+/// differ between runs. Each dispatch gets a pass of its own between two timestamps, so the sum is more than the plan takes
+/// as a whole.
 ///
 /// # Errors
 /// As [`device_micros`].
-pub fn profile(gpu: &Gpu, plan: &Plan, repetitions: u32) -> Result<Vec<(&'static str, f64)>> {
-    let labels: Vec<_> = plan.labels().collect();
-    let mut best = vec![f64::INFINITY; labels.len()];
+pub fn profile(gpu: &Gpu, plan: &Plan, repetitions: u32) -> Result<Vec<DispatchTime>> {
+    let time = |dispatch| DispatchTime { dispatch, micros: 0.0, occupied: 0.0 };
+    let mut times: Vec<_> = plan.dispatches().map(time).collect();
+    let repetitions = repetitions.max(1);
+    let most = MAX_QUERIES as usize / 2;
+    // Grids known to the host stay as they are here: not empty.
+    let all = vec![1_u32; 3 * times.len().min(most)];
+    let grids = Tensor::from_slice(gpu, "grids", DType::U32, &[all.len()], &all)?;
     for _ in 0..repetitions {
-        let most = MAX_QUERIES as usize / 2;
-        for first in (0..labels.len()).step_by(most) {
-            let count = (labels.len() - first).min(most);
-            let stamps = stamps(gpu, 2 * count as u32, |encoder, queries| {
-                plan.encode_timed(encoder, queries, first..first + count);
+        for (piece, times) in times.chunks_mut(most).enumerate() {
+            let first = piece * most;
+            gpu.write(&grids, 0, bytemuck::cast_slice(&all));
+            let stamps = stamps(gpu, 2 * times.len() as u32, |encoder, queries| {
+                plan.encode_timed(encoder, queries, &grids.buffer, first..first + times.len());
             })?;
-            for (i, pair) in stamps.chunks_exact(2).enumerate() {
-                best[first + i] = best[first + i].min(pair[1] - pair[0]);
+            let grids: Vec<u32> = gpu.read(&grids)?;
+            for ((time, pair), grid) in times.iter_mut().zip(stamps.chunks_exact(2)).zip(grids.chunks_exact(3)) {
+                time.micros += (pair[1] - pair[0]) / f64::from(repetitions);
+                time.occupied += f64::from(u8::from(!grid.contains(&0))) / f64::from(repetitions);
             }
         }
     }
-    Ok(labels.into_iter().zip(best).collect())
+    Ok(times)
 }

@@ -168,6 +168,13 @@ fn add_attention(list: &mut List) {
     }
 }
 
+/// What a linear kernel that reads `prologue` ends with. Layers end, and with them encodings come, where the prologue binds
+/// nothing besides x; beside a norm they would be one storage buffer too many.
+fn epilogues(prologue: PrologueKind) -> impl Iterator<Item = EpilogueKind> {
+    let plain = matches!(prologue, PrologueKind::Compact | PrologueKind::Stream);
+    EpilogueKind::ALL.into_iter().filter(move |epilogue| plain || !epilogue.is_encoded())
+}
+
 fn add_linear(list: &mut List) {
     use PrologueKind as P;
     let mut tiles = Vec::new();
@@ -184,7 +191,7 @@ fn add_linear(list: &mut List) {
     for tile in tiles {
         let prologues = [P::Compact, P::Stream, P::Norm];
         for prologue in prologues.into_iter().filter(|prologue| *prologue != P::Norm || tile.fuses_norm()) {
-            for epilogue in EpilogueKind::ALL {
+            for epilogue in epilogues(prologue) {
                 for weight_dtype in WEIGHT_DTYPES {
                     list.add(&Linear { in_features: 960, weight_dtype, prologue, epilogue, tile });
                 }
@@ -195,22 +202,22 @@ fn add_linear(list: &mut List) {
 
 fn add_linear_decode(list: &mut List) {
     use PrologueKind as P;
-    for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 2 }] {
-        for epilogue in EpilogueKind::ALL {
+    for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 2, head_dim: 64 }] {
+        for epilogue in epilogues(prologue) {
             for dtype in WEIGHT_DTYPES {
-                let kernel = LinearDecode::new(&list.caps, 960, dtype, prologue, epilogue, 1);
+                let kernel = LinearDecode::new(&list.caps, [2560, 960], dtype, prologue, epilogue, 1);
                 list.add(&kernel);
                 list.add(&LinearDecode { single_row: true, ..kernel });
             }
         }
     }
     // Activations staged at once and in chunks, with each number of rows.
-    for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 8 }] {
+    for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 8, head_dim: 64 }] {
         for in_features in [960, 8192] {
             for max_rows in [1, 2, 4, 8] {
                 for dtype in [DType::F16, DType::Q8, DType::Q4] {
                     let epilogue = EpilogueKind::Store;
-                    list.add(&LinearDecode::new(&list.caps, in_features, dtype, prologue, epilogue, max_rows));
+                    list.add(&LinearDecode::new(&list.caps, [98, in_features], dtype, prologue, epilogue, max_rows));
                 }
             }
         }

@@ -433,3 +433,10 @@ fn no_shader_needs_an_extension() {
         }
     }
 }
+
+#[test]
+fn the_reported_gpu_library_is_the_locked_one() {
+    let (name, version) = mor_kernels::GPU_LIBRARY.split_once(' ').expect("a name and a version");
+    let locked = format!("name = \"{name}\"\nversion = \"{version}\"\n");
+    assert!(read("Cargo.lock").contains(&locked), "{locked}");
+}

@@ -6,7 +6,7 @@ use mor_kernels::quantize::GROUP;
 use serde::{Serialize, Serializer, ser::SerializeMap};
 use serde_json::{Map, Value};
 
-use crate::ModelError;
+use crate::{LayerTensor, ModelError};
 
 /// Largest accepted width (`hidden_size`, `intermediate_size`, `q_dim`): keeps every element count far from overflow.
 const MAX_WIDTH: usize = 1 << 20;
@@ -14,6 +14,8 @@ const MAX_WIDTH: usize = 1 << 20;
 const MAX_VOCAB: usize = 1 << 24;
 /// Largest accepted effective depth.
 const MAX_LAYERS: usize = 4096;
+/// Largest accepted rank of adapters.
+const MAX_RANK: usize = 4096;
 /// The kernels load rows in groups of eight elements (16 bytes of half precision).
 const WIDTH_MULTIPLE: usize = 8;
 
@@ -179,6 +181,30 @@ impl Quantization {
 /// `quant_method` of the configuration of a quantised model.
 const QUANT_METHOD: &str = "mor";
 
+/// Adapters of the shared layers' projections: `y = W x + alpha / rank * B (A x)`, where layers tied in W have an A
+/// `[rank, in]` and a B `[out, rank]` each.
+///
+/// # Source
+///
+/// LoRA (arXiv 2106.09685); relaxed recursive transformers (arXiv 2410.20672).
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Lora {
+    /// Rank of every `B A`.
+    pub rank: usize,
+    /// Numerator of the factor.
+    pub alpha: f64,
+    /// The projections that have an adapter, in the order of [`LayerTensor::PROJECTIONS`].
+    pub targets: Vec<LayerTensor>,
+}
+
+impl Lora {
+    /// What `B (A x)` is multiplied by.
+    pub fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
+}
+
 /// A validated model configuration.
 ///
 /// Every value that reaches this type satisfies the rules listed at [`MorConfig::from_json_str`], so the rest of the
@@ -240,6 +266,10 @@ pub struct MorConfig {
     pub num_recursions: usize,
     /// Key-value strategy.
     pub kv: KvStrategy,
+    /// Adapters of the shared layers, if they have any.
+    pub lora: Option<Lora>,
+    /// Whether the output of each recursion's block is multiplied, element by element, by a vector of the recursion.
+    pub recursion_encoding: bool,
     /// Router network.
     pub router_type: RouterType,
     /// Logit to gate.
@@ -279,6 +309,8 @@ const MOR_FIELDS: &[&str] = &[
     "num_recursion",
     "num_recursions",
     "kv",
+    "lora",
+    "recursion_encoding",
     "router_type",
     "router_func",
     "alpha",
@@ -295,6 +327,8 @@ const MOR_FIELDS: &[&str] = &[
     "z_loss",
     "z_coeff",
 ];
+/// Fields of the `mor.lora` object.
+const LORA_FIELDS: &[&str] = &["rank", "alpha", "targets"];
 
 impl MorConfig {
     /// Reads and validates a `config.json`.
@@ -342,15 +376,7 @@ impl MorConfig {
 
     /// Reads every field and checks each one alone.
     fn from_fields(top: &Fields<'_>, mor: Fields<'_>, has_mor: bool) -> Result<Self, ModelError> {
-        for name in mor.map.keys() {
-            if !MOR_FIELDS.contains(&name.as_str()) {
-                return Err(ModelError::ConfigUnknownField {
-                    origin: mor.origin.to_owned(),
-                    field: mor.path(name),
-                    known: MOR_FIELDS.join(", "),
-                });
-            }
-        }
+        mor.refuse_unknown(MOR_FIELDS)?;
 
         let vocab_size = top.size("vocab_size", MAX_VOCAB)?;
         let hidden_size = top.size("hidden_size", MAX_WIDTH)?;
@@ -430,6 +456,8 @@ impl MorConfig {
             sharing: mor.name("sharing", SharingStrategy::ALL, SharingStrategy::as_str, SharingStrategy::None)?,
             num_recursions,
             kv: mor.name("kv", KvStrategy::ALL, KvStrategy::as_str, KvStrategy::RecursionWise)?,
+            lora: mor.lora()?,
+            recursion_encoding: mor.flag("recursion_encoding", false)?,
             router_type: mor.name("router_type", RouterType::ALL, RouterType::as_str, RouterType::Linear)?,
             router_func: mor.nullable("router_func", RouterFunc::ALL, RouterFunc::as_str, default_func)?,
             alpha: mor.positive("alpha", Some(default_alpha))?,
@@ -482,6 +510,13 @@ impl MorConfig {
             }
             if self.kv != KvStrategy::RecursionWise {
                 return conflict(kv, mode, "there is no other recursion to share with; use recursion_wise");
+            }
+            let relaxes_nothing = "only shared layers can differ between recursions";
+            if let Some(lora) = &self.lora {
+                return conflict(("mor.lora.rank", &lora.rank), mode, relaxes_nothing);
+            }
+            if self.recursion_encoding {
+                return conflict(("mor.recursion_encoding", &true), mode, relaxes_nothing);
             }
         } else {
             if self.sharing == SharingStrategy::None {
@@ -615,30 +650,35 @@ impl Serialize for MorConfig {
         if let Some(quantization) = self.quantization {
             map.serialize_entry("quantization_config", &quantization.to_json())?;
         }
-        map.serialize_entry(
-            "mor",
-            &serde_json::json!({
-                "mode": self.mode.as_str(),
-                "sharing": self.sharing.as_str(),
-                "num_recursion": self.num_recursions,
-                "kv": self.kv.as_str(),
-                "router_type": self.router_type.as_str(),
-                "router_func": name(self.router_func.as_str()),
-                "alpha": self.alpha,
-                "temp": self.temp,
-                "gating": self.gating.as_str(),
-                "capacity": self.capacity,
-                "sampling": name(self.sampling.as_str()),
-                "sampling_coeff": self.sampling_coeff,
-                "cap_warmup_step": self.cap_warmup_step,
-                "balancing": name(self.balancing.as_str()),
-                "balancing_coeff": self.balancing_coeff,
-                "bal_warmup_step": self.bal_warmup_step,
-                "bias_update_rate": self.bias_update_rate,
-                "z_loss": self.z_loss,
-                "z_coeff": self.z_coeff,
-            }),
-        )?;
+        let mut mor = serde_json::json!({
+            "mode": self.mode.as_str(),
+            "sharing": self.sharing.as_str(),
+            "num_recursion": self.num_recursions,
+            "kv": self.kv.as_str(),
+            "router_type": self.router_type.as_str(),
+            "router_func": name(self.router_func.as_str()),
+            "alpha": self.alpha,
+            "temp": self.temp,
+            "gating": self.gating.as_str(),
+            "capacity": self.capacity,
+            "sampling": name(self.sampling.as_str()),
+            "sampling_coeff": self.sampling_coeff,
+            "cap_warmup_step": self.cap_warmup_step,
+            "balancing": name(self.balancing.as_str()),
+            "balancing_coeff": self.balancing_coeff,
+            "bal_warmup_step": self.bal_warmup_step,
+            "bias_update_rate": self.bias_update_rate,
+            "z_loss": self.z_loss,
+            "z_coeff": self.z_coeff,
+        });
+        if let Some(lora) = &self.lora {
+            let targets: Vec<_> = lora.targets.iter().map(|target| target.name()).collect();
+            mor["lora"] = serde_json::json!({ "rank": lora.rank, "alpha": lora.alpha, "targets": targets });
+        }
+        if self.recursion_encoding {
+            mor["recursion_encoding"] = Value::Bool(true);
+        }
+        map.serialize_entry("mor", &mor)?;
         map.end()
     }
 }
@@ -677,6 +717,17 @@ impl<'a> Fields<'a> {
             field: self.path(name),
             found: shorten(found),
             expected: expected.into(),
+        }
+    }
+
+    fn refuse_unknown(&self, known: &[&str]) -> Result<(), ModelError> {
+        match self.map.keys().find(|name| !known.contains(&name.as_str())) {
+            None => Ok(()),
+            Some(name) => Err(ModelError::ConfigUnknownField {
+                origin: self.origin.to_owned(),
+                field: self.path(name),
+                known: known.join(", "),
+            }),
         }
     }
 
@@ -789,6 +840,27 @@ impl<'a> Fields<'a> {
                 format!("{num_recursions} numbers (one per recursion) above 0 and up to 1, none above the one before"),
             )
         })
+    }
+
+    /// Adapters; rank is required, the others default to what the official training code uses.
+    fn lora(&self) -> Result<Option<Lora>, ModelError> {
+        let Some(map) = self.object("lora")? else { return Ok(None) };
+        let fields = Fields { prefix: "mor.lora.", map, ..*self };
+        fields.refuse_unknown(LORA_FIELDS)?;
+        let rank = fields.size("rank", MAX_RANK)?;
+        let alpha = fields.positive("alpha", Some(2.0 * rank as f64))?;
+        let Some(value) = fields.get("targets") else {
+            return Ok(Some(Lora { rank, alpha, targets: vec![LayerTensor::QProj, LayerTensor::VProj] }));
+        };
+        let all = LayerTensor::PROJECTIONS;
+        let names = value.as_array().map_or(&[][..], Vec::as_slice);
+        let is_target = |target: &LayerTensor| names.iter().any(|name| name.as_str() == Some(target.name()));
+        let targets: Vec<_> = all.into_iter().filter(is_target).collect();
+        // As many as were named: none is unknown or named twice.
+        if targets.is_empty() || targets.len() != names.len() {
+            return Err(fields.value("targets", format!("a list of {}, each once", list(&all, LayerTensor::name))));
+        }
+        Ok(Some(Lora { rank, alpha, targets }))
     }
 
     /// Base of the rotary frequencies, from `rope_theta` or the newer `rope_parameters` object.

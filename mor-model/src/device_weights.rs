@@ -9,6 +9,8 @@
 //! * Input sizes and heads are padded to a multiple of 8 and output sizes to an even number, with zeros.
 //! * A matrix larger than one storage binding is split by rows into shards.
 //! * Tied tensors are uploaded once.
+//! * The adapters of fused projections are one adapter: their first factors are stacked, and each row of the second has
+//!   zeros for the others' ranks. Rows lie as those of the projection, so results need no order of their own.
 //! * Quantised rows stay as they are stored: their groups lie along the inputs, which none of this moves.
 
 use std::collections::HashMap;
@@ -17,7 +19,7 @@ use half::{bf16, f16};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, Result};
 
-use crate::{Checkpoint, Dtype, KvStrategy, TensorId};
+use crate::{Checkpoint, Dtype, KvStrategy, LayerTensor, LoraTensors, TensorId};
 
 /// Bytes converted and staged at a time.
 const PIECE_BYTES: usize = 8 << 20;
@@ -84,15 +86,40 @@ pub struct Matrix {
     pub dtype: DType,
 }
 
-/// One distinct set of layer weights.
+/// The matrices of a low-rank adapter, whose product with the same input is added to a projection's.
+#[derive(Clone, Debug)]
+pub(crate) struct Adapter {
+    /// `[ranks, in_features]`, the ranks of the fused projections one after the other, each padded to a multiple of 8.
+    pub(crate) a: Matrix,
+    /// `[num_rows, ranks]`, rows as those of the projection.
+    pub(crate) b: Matrix,
+}
+
+/// A matrix of a layer, with the adapter of the layer if it has one.
+#[derive(Clone, Debug)]
+pub(crate) struct Projection {
+    pub(crate) weight: Matrix,
+    pub(crate) adapter: Option<Adapter>,
+}
+
+/// The weights of an effective layer; tied layers share their matrices, never their adapters.
 #[derive(Clone, Debug)]
 pub(crate) struct LayerWeights {
     pub(crate) input_layernorm: Tensor,
-    pub(crate) qkv_proj: Matrix,
-    pub(crate) o_proj: Matrix,
+    pub(crate) qkv_proj: Projection,
+    pub(crate) o_proj: Projection,
     pub(crate) post_attention_layernorm: Tensor,
-    pub(crate) gate_up_proj: Matrix,
-    pub(crate) down_proj: Matrix,
+    pub(crate) gate_up_proj: Projection,
+    pub(crate) down_proj: Projection,
+    /// What the output is multiplied by, if by anything.
+    pub(crate) encoding: Option<Tensor>,
+}
+
+impl LayerWeights {
+    /// All its matrices.
+    pub(crate) fn projections(&self) -> [&Projection; 4] {
+        [&self.qkv_proj, &self.o_proj, &self.gate_up_proj, &self.down_proj]
+    }
 }
 
 /// The routers of all recursions (expert choice), or the only one (token choice).
@@ -146,8 +173,7 @@ impl DeviceWeights {
             let qkv = qkv_rows(config.head_dim, (ids.q_proj, heads), (ids.k_proj, kv_heads), ids.v_proj);
             // Under K/V sharing, later recursions multiply by the rows of q alone.
             let q_rows = if config.kv == KvStrategy::Sharing { heads * device_head_dim(config.head_dim) } else { 0 };
-            let heads_columns =
-                Columns { num_groups: heads, group_len: config.head_dim, padded_len: device_head_dim(config.head_dim) };
+            let heads_columns = Columns::grouped(heads, config.head_dim);
             let padded = intermediate_size.next_multiple_of(8);
             let gate_up = (0..padded)
                 .flat_map(|row| {
@@ -155,17 +181,15 @@ impl DeviceWeights {
                     [real.then_some((ids.gate_proj, row)), real.then_some((ids.up_proj, row))]
                 })
                 .collect();
+            let (o_rows, down_rows) = (natural(ids.o_proj, hidden_size), natural(ids.down_proj, hidden_size));
             layers.push(LayerWeights {
                 input_layernorm: loader.vector(ids.input_layernorm)?,
-                qkv_proj: loader.matrix_in_parts("qkv_proj", qkv, Columns::plain(hidden_size), q_rows)?,
-                o_proj: loader.matrix("o_proj", natural(ids.o_proj, hidden_size), heads_columns)?,
+                qkv_proj: loader.projection((l, "qkv_proj"), qkv, Columns::plain(hidden_size), q_rows)?,
+                o_proj: loader.projection((l, "o_proj"), o_rows, heads_columns, 0)?,
                 post_attention_layernorm: loader.vector(ids.post_attention_layernorm)?,
-                gate_up_proj: loader.matrix("gate_up_proj", gate_up, Columns::plain(hidden_size))?,
-                down_proj: loader.matrix(
-                    "down_proj",
-                    natural(ids.down_proj, hidden_size),
-                    Columns::plain(intermediate_size),
-                )?,
+                gate_up_proj: loader.projection((l, "gate_up_proj"), gate_up, Columns::plain(hidden_size), 0)?,
+                down_proj: loader.projection((l, "down_proj"), down_rows, Columns::plain(intermediate_size), 0)?,
+                encoding: checkpoint.recursion_encoding(l).map(|id| loader.vector(id)).transpose()?,
             });
         }
         let (vocab, width) = (config.vocab_size, Columns::plain(hidden_size));
@@ -222,15 +246,30 @@ fn qkv_rows(
 /// How the elements of a stored row lie in a row on the device: groups, each padded with zeros.
 #[derive(Clone, Copy)]
 struct Columns {
+    /// Zeros before the first group.
+    before: usize,
     num_groups: usize,
     group_len: usize,
     padded_len: usize,
+    /// Zeros after the last group.
+    after: usize,
 }
 
 impl Columns {
-    /// One group, padded to whole units.
+    /// Groups of `group_len`, each padded to whole units.
+    fn grouped(num_groups: usize, group_len: usize) -> Self {
+        Self { before: 0, num_groups, group_len, padded_len: group_len.next_multiple_of(8), after: 0 }
+    }
+
+    /// One group.
     fn plain(in_features: usize) -> Self {
-        Self { num_groups: 1, group_len: in_features, padded_len: in_features.next_multiple_of(8) }
+        Self::grouped(1, in_features)
+    }
+
+    /// A group of a row of `num_groups`, the others zeros.
+    fn one_of(index: usize, num_groups: usize, group_len: usize) -> Self {
+        let group = Self::plain(group_len);
+        Self { before: index * group.padded_len, after: (num_groups - 1 - index) * group.padded_len, ..group }
     }
 
     fn in_features(self) -> usize {
@@ -238,9 +277,12 @@ impl Columns {
     }
 
     fn padded(self) -> usize {
-        self.num_groups * self.padded_len
+        self.before + self.num_groups * self.padded_len + self.after
     }
 }
+
+/// Where a row of a matrix comes from; `None` is a row of zeros.
+type SourceRow = Option<(TensorId, usize)>;
 
 struct Loader<'a> {
     gpu: &'a Gpu,
@@ -302,28 +344,64 @@ impl<'a> Loader<'a> {
         if let [dtype] = dtypes[..] { dtype } else { DType::F32 }
     }
 
-    /// A matrix of the given source rows; `None` is a row of zeros.
-    fn matrix(
+    /// A projection of a layer, with its adapter; as [`Loader::matrix`], a new shard starts at the even row `split`.
+    fn projection(
         &mut self,
-        label: &'static str,
-        rows: Vec<Option<(TensorId, usize)>>,
+        (layer, label): (usize, &'static str),
+        rows: Vec<SourceRow>,
         columns: Columns,
-    ) -> Result<Matrix> {
-        self.matrix_in_parts(label, rows, columns, 0)
+        split: usize,
+    ) -> Result<Projection> {
+        let adapter = self.adapter(layer, &rows, columns, split)?;
+        Ok(Projection { weight: self.matrix_in_parts(label, rows, &|_| columns, split)?, adapter })
     }
 
-    /// As [`Loader::matrix`]; a new shard starts at the even row `split`.
+    /// The adapter of the projection that consists of `rows`, if `layer` has any for one of its tensors.
+    fn adapter(&mut self, layer: usize, rows: &[SourceRow], columns: Columns, split: usize) -> Result<Option<Adapter>> {
+        let (checkpoint, weights) = (self.checkpoint, self.checkpoint.layer(layer));
+        let adapted = |tensor: &LayerTensor| {
+            let id = weights.get(*tensor);
+            Some((id, checkpoint.lora(layer, *tensor)?)).filter(|_| rows.iter().flatten().any(|(row, _)| *row == id))
+        };
+        let factors: Vec<(TensorId, LoraTensors)> = LayerTensor::PROJECTIONS.iter().filter_map(adapted).collect();
+        let Some((_, first)) = factors.first() else { return Ok(None) };
+        let rank = checkpoint.shape(first.a)[0];
+        let padded_rank = Columns::plain(rank).padded();
+        let a_rows = |(_, factor): &(TensorId, LoraTensors)| {
+            let a = factor.a;
+            (0..padded_rank).map(move |row| (row < rank).then_some((a, row)))
+        };
+        let a = self.matrix("lora_a", factors.iter().flat_map(a_rows).collect(), columns)?;
+        let b_row = |row: &SourceRow| {
+            let (id, row) = (*row)?;
+            factors.iter().find(|(weight, _)| *weight == id).map(|(_, factor)| (factor.b, row))
+        };
+        let group_of = |id: TensorId| {
+            let index = factors.iter().position(|(_, factor)| factor.b == id).unwrap_or(0);
+            Columns::one_of(index, factors.len(), rank)
+        };
+        let b = self.matrix_in_parts("lora_b", rows.iter().map(b_row).collect(), &group_of, split)?;
+        Ok(Some(Adapter { a, b }))
+    }
+
+    /// A matrix of the given source rows.
+    fn matrix(&mut self, label: &'static str, rows: Vec<SourceRow>, columns: Columns) -> Result<Matrix> {
+        self.matrix_in_parts(label, rows, &|_| columns, 0)
+    }
+
+    /// As [`Loader::matrix`], with the columns of each source; a new shard starts at the even row `split`.
     fn matrix_in_parts(
         &mut self,
         label: &'static str,
-        mut rows: Vec<Option<(TensorId, usize)>>,
-        columns: Columns,
+        mut rows: Vec<SourceRow>,
+        columns: &dyn Fn(TensorId) -> Columns,
         split: usize,
     ) -> Result<Matrix> {
-        let mut ids: Vec<_> = rows.iter().flatten().map(|(id, _)| *id).collect();
-        ids.dedup();
-        if label == "gate_up_proj" {
-            ids.truncate(2);
+        let mut ids: Vec<TensorId> = Vec::new();
+        for (id, _) in rows.iter().flatten() {
+            if !ids.contains(id) {
+                ids.push(*id);
+            }
         }
         // A tied head is the embedding.
         let key = (if label == "lm_head" { "embed_tokens" } else { label }, ids.clone());
@@ -332,7 +410,7 @@ impl<'a> Loader<'a> {
         }
         let dtype = self.common_dtype(&ids);
         rows.resize(rows.len().next_multiple_of(2), None);
-        let padded = columns.padded();
+        let padded = columns(ids[0]).padded();
         let row_bytes = dtype.row_bytes(padded);
         let caps = self.gpu.caps();
         let binding_bytes = caps.max_storage_binding_bytes.min(caps.max_buffer_bytes) as usize;
@@ -347,7 +425,7 @@ impl<'a> Loader<'a> {
                 for row in rows {
                     let end = bytes.len() + row_bytes;
                     if let Some(source) = row {
-                        self.append_row(&mut bytes, *source, columns, dtype);
+                        self.append_row(&mut bytes, *source, columns(source.0), dtype);
                     }
                     bytes.resize(end, 0);
                 }
@@ -372,6 +450,7 @@ impl<'a> Loader<'a> {
             bytes.extend_from_slice(&data);
             return;
         }
+        bytes.resize(bytes.len() + dtype.row_bytes(columns.before), 0);
         let value = |elem: &[u8]| match stored {
             Dtype::F32 => f32::from_le_bytes([elem[0], elem[1], elem[2], elem[3]]),
             Dtype::F16 => f16::from_le_bytes([elem[0], elem[1]]).to_f32(),

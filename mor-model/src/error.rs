@@ -176,7 +176,8 @@ pub enum ModelError {
     /// A file holds a tensor the configuration has no place for.
     #[error(
         "{file}: tensor {name} has no place in a {mode} model with {sharing} sharing; \
-         check mor.mode, mor.sharing, mor.num_recursion, mor.router_type, mor.sampling and mor.balancing"
+         check mor.mode, mor.sharing, mor.num_recursion, mor.router_type, mor.sampling, mor.balancing, mor.lora and \
+         mor.recursion_encoding"
     )]
     UnknownTensor {
         /// Weight file.
@@ -315,6 +316,17 @@ pub enum ModelError {
     TopKNeedsWholeSequence {
         /// Tokens already cached.
         cached: usize,
+    },
+
+    /// Depths that the model cannot be held to.
+    #[error("{name} is {found}, expected {expected}")]
+    DepthControl {
+        /// Field of [`DepthControl`](crate::DepthControl).
+        name: &'static str,
+        /// Its value.
+        found: String,
+        /// Accepted values.
+        expected: String,
     },
 
     /// A golden case lacks a tensor or holds it with another type.

@@ -3,6 +3,9 @@
 //! A case is a folder: `config.json` and `model.safetensors` (the model), `tokens.safetensors` (inputs),
 //! `expected.safetensors` (results) and `case.json` (layer layout). No decision in a case is closer than 0.01, so
 //! routing and tokens can be demanded exactly; [`GoldenTensors::close`] has the tolerance for everything else.
+//!
+//! Beside the golden ones there are cases of relaxed models, with adapters and recursion encodings, in the same form;
+//! their results were computed in float64 by the script in their folder.
 
 use std::{
     collections::BTreeMap,
@@ -23,22 +26,24 @@ pub fn fixtures_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden")
 }
 
-/// Folders of all golden cases, sorted by name.
+/// Folders of all cases, each kind sorted by name: the golden ones and, beside them, those of relaxed models.
 ///
 /// # Errors
 ///
 /// [`ModelError::Io`] when the fixtures are absent, as in a published package.
 pub fn case_dirs() -> Result<Vec<PathBuf>, ModelError> {
-    let dir = fixtures_dir();
-    let io = |source| ModelError::Io { path: dir.clone(), source };
     let mut dirs = Vec::new();
-    for entry in fs::read_dir(&dir).map_err(io)? {
-        let path = entry.map_err(io)?.path();
-        if path.join("case.json").is_file() {
-            dirs.push(path);
+    for folder in [fixtures_dir(), fixtures_dir().with_file_name("relaxed")] {
+        let io = |source| ModelError::Io { path: folder.clone(), source };
+        let first = dirs.len();
+        for entry in fs::read_dir(&folder).map_err(io)? {
+            let path = entry.map_err(io)?.path();
+            if path.join("case.json").is_file() {
+                dirs.push(path);
+            }
         }
+        dirs[first..].sort();
     }
-    dirs.sort();
     Ok(dirs)
 }
 

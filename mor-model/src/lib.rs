@@ -34,11 +34,13 @@
 //! ```
 
 mod config;
+mod depth;
 mod device_weights;
 mod error;
 #[cfg(feature = "oracle")]
 pub mod golden;
 mod kv_layout;
+mod lora;
 mod model;
 #[cfg(feature = "oracle")]
 pub mod oracle;
@@ -46,16 +48,20 @@ mod sharing;
 mod weights;
 
 pub use config::{
-    Balancing, Gating, KvStrategy, Mode, MorConfig, Quantization, RouterFunc, RouterType, Sampling, SharingStrategy,
+    Balancing, Gating, KvStrategy, Lora, Mode, MorConfig, Quantization, RouterFunc, RouterType, Sampling,
+    SharingStrategy,
 };
+pub use depth::DepthControl;
 pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
+pub use lora::{LoraFactors, lora_factors};
 pub use model::{
     Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, PARTS, Phase, Routing, SampleTensors, ScriptedRouter,
     StepTensors,
 };
 pub use sharing::{EffectiveLayer, LayerLayout};
 pub use weights::{
-    Checkpoint, Dtype, LayerTensor, LayerTensors, ParameterCounts, RouterTensors, TensorId, TensorName, TensorView,
+    Checkpoint, Dtype, LayerTensor, LayerTensors, LoraTensors, ParameterCounts, RouterTensors, TensorId, TensorName,
+    TensorView,
 };

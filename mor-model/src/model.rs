@@ -21,10 +21,12 @@ use mor_kernels::rows::{KvTable, NONE, PAGE_SIZE, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, KernelError, Result};
 
-use crate::device_weights::{DeviceWeights, LayerWeights, Matrix, Precision, RouterWeights, device_head_dim};
+use crate::device_weights::{
+    Adapter, DeviceWeights, LayerWeights, Matrix, Precision, Projection, RouterWeights, device_head_dim,
+};
 use crate::{
-    Checkpoint, Gating, KvLayout, KvStrategy, LayerLayout, Mode, MorConfig, RouterFunc, SharingStrategy,
-    UNSHARED_GROUP, recursion_group,
+    Checkpoint, DepthControl, Gating, KvLayout, KvStrategy, LayerLayout, Lora, Mode, ModelError, MorConfig, RouterFunc,
+    SharingStrategy, UNSHARED_GROUP, recursion_group,
 };
 
 /// How a full sequence is routed.
@@ -189,10 +191,14 @@ pub struct StepTensors {
     layer_out: Tensor,
     /// Normalised rows `[n, C]`; after a step over all rows, the final hidden states.
     pub normed: Tensor,
+    /// `[n, q columns]` and behind them, where layers have adapters of them, what is added to the columns of q, k and v.
     q: Tensor,
     attention: Tensor,
     attention_stats: Tensor,
+    /// `[n, inner columns]` and behind them, where layers have adapters of them, what is added to those of gate and up.
     mlp: Tensor,
+    /// Results of the adapters' first factors `[n, ranks]`.
+    adapted: Option<Tensor>,
     router_hidden: Option<Tensor>,
     /// `[n, V]`, V padded to an even number.
     pub logits: Tensor,
@@ -253,12 +259,14 @@ pub struct MorModel {
     precision: Precision,
     weights: DeviceWeights,
     batching: Batching,
+    depth: DepthControl,
     script: Option<Script>,
 }
 
 /// Routing by draws in place of an expert-choice model's routers, for measurements alone: the routers of random weights
 /// mean nothing, and what a token computes depends on its depth. A token that has come as far as recursion r takes it with
-/// probability `keep[r]`, whatever the capacity. Routers still run and gate, so the cost is that of the model.
+/// probability `keep[r]`, whatever the capacity and the router bias. Routers still run and gate, so the cost is that of the
+/// model.
 ///
 /// Draws depend on the seed, the token's position, its sequence's slot and the recursion, on nothing that was computed.
 /// Top-k routing of full sequences does not follow them.
@@ -276,6 +284,11 @@ impl ScriptedRouter {
     pub fn by_capacity(config: &MorConfig, seed: u64) -> Self {
         let before = std::iter::once(&1.0).chain(&config.capacity);
         Self { seed, keep: config.capacity.iter().zip(before).map(|(capacity, before)| capacity / before).collect() }
+    }
+
+    /// Every token takes all recursions.
+    pub fn full_depth(config: &MorConfig) -> Self {
+        Self { seed: 0, keep: vec![1.0; config.num_recursions] }
     }
 }
 
@@ -318,12 +331,34 @@ impl MorModel {
             RouterToken::check_recursions(config.num_recursions as u32)?;
         }
         // The configuration says which layers are tied; a checkpoint whose copies differ keeps them apart all the same.
-        let is_tied = |l| checkpoint.layer(l) == checkpoint.layer(layout.owner(l));
+        let relaxed = config.lora.is_some() || config.recursion_encoding;
+        let is_tied = |l| !relaxed && checkpoint.layer(l) == checkpoint.layer(layout.owner(l));
         let shares_block = config.mode != Mode::Vanilla && config.sharing.is_cycle();
         let shares_weights = shares_block && (0..layout.num_layers()).all(is_tied);
         let batching = if shares_weights { Batching::Depthwise } else { Batching::Lockstep };
         let weights = DeviceWeights::upload(gpu, checkpoint, precision, progress)?;
-        Ok(Self { gpu: gpu.clone(), config, layout, kv_layout, precision, weights, batching, script: None })
+        let (gpu, depth, script) = (gpu.clone(), DepthControl::default(), None);
+        Ok(Self { gpu, config, layout, kv_layout, precision, weights, batching, depth, script })
+    }
+
+    /// The model with other depths, from the steps on that are recorded with it.
+    ///
+    /// # Errors
+    /// [`ModelError::DepthControl`] as [`DepthControl::validate`].
+    pub fn with_depth_control(mut self, depth: DepthControl) -> Result<Self, ModelError> {
+        depth.validate(&self.config)?;
+        self.depth = depth;
+        Ok(self)
+    }
+
+    /// How far tokens go, other than their routers alone would have it.
+    pub fn depth_control(&self) -> DepthControl {
+        self.depth
+    }
+
+    /// Recursions that a token takes at most.
+    pub fn max_depth(&self) -> usize {
+        self.depth.max_depth(&self.config)
     }
 
     /// The model, routed by a script from the steps on that are recorded with it: for measurements.
@@ -345,6 +380,12 @@ impl MorModel {
         let keep = Tensor::from_slice(&self.gpu, "keep", DType::F32, &[num_recursions], &keep)?;
         self.script = Some(Script { seed: script.seed, keep });
         Ok(self)
+    }
+
+    /// What the values that expert choice decides by are compared with.
+    fn threshold(&self) -> f32 {
+        // A script's values are signs.
+        if self.script.is_some() { 0.0 } else { self.depth.threshold() }
     }
 
     /// Whether every token that comes as far as recursion `r` takes it.
@@ -395,6 +436,16 @@ impl MorModel {
     /// Elements of a head on the device: the configuration's, padded to a multiple of 8 with zeros.
     pub fn head_dim(&self) -> usize {
         device_head_dim(self.config.head_dim)
+    }
+
+    /// Columns of a row inside the MLP on the device.
+    fn mlp_dim(&self) -> usize {
+        self.config.intermediate_size.next_multiple_of(8)
+    }
+
+    /// Whether the fused projection that `projection` picks has adapters in any layer.
+    fn adapts(&self, projection: fn(&LayerWeights) -> &Projection) -> bool {
+        self.weights.layers.iter().any(|layer| projection(layer).adapter.is_some())
     }
 
     /// Columns of a row of queries on the device.
@@ -455,6 +506,15 @@ impl MorModel {
             }
             None => t,
         };
+        let (mut q_columns, mut mlp_columns) = (q_dim, self.mlp_dim());
+        if self.adapts(|layer| &layer.qkv_proj) {
+            q_columns += q_dim + 2 * self.kv_dim();
+        }
+        if self.adapts(|layer| &layer.gate_up_proj) {
+            mlp_columns += 2 * self.mlp_dim();
+        }
+        let adapters = self.weights.layers.iter().flat_map(LayerWeights::projections);
+        let most_ranks = adapters.filter_map(|projection| Some(projection.adapter.as_ref()?.a.num_rows)).max();
         let router_width = self.weights.routers.as_ref().and_then(|r| r.router.hidden.first()).map(|m| m.num_rows);
         Ok(StepTensors {
             capacity,
@@ -476,10 +536,11 @@ impl MorModel {
             middle: f32s("middle", &[t, c])?,
             layer_out: f32s("layer_out", &[t, c])?,
             normed: f32s("normed", &[t, c])?,
-            q: f32s("q", &[t, q_dim])?,
+            q: f32s("q", &[t, q_columns])?,
             attention: f32s("attention", &[num_partials, q_dim])?,
             attention_stats: f32s("attention_stats", &[num_partials, config.num_attention_heads, 2])?,
-            mlp: f32s("mlp", &[t, config.intermediate_size.next_multiple_of(8)])?,
+            mlp: f32s("mlp", &[t, mlp_columns])?,
+            adapted: most_ranks.map(|ranks| f32s("adapted", &[t, ranks])).transpose()?,
             router_hidden: router_width.map(|width| f32s("router_hidden", &[t, width])).transpose()?,
             logits: f32s("logits", &[logit_rows, self.logits_stride()])?,
             partials: Tensor::zeros(gpu, "partials", DType::U32, &[logit_rows, self.vocab_parts(), 4])?,
@@ -512,13 +573,19 @@ impl MorModel {
     /// Bytes that [`MorModel::step_tensors`] allocates, about.
     pub fn step_bytes(&self, capacity: usize, logit_rows: usize) -> u64 {
         let config = &self.config;
-        let per_row = 6 * config.hidden_size + 2 * self.q_dim() + config.intermediate_size + 64;
+        let mut per_row = 6 * config.hidden_size + 2 * self.q_dim() + config.intermediate_size + 64;
+        if self.adapts(|layer| &layer.qkv_proj) {
+            per_row += self.q_dim() + 2 * self.kv_dim();
+        }
+        if self.adapts(|layer| &layer.gate_up_proj) {
+            per_row += 2 * self.mlp_dim();
+        }
         4 * (capacity * per_row + logit_rows * (self.logits_stride() + 4 * self.vocab_parts())) as u64
     }
 
     /// Records a step over the rows in `step.rows`: embedding, layers, routing, head, and for
     /// [`LogitRows::Sampled`] the draw of the next token. `after_recursion` is called where a recursion's results
-    /// are complete, to record copies of them.
+    /// are complete, to record copies of them; also for those that no token may take.
     ///
     /// # Errors
     /// As [`PlanBuilder::dispatch`].
@@ -624,7 +691,10 @@ impl<'a> Recorder<'a> {
                 }
                 plan.part(BLOCK);
                 for r in 0..config.num_recursions {
-                    self.record_recursion(plan, r)?;
+                    // What no token may take is not dispatched.
+                    if r < self.model.max_depth() {
+                        self.record_recursion(plan, r)?;
+                    }
                     after_recursion(plan, r);
                 }
                 plan.part(CODA);
@@ -660,9 +730,13 @@ impl<'a> Recorder<'a> {
                 match self.routing {
                     Routing::Causal => {
                         let decision = step.aux_logits.get(r).unwrap_or(&step.router_logits[r]);
-                        Selection::Expert { decision, always: self.model.takes_all(r), keep_all }
+                        let (threshold, always) = (self.model.threshold(), self.model.takes_all(r));
+                        Selection::Expert { decision, threshold, always, keep_all }
                     }
-                    Routing::TopK => Selection::Expert { decision: &step.topk_decision, always: false, keep_all },
+                    Routing::TopK => {
+                        let (decision, threshold) = (&step.topk_decision, 0.0);
+                        Selection::Expert { decision, threshold, always: false, keep_all }
+                    }
                 }
             }
             _ => {
@@ -701,7 +775,8 @@ impl<'a> Recorder<'a> {
         let rule = match config.mode {
             Mode::Expert => {
                 let decision = step.aux_logits.first().unwrap_or(&step.router_logits[0]);
-                DepthRule::Expert { decision, keep_all: config.kv != KvStrategy::RecursionWise }
+                let (threshold, keep_all) = (self.model.threshold(), config.kv != KvStrategy::RecursionWise);
+                DepthRule::Expert { decision, threshold, keep_all }
             }
             Mode::Token => DepthRule::Token { target_depth: &step.depth },
             Mode::Vanilla | Mode::Recursive => DepthRule::Fixed,
@@ -753,12 +828,13 @@ impl<'a> Recorder<'a> {
     /// Scores the rows of a tick's block for the recursion after the one they took.
     fn record_next_routers(&self, plan: &mut PlanBuilder<'_>, block: &RowSet) -> Result<()> {
         let routers = self.model.weights.routers.as_ref().expect("expert choice has routers");
-        if routers.router.hidden.is_empty() {
+        let max_depth = self.model.max_depth();
+        if routers.router.hidden.is_empty() && max_depth > 1 {
             // The last matrices lie in one tensor, from which each row picks its own.
             return self.record_expert_router(plan, 1, block, 0);
         }
         let at = &self.depthwise().at;
-        for r in 1..self.config().num_recursions {
+        for r in 1..max_depth {
             self.record_slots(plan, SlotPhase::At(r as u32 - 1), at, false)?;
             self.record_expert_router(plan, r, at, 0)?;
         }
@@ -786,7 +862,7 @@ impl<'a> Recorder<'a> {
                 max_pages: self.max_pages(),
                 slots: self.kv.slots.as_ref(),
             }),
-            num_recursions: self.config().num_recursions as u32,
+            num_recursions: self.model.max_depth() as u32,
             max_positions: self.kv.max_positions as u32,
         };
         SlotsCompact::record(plan, &bindings)
@@ -865,7 +941,7 @@ impl<'a> Recorder<'a> {
         end: LayerEnd<'_>,
     ) -> Result<()> {
         let (config, step) = (self.config(), self.step);
-        let weights: &LayerWeights = &self.model.weights.layers[layer];
+        let weights: &'a LayerWeights = &self.model.weights.layers[layer];
         let place = self.model.kv_layout.layer(layer);
         let (k_cache, v_cache) = &self.kv.buffers[place.buffer];
         let (q_dim, kv_dim) = (self.model.q_dim() as u32, self.model.kv_dim() as u32);
@@ -889,41 +965,49 @@ impl<'a> Recorder<'a> {
             x,
             weight: if std::ptr::eq(x, input) { &weights.input_layernorm } else { &weights.post_attention_layernorm },
         };
-        let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache };
-        self.record_linear(plan, rows, norm(input), (&weights.qkv_proj, qkv_columns), qkv, base)?;
+        let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache, delta: false };
+        let behind_q = LinearParams { delta_start: step.q.shape()[0] as u32 * q_dim, ..base };
+        self.record_projection(plan, rows, norm(input), (&weights.qkv_proj, qkv_columns), qkv, behind_q)?;
         if some_store {
             let first = &self.depthwise().at;
-            self.record_linear(plan, first, norm(input), (&weights.qkv_proj, q_dim..all_columns), qkv, base)?;
+            let kv_columns = (&weights.qkv_proj, q_dim..all_columns);
+            self.record_projection(plan, first, norm(input), kv_columns, qkv, behind_q)?;
         }
 
         let is_shared = self.model.layout.recursion(layer).is_some();
         let kv_table = if is_shared && config.kv == KvStrategy::Hybrid { KvTable::Slots } else { KvTable::Pages };
         let attended = self.record_attention(plan, rows, (k_cache, v_cache), kv_table)?;
 
-        let all = |matrix: &Matrix| 0..matrix.num_rows as u32;
+        let all = |projection: &'a Projection| (projection, 0..projection.weight.num_rows as u32);
         let o = Epilogue::Residual { residual: input, out: &step.middle, copy: None };
-        self.record_linear(plan, rows, attended, (&weights.o_proj, all(&weights.o_proj)), o, base)?;
+        self.record_projection(plan, rows, attended, all(&weights.o_proj), o, base)?;
 
-        let swiglu = LinearParams { out_stride: step.mlp.shape()[1] as u32, ..base };
-        let gate_up = (&weights.gate_up_proj, all(&weights.gate_up_proj));
-        self.record_linear(plan, rows, norm(&step.middle), gate_up, Epilogue::SwiGlu { out: &step.mlp }, swiglu)?;
+        let mlp_dim = self.model.mlp_dim() as u32;
+        let swiglu = Epilogue::SwiGlu { out: &step.mlp, delta: false };
+        let behind_mlp =
+            LinearParams { out_stride: mlp_dim, delta_start: step.mlp.shape()[0] as u32 * mlp_dim, ..base };
+        self.record_projection(plan, rows, norm(&step.middle), all(&weights.gate_up_proj), swiglu, behind_mlp)?;
 
-        let residual = &step.middle;
+        let (residual, encoding) = (&step.middle, weights.encoding.as_ref());
         let down = match end {
-            LayerEnd::Stream(out) => Epilogue::Residual { residual, out, copy: None },
+            LayerEnd::Stream(out) => match encoding {
+                Some(encoding) => Epilogue::Encoded { residual, out, encoding },
+                None => Epilogue::Residual { residual, out, copy: None },
+            },
+            // Only the first layer, which no recursion encodes, ends in two streams.
             LayerEnd::Streams(out, copy) => Epilogue::Residual { residual, out, copy: Some(copy) },
             LayerEnd::Block { gates } => match &step.token_weight {
                 Some(gates) => {
-                    Epilogue::BlockEndToken { residual, hidden: &step.hidden, gates, running: &step.running }
+                    let (hidden, running) = (&step.hidden, &step.running);
+                    Epilogue::BlockEndToken { residual, hidden, gates, running, encoding }
                 }
                 None => {
                     let gates = &step.router_weights[gates];
-                    Epilogue::BlockEndExpert { residual, hidden: &step.hidden, gates }
+                    Epilogue::BlockEndExpert { residual, hidden: &step.hidden, gates, encoding }
                 }
             },
         };
-        let x = Input::Compact { x: &step.mlp };
-        self.record_linear(plan, rows, x, (&weights.down_proj, all(&weights.down_proj)), down, base)
+        self.record_projection(plan, rows, Input::Compact { x: &step.mlp }, all(&weights.down_proj), down, base)
     }
 
     /// Records attention of the queries in `step.q`; returns what `o_proj` reads.
@@ -961,7 +1045,9 @@ impl<'a> Recorder<'a> {
                     AttentionDecodeParams { scale },
                 )?;
                 Ok(match stats {
-                    Some(stats) => Input::Merge { partial: &step.attention, stats, num_splits },
+                    Some(stats) => {
+                        Input::Merge { partial: &step.attention, stats, num_splits, head_dim: shape.head_dim }
+                    }
                     None => Input::Compact { x: &step.attention },
                 })
             }
@@ -974,8 +1060,92 @@ impl<'a> Recorder<'a> {
         }
     }
 
+    /// Records a projection over the rows `columns` of its weight. An adapter's product goes first, to where the projection's
+    /// adds it: into the output tensor behind the output, or into a spare stream that has the residual in it.
+    fn record_projection(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        rows: &RowSet,
+        input: Input<'_>,
+        (projection, columns): (&Projection, Range<u32>),
+        epilogue: Epilogue<'_>,
+        params: LinearParams,
+    ) -> Result<()> {
+        let (weight, step) = (&projection.weight, self.step);
+        let (Some(Adapter { a, b }), Some(adapted)) = (&projection.adapter, &step.adapted) else {
+            return self.record_linear(plan, rows, input, (weight, columns), epilogue, params);
+        };
+        let input = match self.product(rows, columns.end - columns.start, weight) {
+            // Both factors' norms are one.
+            Product::ManyRows { .. } => self.record_norm(plan, rows, input, params.eps)?,
+            Product::FewRows { .. } => input,
+        };
+        let ranks = a.num_rows as u32;
+        let scale = self.config().lora.as_ref().map_or(1.0, Lora::scale) as f32;
+        let to_ranks = LinearParams { out_stride: ranks, scale, ..params };
+        self.record_linear(plan, rows, input, (a, 0..ranks), Epilogue::Store { out: adapted }, to_ranks)?;
+
+        let spare = &step.normed;
+        let into_spare = |residual| Epilogue::Residual { residual, out: spare, copy: None };
+        let behind = LinearParams { first_output: params.delta_start, out_stride: b.num_rows as u32, ..params };
+        let (delta, delta_params, epilogue) = match epilogue {
+            Epilogue::Qkv { rope, q, k_cache, v_cache, .. } => {
+                (Epilogue::Store { out: q }, behind, Epilogue::Qkv { rope, q, k_cache, v_cache, delta: true })
+            }
+            Epilogue::SwiGlu { out, .. } => (Epilogue::Store { out }, behind, Epilogue::SwiGlu { out, delta: true }),
+            Epilogue::Residual { residual, out, copy } => {
+                (into_spare(residual), params, Epilogue::Residual { residual: spare, out, copy })
+            }
+            Epilogue::Encoded { residual, out, encoding } => {
+                (into_spare(residual), params, Epilogue::Encoded { residual: spare, out, encoding })
+            }
+            Epilogue::BlockEndExpert { residual, hidden, gates, encoding } => {
+                let end = Epilogue::BlockEndExpert { residual: spare, hidden, gates, encoding };
+                (into_spare(residual), params, end)
+            }
+            Epilogue::BlockEndToken { residual, hidden, gates, running, encoding } => {
+                let end = Epilogue::BlockEndToken { residual: spare, hidden, gates, running, encoding };
+                (into_spare(residual), params, end)
+            }
+            Epilogue::Store { .. } | Epilogue::Gelu { .. } => unreachable!("no projection of a layer ends so"),
+        };
+        let ranks = Input::Compact { x: adapted };
+        self.record_linear(plan, rows, ranks, (b, columns.clone()), delta, delta_params)?;
+        self.record_linear(plan, rows, input, (weight, columns), epilogue, params)
+    }
+
+    /// The kernels for `num_outputs` of the rows of `weight`.
+    fn product(&self, rows: &RowSet, num_outputs: u32, weight: &Matrix) -> Product {
+        let max_rows = match self.phase {
+            // A prompt ends in one row.
+            Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
+            Phase::Prefill => self.step.capacity.max(MAX_FEW_ROWS + 1),
+            _ => self.step.capacity,
+        };
+        let outputs = (num_outputs, weight.num_rows as u32);
+        self.phase.product(self.model.gpu.caps(), self.model.precision, max_rows, outputs)
+    }
+
+    /// Normalises `input` into the step's dense batch, if a norm is to come first.
+    fn record_norm<'i>(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        rows: &RowSet,
+        input: Input<'i>,
+        eps: f32,
+    ) -> Result<Input<'i>>
+    where
+        'a: 'i,
+    {
+        let Input::Norm { x, weight } = input else { return Ok(input) };
+        let norm = RmsNormParams { hidden_size: weight.num_elems() as u32, eps };
+        let y = &self.step.normed;
+        RmsNorm::default().record(plan, RmsNormBindings { rows, x, weight, y }, norm)?;
+        Ok(Input::Compact { x: y })
+    }
+
     /// Records `input @ weight^T` over the rows `columns` of the weight, shard by shard; only the last shard of the
-    /// range may be used in part.
+    /// range may be used in part. Output column 0 is `params.first_output`.
     fn record_linear(
         &self,
         plan: &mut PlanBuilder<'_>,
@@ -986,43 +1156,33 @@ impl<'a> Recorder<'a> {
         params: LinearParams,
     ) -> Result<()> {
         let in_features = weight.in_features as u32;
-        let max_rows = match self.phase {
-            // A prompt ends in one row.
-            Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
-            Phase::Prefill => self.step.capacity.max(MAX_FEW_ROWS + 1),
-            _ => self.step.capacity,
-        };
-        let num_outputs = columns.end - columns.start;
-        let rows_of_weight = (num_outputs, weight.num_rows as u32);
-        let product = self.phase.product(plan.gpu().caps(), self.model.precision, max_rows, rows_of_weight);
-        let x = match (input, product) {
-            (Input::Norm { x, weight }, Product::ManyRows { norm_apart: true, .. }) => {
-                let norm = RmsNormParams { hidden_size: in_features, eps: params.eps };
-                let bindings = RmsNormBindings { rows, x, weight, y: &self.step.normed };
-                RmsNorm::default().record(plan, bindings, norm)?;
-                Input::Compact { x: &self.step.normed }
-            }
+        let product = self.product(rows, columns.end - columns.start, weight);
+        let x = match product {
+            Product::ManyRows { norm_apart: true, .. } => self.record_norm(plan, rows, input, params.eps)?,
             _ => input,
         };
         for shard in &weight.shards {
-            let first_output = shard.first_row as u32;
-            if !columns.contains(&first_output) {
+            let first_row = shard.first_row as u32;
+            if !columns.contains(&first_row) {
                 continue;
             }
-            let num_outputs = (shard.num_rows as u32).min(columns.end - first_output);
+            let num_outputs = (shard.num_rows as u32).min(columns.end - first_row);
+            let first_output = params.first_output + first_row;
             let params = LinearParams { num_outputs, first_output, in_features, ..params };
             let prologue = match x {
                 Input::Compact { x } => Prologue::Compact { x },
                 Input::Stream { x } => Prologue::Stream { x },
                 Input::Norm { x, weight } => Prologue::Norm { x, weight },
-                Input::Merge { partial, stats, num_splits } => Prologue::Merge { partial, stats, num_splits },
+                Input::Merge { partial, stats, num_splits, head_dim } => {
+                    Prologue::Merge { partial, stats, num_splits, head_dim }
+                }
             };
             match product {
                 Product::FewRows { max_rows } => {
                     let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
                     let kinds = (prologue.kind(), epilogue.kind());
-                    let kernel =
-                        LinearDecode::new(plan.gpu().caps(), in_features, weight.dtype, kinds.0, kinds.1, max_rows);
+                    let size = [num_outputs, in_features];
+                    let kernel = LinearDecode::new(plan.gpu().caps(), size, weight.dtype, kinds.0, kinds.1, max_rows);
                     LinearDecode { single_row: self.step.capacity == 1, ..kernel }.record(plan, &bindings, &params)?;
                 }
                 Product::ManyRows { tile, .. } => {
@@ -1137,7 +1297,13 @@ impl<'a> Recorder<'a> {
             bias: routers.bias.as_ref(),
         };
         let in_features = (weight.num_elems() / config.num_recursions) as u32;
-        let params = RouterTokenParams { in_features, input_scale: input.scale, alpha: config.alpha as f32 };
+        let params = RouterTokenParams {
+            in_features,
+            input_scale: input.scale,
+            alpha: config.alpha as f32,
+            max_depth: self.model.max_depth() as u32,
+            depth_bias: self.model.depth.router_bias,
+        };
         kernel.record(plan, bindings, params)
     }
 
@@ -1179,7 +1345,7 @@ enum Input<'a> {
     Compact { x: &'a Tensor },
     Stream { x: &'a Tensor },
     Norm { x: &'a Tensor, weight: &'a Tensor },
-    Merge { partial: &'a Tensor, stats: &'a Tensor, num_splits: u32 },
+    Merge { partial: &'a Tensor, stats: &'a Tensor, num_splits: u32, head_dim: u32 },
 }
 
 struct RouterInput<'a> {

@@ -7,7 +7,12 @@
 //!
 //! Mixture-of-Recursions (arXiv 2507.10524); Llama block after "LLaMA" (arXiv 2302.13971).
 
-use crate::{Checkpoint, Gating, KvLayout, KvStrategy, Mode, ModelError, MorConfig, RouterFunc, Routing, TensorId};
+use std::collections::HashMap;
+
+use crate::{
+    Checkpoint, DepthControl, Gating, KvLayout, KvStrategy, LayerTensor, LoraTensors, Mode, ModelError, MorConfig,
+    RouterFunc, Routing, TensorId,
+};
 
 /// A model ready to run on the CPU: every distinct tensor in f32.
 ///
@@ -33,6 +38,7 @@ use crate::{Checkpoint, Gating, KvLayout, KvStrategy, Mode, ModelError, MorConfi
 #[derive(Debug)]
 pub struct Oracle {
     config: MorConfig,
+    depth: DepthControl,
     kv: KvLayout,
     /// Distinct tensors, by id.
     tensors: Vec<Vec<f32>>,
@@ -40,6 +46,9 @@ pub struct Oracle {
     norm: TensorId,
     lm_head: TensorId,
     layers: Vec<crate::LayerTensors>,
+    loras: HashMap<(usize, LayerTensor), LoraTensors>,
+    /// What the output of each effective layer is multiplied by, if by anything.
+    encodings: Vec<Option<TensorId>>,
     routers: Vec<crate::RouterTensors>,
     /// Effective layers of each recursion.
     blocks: Vec<Vec<usize>>,
@@ -123,6 +132,11 @@ impl Oracle {
             norm: checkpoint.norm(),
             lm_head: checkpoint.lm_head(),
             layers: (0..layout.num_layers()).map(|l| checkpoint.layer(l)).collect(),
+            loras: (0..layout.num_layers())
+                .flat_map(|l| LayerTensor::PROJECTIONS.map(|tensor| (l, tensor)))
+                .filter_map(|(l, tensor)| Some(((l, tensor), checkpoint.lora(l, tensor)?)))
+                .collect(),
+            encodings: (0..layout.num_layers()).map(|l| checkpoint.recursion_encoding(l)).collect(),
             routers: (0..).map_while(|r| checkpoint.router(r)).collect(),
             blocks: (0..config.num_recursions as u32).map(|r| layout.block_layers(r)).collect(),
             inv_freq: (0..half)
@@ -132,7 +146,19 @@ impl Oracle {
                 })
                 .collect(),
             config,
+            depth: DepthControl::default(),
         }
+    }
+
+    /// The model with other depths.
+    ///
+    /// # Errors
+    ///
+    /// As [`DepthControl::validate`].
+    pub fn with_depth_control(mut self, depth: DepthControl) -> Result<Self, ModelError> {
+        depth.validate(&self.config)?;
+        self.depth = depth;
+        Ok(self)
     }
 
     /// Configuration.
@@ -242,6 +268,9 @@ impl Oracle {
         out.depth = vec![0; num_rows];
         let mut active: Vec<usize> = (0..num_rows).collect();
         for (r, router) in self.routers.iter().enumerate() {
+            if r >= self.depth.max_depth(&self.config) {
+                active.clear();
+            }
             let logits = self.router(&router.router, &rows.gather(&active), self.config.temp);
             let gates: Vec<f32> = logits.iter().map(|&logit| self.expert_gate(logit)).collect();
             let aux = router.aux.as_ref().map(|aux| self.router(aux, &rows.gather(&active), 1.0));
@@ -255,7 +284,9 @@ impl Oracle {
                     let k = ((capacity * num_rows as f64) as usize).max(1);
                     top_k(&gates, k)
                 }
-                Routing::Causal => (0..active.len()).filter(|&i| capacity >= 1.0 || decisive[i] >= 0.0).collect(),
+                Routing::Causal => {
+                    (0..active.len()).filter(|&i| capacity >= 1.0 || decisive[i] >= self.depth.threshold()).collect()
+                }
             };
             let selected: Vec<usize> = chosen.iter().map(|&i| active[i]).collect();
 
@@ -289,13 +320,13 @@ impl Oracle {
         let logits = self.router(&router.router, rows, self.config.temp);
         let gates: Vec<f32> = logits.chunks(num_recursions).flat_map(|logits| self.token_gates(logits)).collect();
         let bias = router.bias.map(|id| self.weight(id));
-        let last: Vec<usize> = gates
-            .chunks(num_recursions)
-            .map(|gates| match bias {
-                Some(bias) => argmax(&gates.iter().zip(bias).map(|(g, b)| g + b).collect::<Vec<_>>()),
-                None => argmax(gates),
-            })
-            .collect();
+        let score =
+            |(r, gate): (usize, &f32)| gate + bias.map_or(0.0, |bias| bias[r]) + r as f32 * self.depth.router_bias;
+        let choose = |gates: &[f32]| {
+            let scores: Vec<f32> = gates.iter().enumerate().map(score).collect();
+            argmax(&scores[..self.depth.max_depth(&self.config)])
+        };
+        let last: Vec<usize> = gates.chunks(num_recursions).map(choose).collect();
 
         // `current` runs through the block; `rows` keeps the input, which the result is added to.
         let mut current = rows.clone();
@@ -331,28 +362,44 @@ impl Oracle {
     /// One Llama layer over `rows`, which keep their own positions.
     fn layer(&self, layer: usize, rows: &mut Rows, cache: &mut OracleCache) {
         let w = self.layers[layer];
-        let hidden = self.config.hidden_size;
         let kv = self.kv.layer(layer);
 
+        let project = |x: &[f32], tensor| self.project(layer, tensor, x);
         let h = self.rms_norm(&rows.data, w.input_layernorm);
-        let mut q = self.linear(&h, w.q_proj, hidden);
+        let mut q = project(&h, LayerTensor::QProj);
         self.rope(&mut q, &rows.positions);
         if kv.write_group.is_some() {
-            let mut k = self.linear(&h, w.k_proj, hidden);
+            let mut k = project(&h, LayerTensor::KProj);
             self.rope(&mut k, &rows.positions);
             let store = &mut cache.layers[layer];
             store.positions.extend(&rows.positions);
             store.keys.extend(k);
-            store.values.extend(self.linear(&h, w.v_proj, hidden));
+            store.values.extend(project(&h, LayerTensor::VProj));
         }
         let attended = self.attention(&q, &rows.positions, &self.entries(layer, cache));
-        add(&mut rows.data, &self.linear(&attended, w.o_proj, self.config.q_dim()));
+        add(&mut rows.data, &project(&attended, LayerTensor::OProj));
 
         let h = self.rms_norm(&rows.data, w.post_attention_layernorm);
-        let mut inner = self.linear(&h, w.gate_proj, hidden);
-        let up = self.linear(&h, w.up_proj, hidden);
+        let mut inner = project(&h, LayerTensor::GateProj);
+        let up = project(&h, LayerTensor::UpProj);
         inner.iter_mut().zip(up).for_each(|(g, up)| *g = silu(*g) * up);
-        add(&mut rows.data, &self.linear(&inner, w.down_proj, self.config.intermediate_size));
+        add(&mut rows.data, &project(&inner, LayerTensor::DownProj));
+
+        if let Some(encoding) = self.encodings[layer] {
+            rows.data.iter_mut().zip(self.weight(encoding).iter().cycle()).for_each(|(x, e)| *x *= e);
+        }
+    }
+
+    /// A projection of a layer, with its adapter if it has one: x `[n, in]` -> `[n, out]`.
+    fn project(&self, layer: usize, tensor: LayerTensor, x: &[f32]) -> Vec<f32> {
+        let num_in = tensor.shape(&self.config)[1];
+        let mut y = self.linear(x, self.layers[layer].get(tensor), num_in);
+        if let (Some(factors), Some(lora)) = (self.loras.get(&(layer, tensor)), &self.config.lora) {
+            let scale = lora.scale() as f32;
+            let delta = self.linear(&self.linear(x, factors.a, num_in), factors.b, lora.rank);
+            y.iter_mut().zip(delta).for_each(|(y, delta)| *y += scale * delta);
+        }
+        y
     }
 
     /// The entries `layer` may attend to, in position order: its group's, else the fallback's.

@@ -46,6 +46,9 @@ pub struct EffectiveLayer {
     pub recursion: Option<u32>,
     /// Prefix of its tensor names, without the final dot.
     pub prefix: String,
+    /// Whether its output is multiplied by the encoding of its recursion: the last layer of a block may be, and of the
+    /// sequence strategies every shared layer.
+    pub is_encoded: bool,
 }
 
 impl LayerLayout {
@@ -60,7 +63,8 @@ impl LayerLayout {
             .map(|l| {
                 let unshared = config.sharing == SharingStrategy::None || (middle && (l == 0 || l == num_layers - 1));
                 if unshared {
-                    return EffectiveLayer { owner: l, recursion: None, prefix: unshared_prefix(config, l) };
+                    let prefix = unshared_prefix(config, l);
+                    return EffectiveLayer { owner: l, recursion: None, prefix, is_encoded: false };
                 }
                 let m = l - first_shared;
                 let (r, owner) = if config.sharing.is_cycle() {
@@ -68,10 +72,15 @@ impl LayerLayout {
                 } else {
                     (m % num_recursions, m / num_recursions * num_recursions)
                 };
+                let ends_block = !config.sharing.is_cycle() || m % base_depth == base_depth - 1;
+                let is_encoded = config.recursion_encoding && ends_block;
+                let prefix = shared_prefix(config, l, r, m % base_depth);
                 EffectiveLayer {
                     owner: first_shared + owner,
                     recursion: Some(r as u32),
-                    prefix: shared_prefix(config, l, r, m % base_depth),
+                    // A module of its own holds the encoding and, as `block`, the layer.
+                    prefix: if is_encoded { format!("{prefix}.block") } else { prefix },
+                    is_encoded,
                 }
             })
             .collect();
@@ -115,6 +124,12 @@ impl LayerLayout {
     /// Prefix of the tensor names of `layer`.
     pub fn prefix(&self, layer: usize) -> &str {
         &self.layers[layer].prefix
+    }
+
+    /// Name of the encoding that multiplies the output of `layer`, if one does.
+    pub fn encoding_name(&self, layer: usize) -> Option<String> {
+        let prefix = self.layers[layer].is_encoded.then(|| self.prefix(layer).strip_suffix(".block"))??;
+        Some(format!("{prefix}.recursion_encoding"))
     }
 
     /// Effective layers of recursion `recursion` in running order; empty for a vanilla model.

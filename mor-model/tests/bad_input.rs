@@ -200,6 +200,70 @@ fn tied_groups_that_are_cut() {
 }
 
 #[test]
+fn adapters_and_encodings_that_do_not_fit() {
+    const RELAXED: &str = "../relaxed/expert_middle_cycle_r3_both";
+    const PROJ: &str = "model.layers.2.block.0.self_attn.q_proj";
+    const ENCODING: &str = "model.layers.2.block.1.recursion_encoding";
+    let opened = |edit: &dyn Fn(&mut Draft)| {
+        let mut draft = Draft::of(RELAXED);
+        edit(&mut draft);
+        draft.open()
+    };
+    opened(&|_| {}).unwrap();
+    for factor in ["lora_A", "lora_B"] {
+        let name = format!("{PROJ}.{factor}.default.weight");
+        let missing = opened(&|draft| drop(draft.tensors.remove(&name)));
+        assert_error!(missing, ModelError::MissingTensor { .. }, &name, "24");
+    }
+    let missing = opened(&|draft| drop(draft.tensors.remove(ENCODING)));
+    assert_error!(missing, ModelError::MissingTensor { .. }, ENCODING, "[24]");
+    let other_rank = opened(&|draft| draft.config["mor"]["lora"]["rank"] = json!(6));
+    assert_error!(other_rank, ModelError::TensorShape { .. }, "lora_A.default.weight", "[4, 24]", "[6, 24]");
+    let transposed = opened(&|draft| draft.tensor(&format!("{PROJ}.lora_A.default.weight")).1.reverse());
+    assert_error!(transposed, ModelError::TensorShape { .. }, PROJ, "[24, 4]", "[4, 24]");
+
+    // Of the first layer, which is not shared, and of a projection that is no target.
+    for module in ["model.layers.0.self_attn.q_proj", "model.layers.2.block.0.self_attn.k_proj"] {
+        let name = format!("{module}.lora_A.default.weight");
+        let nowhere = opened(&|draft| {
+            let factor = draft.tensors[&format!("{PROJ}.lora_A.default.weight")].clone();
+            draft.tensors.insert(name.clone(), factor);
+        });
+        assert_error!(nowhere, ModelError::UnknownTensor { .. }, &name, "mor.lora");
+    }
+    let unasked = opened(&|draft| draft.config["mor"]["lora"] = Value::Null);
+    assert_error!(unasked, ModelError::UnknownTensor { .. }, "base_layer.weight", "mor.lora");
+    let unasked = opened(&|draft| draft.config["mor"]["recursion_encoding"] = json!(false));
+    assert_error!(unasked, ModelError::UnknownTensor { .. }, "block.1.block.", "mor.recursion_encoding");
+
+    let recursive = |lora: Value| {
+        let mor = json!({ "mode": "recursive", "sharing": "cycle", "num_recursion": 2, "lora": lora });
+        config_with(&[("num_hidden_layers", json!(4)), ("mor", mor)])
+    };
+    let lora = recursive(json!({ "rank": 16 })).unwrap().lora.unwrap();
+    assert_eq!((lora.scale(), lora.targets), (2.0, vec![LayerTensor::QProj, LayerTensor::VProj]));
+    assert_error!(recursive(json!({})), ModelError::ConfigMissing { .. }, "mor.lora.rank");
+    assert_error!(recursive(json!({ "rank": 0 })), ModelError::ConfigValue { .. }, "mor.lora.rank", "0");
+    assert_error!(recursive(json!({ "rank": 4, "alpha": -1 })), ModelError::ConfigValue { .. }, "mor.lora.alpha", "-1");
+    assert_error!(
+        recursive(json!({ "rank": 4, "r": 4 })),
+        ModelError::ConfigUnknownField { .. },
+        "mor.lora.r",
+        "alpha"
+    );
+    assert_error!(recursive(json!(16)), ModelError::ConfigValue { .. }, "mor.lora", "object");
+    for targets in [json!("q_proj"), json!([]), json!(["q_proj", "q_proj"]), json!(["embed_tokens"]), json!([1])] {
+        let found = recursive(json!({ "rank": 4, "targets": targets }));
+        assert_error!(found, ModelError::ConfigValue { .. }, "mor.lora.targets", "down_proj");
+    }
+    let vanilla = |mor: Value| config_with(&[("mor", mor)]);
+    let found = vanilla(json!({ "mode": "vanilla", "lora": { "rank": 4 } }));
+    assert_error!(found, ModelError::ConfigConflict { .. }, "mor.lora.rank", "vanilla");
+    let found = vanilla(json!({ "mode": "vanilla", "recursion_encoding": true }));
+    assert_error!(found, ModelError::ConfigConflict { .. }, "mor.recursion_encoding", "vanilla");
+}
+
+#[test]
 fn copies_that_differ_stay_separate() {
     let mut draft = Draft::with_copies(EXPERT);
     draft.tensor(Q_PROJ_COPY).2[0] ^= 1;

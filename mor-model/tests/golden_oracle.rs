@@ -8,7 +8,8 @@ use mor_model::{
     oracle::{Oracle, OracleOutput},
 };
 
-const NUM_CASES: usize = 23;
+/// Golden ones, and those of relaxed models.
+const NUM_CASES: usize = 23 + 6;
 
 fn cases() -> Vec<GoldenCase> {
     let cases = GoldenCase::load_all().unwrap();
@@ -144,7 +145,7 @@ fn topk_forward_matches_every_expert_case() {
             check_forward(&case, "topk", i, &out);
         }
     }
-    assert_eq!(num_checked, 11);
+    assert_eq!(num_checked, 11 + 2);
 }
 
 #[test]
@@ -201,6 +202,9 @@ fn parameter_counts_follow_the_layout() {
         assert_eq!(counts.unique() < counts.effective(), is_shared, "{}", case.name);
         let elems: u64 = checkpoint.tensor_ids().map(|id| checkpoint.to_f32(id).len() as u64).sum();
         assert_eq!(counts.unique(), elems, "{}", case.name);
+        let config = checkpoint.config();
+        let is_relaxed = config.lora.is_some() || config.recursion_encoding;
+        assert_eq!(counts.relaxation > 0, is_relaxed, "{}", case.name);
     }
 }
 

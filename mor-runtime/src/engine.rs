@@ -53,6 +53,10 @@ pub struct Statistics {
     pub tokens_by_depth: Vec<u64>,
     /// Submits.
     pub submits: u64,
+    /// Dispatches of the submits whose results are known, those with an empty grid included.
+    pub dispatches: u64,
+    /// The longest that one of these submits took on the device, as the host saw it.
+    pub longest_submit: Duration,
     /// Decode steps, or ticks of depth-wise batching.
     pub ticks: u64,
     /// Ticks that slots spent on tokens, as far as their results are known.
@@ -194,7 +198,7 @@ impl Engine {
         let config = model.config();
         let (ticks, ticks_of_token) = match runner.batching() {
             Batching::Lockstep => (Self::STEPS_PER_SUBMIT, 1),
-            Batching::Depthwise => (Self::TICKS_PER_SUBMIT, config.num_recursions),
+            Batching::Depthwise => (Self::TICKS_PER_SUBMIT, model.max_depth()),
         };
         let scheduler = Scheduler::new(SchedulerOptions {
             layout,
@@ -311,6 +315,7 @@ impl Engine {
             self.submit_step(model, step)?;
         }
         if let Some(Flight { step, pending, submitted }) = self.in_flight.pop_front() {
+            let num_dispatches = pending.num_dispatches() as u64;
             let reply = pending.wait()?;
             let now = Instant::now();
             let drawn = |slot, from| reply.drawn(slot, from).collect();
@@ -323,7 +328,10 @@ impl Engine {
             self.statistics.elapsed += now - last_results;
             self.last_results = (!self.in_flight.is_empty()).then_some(now);
             // The device began when it had the step and was done with the one before.
-            self.adapt(model, &step, now - last_results.max(submitted));
+            let time = now - last_results.max(submitted);
+            self.statistics.longest_submit = self.statistics.longest_submit.max(time);
+            self.statistics.dispatches += num_dispatches;
+            self.adapt(model, &step, time);
         }
         Ok(!self.live.is_empty())
     }
@@ -357,6 +365,7 @@ impl Engine {
             num_slots: step.num_slots,
             max_context: step.max_context,
         };
+        tracing::trace!(ticks = work.ticks, slots = work.num_slots, chunks = feeds.len(), "submits a step");
         let pending = self.runner.submit(model, &work)?;
         self.statistics.submits += 1;
         self.statistics.ticks += step.ticks as u64;
@@ -376,8 +385,15 @@ impl Engine {
             live.started = Some(Instant::now());
             live.reused_tokens = start.depths.len();
             self.statistics.prompt_tokens += live.prompt.len() as u64;
+            tracing::debug!(
+                id = start.id,
+                prompt = live.prompt.len(),
+                reused = live.reused_tokens,
+                "a sequence starts"
+            );
         } else {
             live.preemptions += 1;
+            tracing::debug!(id = start.id, "a sequence that had given up its slot goes on");
         }
         // What another sequence has computed is known at once.
         let known = live.depths.len().min(start.depths.len());
@@ -489,6 +505,8 @@ impl Engine {
         } else {
             self.scheduler.set_prefill_rows((self.scheduler.prefill_rows() / 2).max(Self::LEAST_ROWS));
         }
+        let (ticks, rows) = (self.scheduler.ticks(), self.scheduler.prefill_rows());
+        tracing::debug!(?time, ticks, rows, "a submit took too long; later ones are shorter");
     }
 
     /// What has been done so far, and memory now.

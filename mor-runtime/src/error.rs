@@ -117,6 +117,24 @@ pub enum RuntimeError {
         /// `vocab_size`.
         model: usize,
     },
+    /// A chat template that cannot be read.
+    #[error(
+        "{path}: not a usable chat template: {reason}; expected a Jinja template in chat_template.jinja, or in chat_template of tokenizer_config.json"
+    )]
+    ChatTemplate {
+        /// File.
+        path: PathBuf,
+        /// What is wrong with it, with its line.
+        reason: String,
+    },
+    /// A conversation that the model's chat template does not take.
+    #[error("{path}: the chat template refuses the conversation: {reason}")]
+    Conversation {
+        /// File of the template.
+        path: PathBuf,
+        /// The template's words.
+        reason: String,
+    },
     /// Text given to a model that has no tokenizer.
     #[error("the model has no tokenizer.json, so text cannot be encoded; give token ids with --prompt-tokens")]
     NoTokenizer,

@@ -3,7 +3,7 @@
 use mor_kernels::rows::PAGE_SIZE;
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, Result};
-use mor_model::{KvStrategy, KvTensors, MorModel};
+use mor_model::{KvStrategy, KvTensors, MorModel, recursion_group};
 
 /// Groups whose entries lie in the same buffers and draw their pages from one space of numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ impl PageClass {
     }
 }
 
-/// The page classes of a model: its unshared layers, and its recursions.
+/// The page classes of a model: its unshared layers, and the recursions that its tokens may take.
 pub fn page_classes(model: &MorModel) -> Vec<PageClass> {
     let layout = model.kv_layout();
     let row_bytes = model.precision().kv_dtype().row_bytes(model.kv_dim());
@@ -31,6 +31,7 @@ pub fn page_classes(model: &MorModel) -> Vec<PageClass> {
     for buffer in 0..layout.num_buffers() {
         let layers = layout.layers().iter().filter(|layer| layer.buffer == buffer);
         let mut groups: Vec<_> = layers.filter_map(|layer| layer.write_group).collect();
+        groups.retain(|group| *group < recursion_group(model.max_depth() as u32));
         groups.sort_unstable();
         groups.dedup();
         // A group has all its layers tied alike, so classes are the same or have nothing in common.

@@ -4,6 +4,9 @@
 //! [`Session::generate`] is an iterator of [`Event`]s. The device draws each token and feeds it to the next step itself,
 //! the host runs some steps ahead and learns tokens and depths as they arrive.
 //!
+//! # Features
+//! - `chat` (off): the module of that name writes conversations as a model's chat template wants them.
+//!
 //! # Example
 //! ```
 //! use mor_model::{Dtype, MorConfig};
@@ -50,6 +53,8 @@
 //!
 //! Options are built from their defaults, `SessionOptions { .., ..SessionOptions::default() }`: fields will be added.
 
+#[cfg(feature = "chat")]
+pub mod chat;
 mod engine;
 mod error;
 mod event;
@@ -69,10 +74,10 @@ pub use event::{Event, SequenceHandle, Summary};
 pub use fleet::{Fleet, Report};
 pub use mor_kernels::Gpu;
 pub use mor_kernels::gpu::{AdapterKind, AdapterSummary, DeviceSelector, GpuOptions};
-pub use mor_model::{Batching, KvStrategy, Precision, Quantization, Routing, ScriptedRouter};
+pub use mor_model::{Batching, DepthControl, KvStrategy, Precision, Quantization, Routing, ScriptedRouter};
 pub use sampling::{FinishReason, GenerateRequest, SamplingParams};
 pub use session::{
-    BatchOptions, DecodeProfile, ForwardOutput, Generation, LoadProgress, ModelSource, Score, SequenceOutput, Session,
-    SessionOptions,
+    BatchOptions, ForwardOutput, Generation, LoadProgress, ModelSource, Score, SequenceOutput, Session, SessionOptions,
+    StepProfile,
 };
 pub use text::{Piece, TextStream, Tokenizer};

@@ -1,6 +1,7 @@
 //! [`Runner`]: feeds rows to a model and reads what comes back. The only place that submits work.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use mor_kernels::Result;
@@ -12,7 +13,7 @@ use mor_kernels::rows::{ActiveRow, NONE, ROW_ACTIVE, ROW_INDEX_UNIT, ROW_SAMPLE,
 use mor_kernels::submit::{Readback, Submission};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_model::{
-    Batching, LogitRows, MAX_FEW_ROWS, Mode, MorModel, Phase, Precision, Routing, SampleTensors, StepTensors,
+    Batching, LogitRows, MAX_FEW_ROWS, Mode, MorModel, PARTS, Phase, Precision, Routing, SampleTensors, StepTensors,
 };
 
 use crate::kv_cache::KvCache;
@@ -52,6 +53,7 @@ pub struct Pending {
     depths: Option<Readback>,
     next_rows: Readback,
     results: Readback,
+    num_dispatches: usize,
 }
 
 /// The results of a submit.
@@ -65,6 +67,11 @@ pub struct Reply {
 }
 
 impl Pending {
+    /// Dispatches of the submit, those with an empty grid included.
+    pub fn num_dispatches(&self) -> usize {
+        self.num_dispatches
+    }
+
     /// Whether [`Pending::wait`] would return at once.
     ///
     /// # Errors
@@ -318,7 +325,9 @@ impl Runner {
         let bytes = num_slots * SampleToken::RESULTS as usize * 8;
         let results = submission.read(&self.sample.results, 0, bytes as u64)?;
         submission.submit();
-        Ok(Pending { depths, next_rows, results })
+        let of_tick = decode.map_or(0, |plan| plan.num_dispatches());
+        let num_dispatches = work.ticks * of_tick + prefill.map_or(0, |(plan, _)| plan.num_dispatches());
+        Ok(Pending { depths, next_rows, results, num_dispatches })
     }
 
     /// K/V entries the sequence in a slot holds, per effective layer, as the device counted them; waits.
@@ -360,7 +369,7 @@ impl Runner {
     /// The plan of a decode step or tick over the first `num_slots` slots, at up to `max_context` positions.
     ///
     /// # Errors
-    /// As [`PlanBuilder::dispatch`] the first time.
+    /// As [`PlanBuilder::dispatch`] and [`PlanBuilder::finish`] the first time.
     pub fn decode_plan(&mut self, model: &MorModel, num_slots: usize, max_context: usize) -> Result<Arc<Plan>> {
         // Few sizes, so that few plans exist.
         let num_slots = num_slots.next_power_of_two().min(self.num_slots());
@@ -389,30 +398,79 @@ impl Runner {
             }
         }
         let plan = Arc::new(plan.finish()?);
+        tracing::debug!(
+            num_slots,
+            num_splits,
+            dispatches = plan.num_dispatches(),
+            "recorded the plan of a decode step"
+        );
         self.decode.insert((num_slots, num_splits), Arc::clone(&plan));
         Ok(plan)
     }
 
-    /// Records the plans of prefill steps of `num_rows` rows and of decode up to `max_context` positions, so that no
-    /// later call compiles.
+    /// Records the plans of prefill steps of `num_rows` rows and of decode from `contexts.start` to `contexts.end` positions, so
+    /// that no later call compiles.
     ///
     /// # Errors
-    /// As [`PlanBuilder::dispatch`].
-    pub fn prepare(&mut self, model: &MorModel, num_rows: usize, num_slots: usize, max_context: usize) -> Result<()> {
+    /// As [`PlanBuilder::dispatch`] and [`PlanBuilder::finish`].
+    pub fn prepare(
+        &mut self,
+        model: &MorModel,
+        num_rows: usize,
+        num_slots: usize,
+        contexts: Range<usize>,
+    ) -> Result<()> {
         if num_rows > 0 {
             self.prefill_plan(model, num_rows)?;
         }
-        let mut context = 1;
-        while context < max_context {
+        let mut context = contexts.start.max(1);
+        while context < contexts.end {
             self.decode_plan(model, num_slots, context)?;
             context *= 2;
         }
-        self.decode_plan(model, num_slots, max_context)?;
+        self.decode_plan(model, num_slots, contexts.end)?;
         Ok(())
+    }
+
+    /// A plan of the prefill step that feeds `feeds`, for measurements: it can be run again and again, since it begins by
+    /// putting the lengths of K/V lists back to what they are now.
+    ///
+    /// # Errors
+    /// As [`PlanBuilder::dispatch`] and [`PlanBuilder::finish`].
+    ///
+    /// # Panics
+    /// If there are more rows than [`Runner::prefill_rows`].
+    pub fn repeatable_prefill(&mut self, model: &MorModel, feeds: &[Feed<'_>]) -> Result<Plan> {
+        let gpu = model.gpu();
+        let tensors = self.prefill_tensors(model, feeds.iter().map(|feed| feed.tokens.len()).sum())?;
+        write_rows(model, &tensors, feeds);
+        let lengths = &self.kv.tensors.lengths;
+        let now: Vec<u32> = gpu.read(lengths)?;
+        let now = Tensor::from_slice(gpu, "kv_lengths.now", DType::U32, &[now.len()], &now)?;
+        let mut plan = PlanBuilder::new(gpu)?;
+        plan.part(PARTS[0]);
+        plan.copy(&now, 0, lengths, 0, now.num_bytes());
+        self.record_prefill(model, &tensors, &mut plan)?;
+        plan.finish()
     }
 
     /// The plan of a prefill step of `num_rows` rows, and the tensors it works in.
     fn prefill_plan(&mut self, model: &MorModel, num_rows: usize) -> Result<(Arc<Plan>, StepTensors)> {
+        let tensors = self.prefill_tensors(model, num_rows)?;
+        if let Some(plan) = self.prefill.get(&tensors.capacity) {
+            return Ok((Arc::clone(plan), tensors));
+        }
+        let mut plan = PlanBuilder::new(model.gpu())?;
+        self.record_prefill(model, &tensors, &mut plan)?;
+        let plan = Arc::new(plan.finish()?);
+        let dispatches = plan.num_dispatches();
+        tracing::debug!(rows = tensors.capacity, dispatches, "recorded the plan of a prefill step");
+        self.prefill.insert(tensors.capacity, Arc::clone(&plan));
+        Ok((plan, tensors))
+    }
+
+    /// The tensors of a prefill step of `num_rows` rows.
+    fn prefill_tensors(&mut self, model: &MorModel, num_rows: usize) -> Result<StepTensors> {
         assert!(num_rows <= self.prefill_rows, "{num_rows} rows in a prefill step of {}", self.prefill_rows);
         if self.prefill_tensors.is_none() {
             self.prefill_tensors = Some(model.step_tensors(self.prefill_rows, self.num_slots(), None)?);
@@ -420,17 +478,13 @@ impl Runner {
         // Few sizes, so that few plans exist; each with the kernels that suit it.
         let size = Self::PREFILL_SIZES.into_iter().find(|size| num_rows <= *size);
         let size = size.unwrap_or(self.prefill_rows).min(self.prefill_rows);
-        let tensors = self.prefill_tensors.as_ref().expect("made above").limited_to(size);
-        if let Some(plan) = self.prefill.get(&size) {
-            return Ok((Arc::clone(plan), tensors));
-        }
+        Ok(self.prefill_tensors.as_ref().expect("made above").limited_to(size))
+    }
+
+    fn record_prefill(&self, model: &MorModel, tensors: &StepTensors, plan: &mut PlanBuilder<'_>) -> Result<()> {
         let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Prefill };
         let how = (phase, Routing::Causal, LogitRows::Sampled);
-        let mut plan = PlanBuilder::new(model.gpu())?;
-        model.record_step(&mut plan, &tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})?;
-        let plan = Arc::new(plan.finish()?);
-        self.prefill.insert(size, Arc::clone(&plan));
-        Ok((plan, tensors))
+        model.record_step(plan, tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})
     }
 }
 

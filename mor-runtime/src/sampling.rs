@@ -60,14 +60,23 @@ pub struct GenerateRequest {
     pub sampling: SamplingParams,
     /// Texts that end the generation where one appears; it is not part of the output. Needs a tokenizer.
     pub stop: Vec<String>,
-    /// Go on after an end-of-text token.
+    /// Tokens that end the generation as the model's own end-of-text tokens do.
+    pub stop_tokens: Vec<u32>,
+    /// Go on after the model's end-of-text tokens.
     pub ignore_eos: bool,
 }
 
 impl GenerateRequest {
     /// 128 new tokens with default sampling.
     pub fn new(prompt: Vec<u32>) -> Self {
-        Self { prompt, max_new_tokens: 128, sampling: SamplingParams::default(), stop: Vec::new(), ignore_eos: false }
+        Self {
+            prompt,
+            max_new_tokens: 128,
+            sampling: SamplingParams::default(),
+            stop: Vec::new(),
+            stop_tokens: Vec::new(),
+            ignore_eos: false,
+        }
     }
 }
 

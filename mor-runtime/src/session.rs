@@ -7,11 +7,12 @@ use std::time::Instant;
 use mor_kernels::Gpu;
 use mor_kernels::gpu::{AdapterSummary, GpuOptions};
 use mor_kernels::ops::GpuSampling;
+use mor_kernels::plan::{Dispatch, Plan};
 use mor_kernels::rows::{NONE, ROW_ACTIVE, ROW_SAMPLE, Row};
 use mor_kernels::submit::Submission;
-use mor_kernels::timing;
+use mor_kernels::timing::{self, DispatchTime};
 use mor_model::{
-    Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Quantization, Routing,
+    Batching, Checkpoint, DepthControl, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Quantization, Routing,
     ScriptedRouter,
 };
 
@@ -20,7 +21,7 @@ use crate::error::{Result, RuntimeError};
 use crate::event::{Event, SequenceHandle};
 use crate::kv_cache::{PageClass, kv_bytes, page_classes, pages_for_all};
 use crate::runner::{Capture, Captured, Evaluator, Feed, Runner, RunnerOptions, Work};
-use crate::sampling::GenerateRequest;
+use crate::sampling::{GenerateRequest, SamplingParams};
 use crate::text::Tokenizer;
 
 /// Where a model comes from.
@@ -70,6 +71,8 @@ pub struct SessionOptions {
     pub precision: Option<Precision>,
     /// Replaces the configuration's K/V strategy.
     pub kv: Option<KvStrategy>,
+    /// How far tokens go, other than their routers alone would have it.
+    pub depth: DepthControl,
     /// How many sequences run at a time, and in how much memory.
     pub batch: BatchOptions,
     /// Quantises the matrices first.
@@ -155,18 +158,18 @@ pub struct Score {
     pub depth: Vec<u32>,
 }
 
-/// Where the time of a decode step goes; see [`Session::profile_decode`].
+/// Where the time of a step goes; see [`Session::profile_decode`] and [`Session::profile_prefill`].
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
-pub struct DecodeProfile {
+pub struct StepProfile {
     /// Device time of a step among others like it.
     pub device_micros: f64,
     /// Host time to record and submit a step.
     pub host_micros: f64,
     /// Device time of each of the [`PARTS`](mor_model::PARTS) of a step among others like it, in the order in which they run.
     pub parts: Vec<(&'static str, f64)>,
-    /// Kernel name and device time of every dispatch, each in a pass of its own; more than `device_micros` in all.
-    pub dispatches: Vec<(&'static str, f64)>,
+    /// Every dispatch with its mean device time, each in a pass of its own; more than `device_micros` in all.
+    pub dispatches: Vec<DispatchTime>,
 }
 
 /// A loaded model on a device.
@@ -214,6 +217,7 @@ impl Session {
             Some(kv) => checkpoint.with_kv(kv)?,
             None => checkpoint,
         };
+        options.depth.validate(checkpoint.config())?;
         let checkpoint = match options.quantize {
             Some(quantization) => checkpoint.quantize(quantization)?,
             None => checkpoint,
@@ -227,8 +231,10 @@ impl Session {
                 on_load(LoadProgress { uploaded_bytes, total_bytes });
             }
         };
-        let model = MorModel::load(&gpu, &checkpoint, precision, &mut progress)?;
+        let model = MorModel::load(&gpu, &checkpoint, precision, &mut progress)?.with_depth_control(options.depth)?;
         let load_ms = start.elapsed().as_secs_f64() * 1e3;
+        let adapter = &gpu.summary().name;
+        tracing::info!(adapter, precision = precision.as_str(), bytes = total_bytes, load_ms, "loaded the model");
         Ok(Self { tokenizer, load_ms, batch: options.batch, ..Self::from_model(model) })
     }
 
@@ -254,6 +260,18 @@ impl Session {
         batch.validate()?;
         self.forget_engine();
         self.batch = batch;
+        Ok(self)
+    }
+
+    /// The session with other depths. Caches and kept beginnings are given up, for they hold what tokens computed at the depths
+    /// they had.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Model`] as [`DepthControl::validate`].
+    pub fn with_depth_control(mut self, depth: DepthControl) -> Result<Self> {
+        self.forget_engine();
+        self.evaluator = None;
+        self.model = self.model.with_depth_control(depth)?;
         Ok(self)
     }
 
@@ -305,14 +323,17 @@ impl Session {
         self.load_ms
     }
 
-    /// Dispatches of a decode step at `context` positions, those with an empty grid included.
+    /// The dispatches of a decode step or tick of `num_sequences` sequences at `context` positions.
     ///
     /// # Errors
     /// [`RuntimeError::Kernel`] if the device refuses the caches; as [`Session::submit`] while sequences run.
-    pub fn decode_dispatches(&mut self, context: usize) -> Result<usize> {
+    ///
+    /// # Panics
+    /// For more than [`Session::max_sequences`].
+    pub fn decode_dispatches(&mut self, num_sequences: usize, context: usize) -> Result<Vec<Dispatch>> {
         self.reserve(context)?;
         let runner = self.engine.as_mut().expect("reserved above").runner_mut();
-        Ok(runner.decode_plan(&self.model, 1, context)?.num_dispatches())
+        Ok(runner.decode_plan(&self.model, num_sequences, context)?.dispatches().collect())
     }
 
     /// Records the plans of all decode steps of up to [`Session::max_sequences`] sequences and `context` positions, so that
@@ -326,7 +347,7 @@ impl Session {
         let runner = self.engine.as_mut().expect("reserved above").runner_mut();
         let fewer = std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|n| *n < most);
         for num_slots in fewer.chain([most]) {
-            runner.prepare(&self.model, 0, num_slots, context)?;
+            runner.prepare(&self.model, 0, num_slots, 1..context)?;
         }
         self.model.gpu().wait_idle()?;
         Ok(())
@@ -337,22 +358,11 @@ impl Session {
     ///
     /// # Errors
     /// [`RuntimeError::Kernel`] if the device writes no timestamps, or refuses the caches.
-    pub fn profile_decode(&mut self, num_sequences: usize, context: usize) -> Result<DecodeProfile> {
-        /// Of one measurement; there are three, and a few more ticks. The other room is for sequences ahead of others.
-        const TICKS: usize = 32;
+    pub fn profile_decode(&mut self, num_sequences: usize, context: usize) -> Result<StepProfile> {
         const TICKS_PER_SUBMIT: usize = 2;
-        self.forget_engine();
-        let (model, gpu) = (&self.model, self.model.gpu());
         let middle = (context / 2).max(1);
-        let options = RunnerOptions {
-            num_slots: num_sequences,
-            max_positions: context + 5 * TICKS,
-            prefill_rows: 16,
-            batching: self.batch.batching,
-            pages_in_class: None,
-            batch_invariant: self.batch.batch_invariant,
-        };
-        let mut runner = Runner::new(model, &options)?;
+        let mut runner = self.profiled_runner(num_sequences, context + 5 * PROFILED_STEPS, 16)?;
+        let model = &self.model;
         let tick = |runner: &mut Runner, ticks| -> Result<usize> {
             let work = Work { ticks, max_context: context, ..Work::default() };
             let reply = runner.submit(model, &work)?.wait()?;
@@ -362,7 +372,7 @@ impl Session {
         let period = model.config().num_recursions;
         for turn in 0..period {
             for slot in (turn..num_sequences).step_by(period) {
-                let limit = options.max_positions as u32;
+                let limit = runner.max_positions() as u32;
                 let sampling = GpuSampling { temperature: 1.0, seed_low: slot as u32, limit, ..GpuSampling::default() };
                 runner.start(model, slot, &sampling, [], None);
                 let flags = ROW_ACTIVE | ROW_SAMPLE;
@@ -376,19 +386,54 @@ impl Session {
                 break;
             }
         }
-        let plan = &*runner.decode_plan(model, num_sequences, context)?;
-        let device_micros = timing::device_micros(gpu, plan, TICKS as u32)?;
-        let parts = timing::parts(gpu, plan, TICKS as u32)?;
-        let start = Instant::now();
-        for _ in 0..TICKS {
-            let mut submission = Submission::new(gpu);
-            submission.plan(plan);
-            submission.submit();
+        let plan = runner.decode_plan(model, num_sequences, context)?;
+        profile(model.gpu(), &plan)
+    }
+
+    /// Where the time of a prefill step goes that reads the same number of tokens of each of `num_sequences` sequences, the last
+    /// of `context` tokens: as many as fit [`BatchOptions::prefill_rows`]. Caches are made anew for it; sequences under way
+    /// are lost.
+    ///
+    /// # Errors
+    /// As [`Session::profile_decode`].
+    ///
+    /// # Panics
+    /// For more sequences than rows of a step.
+    pub fn profile_prefill(&mut self, num_sequences: usize, context: usize) -> Result<StepProfile> {
+        let prefill_rows = self.batch.prefill_rows;
+        assert!((1..=prefill_rows).contains(&num_sequences), "{num_sequences} sequences in {prefill_rows} rows");
+        let context = context.max(1);
+        let chunk = (prefill_rows / num_sequences).min(context);
+        let mut runner = self.profiled_runner(num_sequences, context, prefill_rows)?;
+        let model = &self.model;
+        for slot in 0..num_sequences {
+            runner.start(model, slot, &GpuSampling::default(), [], None);
         }
-        let host_micros = start.elapsed().as_secs_f64() * 1e6 / TICKS as f64;
-        gpu.wait_idle()?;
-        let dispatches = timing::profile(gpu, plan, 10)?;
-        Ok(DecodeProfile { device_micros, host_micros, parts, dispatches })
+        let tokens: Vec<u32> = (0..context).map(|i| (i % model.config().vocab_size) as u32).collect();
+        let feeds = |begin: usize, end: usize| -> Vec<Feed<'_>> {
+            let feed = |sequence| Feed { sequence, position: begin, tokens: &tokens[begin..end], sample: false };
+            (0..num_sequences).map(feed).collect()
+        };
+        let last = context - chunk;
+        for begin in (0..last).step_by(chunk) {
+            let end = last.min(begin + chunk);
+            runner.submit(model, &Work { feeds: &feeds(begin, end), max_context: end, ..Work::default() })?.wait()?;
+        }
+        profile(model.gpu(), &runner.repeatable_prefill(model, &feeds(last, context))?)
+    }
+
+    /// A runner for measurements, in place of the engine.
+    fn profiled_runner(&mut self, num_slots: usize, max_positions: usize, prefill_rows: usize) -> Result<Runner> {
+        self.forget_engine();
+        let options = RunnerOptions {
+            num_slots,
+            max_positions,
+            prefill_rows,
+            batching: self.batch.batching,
+            pages_in_class: None,
+            batch_invariant: self.batch.batch_invariant,
+        };
+        Ok(Runner::new(&self.model, &options)?)
     }
 
     /// How many sequences of `context` tokens can run at a time: their K/V entries and activations must fit what `others`
@@ -457,8 +502,9 @@ impl Session {
         if context > limit {
             return too_long("the prompt with its new tokens", context, "lower --max-new-tokens or shorten the prompt");
         }
-        let sampling = gpu_sampling(request, context, config.eos_token_ids());
-        let eos = if request.ignore_eos { Vec::new() } else { config.eos_token_ids().to_vec() };
+        let of_model = if request.ignore_eos { &[] } else { config.eos_token_ids() };
+        let eos = [of_model, &request.stop_tokens].concat();
+        let sampling = gpu_sampling(&request.sampling, context, &eos);
         self.reserve(context)?;
         let engine = self.engine.as_mut().expect("reserved above");
         Ok(engine.submit(request, prompt, sampling, eos, self.tokenizer.as_ref()))
@@ -507,8 +553,8 @@ impl Session {
         let engine = self.engine.as_mut().expect("a sequence was submitted");
         let prompt = request.prompt.len().max(1);
         let rows = (prompt - usize::from(request.max_new_tokens > 0)).min(engine.prefill_rows());
-        // Nothing compiles while tokens are awaited.
-        engine.runner_mut().prepare(&self.model, rows, 1, prompt + request.max_new_tokens)?;
+        // What the first token takes compiles before the clock starts; plans for longer contexts follow when they are needed.
+        engine.runner_mut().prepare(&self.model, rows, 1, prompt..prompt + request.max_new_tokens.min(1))?;
         self.model.gpu().wait_idle()?;
         Ok(Generation { session: self, handle, finished: false })
     }
@@ -517,7 +563,7 @@ impl Session {
     ///
     /// # Errors
     /// [`RuntimeError::TokenOutOfRange`], [`RuntimeError::TooLong`]; [`RuntimeError::TopK`] for top-k routing of a
-    /// sequence whose logits do not fit one buffer; [`RuntimeError::Kernel`] if the device fails.
+    /// sequence whose logits do not fit one buffer, or with a router bias; [`RuntimeError::Kernel`] if the device fails.
     pub fn forward(&mut self, sequences: &[Vec<u32>], routing: Routing) -> Result<ForwardOutput> {
         let config = self.model.config().clone();
         let mut outputs: Vec<_> = sequences.iter().map(|_| SequenceOutput::default()).collect();
@@ -586,6 +632,9 @@ impl Session {
         let caps = self.model.gpu().caps();
         let binding_rows = caps.max_storage_binding_bytes / (4 * self.model.logits_stride() as u64);
         let routing = if config.mode == Mode::Expert { routing } else { Routing::Causal };
+        if routing == Routing::TopK && self.model.depth_control().router_bias != 0.0 {
+            return Err(RuntimeError::TopK { reason: "ranks its tokens, which a router bias does not change" });
+        }
         // Top-k routing ranks whole sequences, so one goes through at a time and in one step.
         let (capacity, num_sequences) = match routing {
             Routing::Causal => (total.min(512), sequences.len()),
@@ -722,6 +771,29 @@ impl BatchOptions {
     }
 }
 
+/// Most steps of one measurement; a profile makes four, and one more step. The other room that is left for them is for
+/// sequences ahead of others.
+const PROFILED_STEPS: usize = 32;
+/// A measurement of slow steps has fewer, so that it takes about so many microseconds.
+const PROFILED_MICROS: f64 = 1e6;
+
+fn profile(gpu: &Gpu, plan: &Plan) -> Result<StepProfile> {
+    let of_one = timing::device_micros(gpu, plan, 1)?;
+    let steps = (PROFILED_MICROS / of_one.max(1.0)).clamp(1.0, PROFILED_STEPS as f64) as u32;
+    let device_micros = timing::device_micros(gpu, plan, steps)?;
+    let parts = timing::parts(gpu, plan, steps)?;
+    let start = Instant::now();
+    for _ in 0..steps {
+        let mut submission = Submission::new(gpu);
+        submission.plan(plan);
+        submission.submit();
+    }
+    let host_micros = start.elapsed().as_secs_f64() * 1e6 / f64::from(steps);
+    gpu.wait_idle()?;
+    let dispatches = timing::profile(gpu, plan, steps)?;
+    Ok(StepProfile { device_micros, host_micros, parts, dispatches })
+}
+
 fn append(to: &mut Vec<Vec<f32>>, from: Vec<Vec<f32>>) {
     to.resize(from.len(), Vec::new());
     to.iter_mut().zip(from).for_each(|(to, from)| to.extend(from));
@@ -773,12 +845,10 @@ fn check_tokens(what: &str, tokens: &[u32], vocab_size: usize) -> Result<()> {
     }
 }
 
-fn gpu_sampling(request: &GenerateRequest, limit: usize, eos_token_ids: &[u32]) -> GpuSampling {
-    let sampling = &request.sampling;
+fn gpu_sampling(sampling: &SamplingParams, limit: usize, eos_token_ids: &[u32]) -> GpuSampling {
     let mut eos = [NONE; 4];
     // More end tokens than the device watches are still seen by the host, some steps later.
-    let watched = if request.ignore_eos { &[] } else { eos_token_ids };
-    eos.iter_mut().zip(watched).for_each(|(slot, token)| *slot = *token);
+    eos.iter_mut().zip(eos_token_ids).for_each(|(slot, token)| *slot = *token);
     GpuSampling {
         temperature: sampling.temperature,
         top_k: sampling.top_k,

@@ -10,7 +10,7 @@ use common::{TinyModel, llama_config};
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::rows::{ROW_ACTIVE, ROW_SAMPLE, Row};
 use mor_kernels::{Gpu, parity};
-use mor_model::{Batching, Dtype, MorModel, Precision};
+use mor_model::{Batching, DepthControl, Dtype, MorModel, Precision};
 use mor_runtime::runner::{Feed, Runner, RunnerOptions, Work};
 use serde_json::{Value, json};
 
@@ -184,7 +184,7 @@ fn compare_batches(
     let mut tally = Tally::default();
     for (i, config) in configs().into_iter().enumerate() {
         let dtype = [Dtype::F32, Dtype::BF16, Dtype::F16][i % 3];
-        let (checkpoint, reference) = clear_case(&config.to_string(), &mut tally, |rng| {
+        let (checkpoint, reference) = clear_case(&config.to_string(), DepthControl::default(), &mut tally, |rng| {
             TinyModel::random(config.clone(), rng).checkpoint(dtype).expect("the tiny model is complete")
         });
         let model = MorModel::load(gpu, &checkpoint, precision, &mut |_| {}).expect("the tiny model fits");

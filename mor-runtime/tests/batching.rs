@@ -9,12 +9,12 @@ use common::{TinyModel, llama_config};
 use mor_kernels::parity::{self, Rng};
 use mor_kernels::rows::PAGE_SIZE;
 use mor_model::golden::GoldenCase;
-use mor_model::{Dtype, MorModel, Precision, Routing, ScriptedRouter};
+use mor_model::{DepthControl, Dtype, MorModel, Precision, Routing, ScriptedRouter};
 use mor_runtime::kv_cache::{kv_bytes, pages_for_all};
 use mor_runtime::runner::Runner;
 use mor_runtime::{
-    BatchOptions, Event, FinishReason, Fleet, GenerateRequest, GpuOptions, ModelSource, Report, SamplingParams,
-    SequenceHandle, Session, SessionOptions, Summary,
+    BatchOptions, Event, FinishReason, Fleet, GenerateRequest, GpuOptions, KvStrategy, ModelSource, Report,
+    SamplingParams, SequenceHandle, Session, SessionOptions, Summary,
 };
 use serde_json::json;
 
@@ -208,6 +208,22 @@ fn by_default_sequences_part_at_close_decisions_alone() {
     }
     println!("{} of {} sequences part from what they are alone", tally.differing, tally.sequences);
     assert!(tally.preemptions > 10 && tally.reused > 200);
+}
+
+/// Also at other depths than the routers', where later recursions' caches take no pages.
+#[test]
+fn controlled_depths_are_the_same_in_any_batch() {
+    let mut tally = Tally::default();
+    for (name, session) in golden_sessions().filter(|(_, session)| session.config().is_routed()) {
+        let before = kv_bytes(session.model(), &pages_for_all(session.model(), 1, 96));
+        let shares = session.config().kv == KvStrategy::Sharing;
+        let depth = DepthControl { max_depth: Some(session.config().num_recursions - 1), router_bias: 0.3 };
+        let session = session.with_depth_control(depth).expect("a routed model can follow it");
+        let after = kv_bytes(session.model(), &pages_for_all(session.model(), 1, 96));
+        assert!(if shares { after == before } else { after < before }, "{name}: {after} of {before} bytes of K/V");
+        check(&format!("{name} at other depths"), session, 96, 8, true, &mut tally);
+    }
+    assert!(tally.preemptions > 5 && tally.reused > 100 && tally.differing == 0);
 }
 
 fn trained(name: &str) -> Session {

@@ -3,11 +3,11 @@
 
 mod common;
 
-use common::batch::{Tally, check_case};
-use common::llama_config;
+use common::batch::{Tally, check_at_depths, check_case};
+use common::{TinyModel, llama_config};
 use mor_kernels::gpu::{Gpu, GpuOptions};
 use mor_kernels::parity;
-use mor_model::Dtype;
+use mor_model::{DepthControl, Dtype};
 use serde_json::{Value, json};
 
 /// Runs all cases of a mode. Sizes, element types and key splits take turns, since they multiply with nothing here.
@@ -110,6 +110,50 @@ fn token_choice() {
         }
         mor
     }));
+}
+
+/// Fewer recursions, other thresholds, and both, for every kind of router that decides and of K/V strategy.
+#[test]
+fn controlled_depths() {
+    let expert = product(&[
+        ("mode", &strings(&["expert"])),
+        ("sharing", &strings(&["cycle", "middle_cycle"])),
+        ("kv", &strings(&["recursion_wise", "sharing", "hybrid"])),
+        ("router_type", &strings(&["linear", "mlp"])),
+        ("sampling", &[json!("aux_loss"), json!("aux_router")]),
+        ("capacity", &[json!([0.9, 0.7, 0.5]), json!([1.0, 0.7, 0.5])]),
+        ("num_recursion", &[json!(3)]),
+    ]);
+    let token = product(&[
+        ("mode", &strings(&["token"])),
+        ("sharing", &strings(&["cycle", "middle_cycle"])),
+        ("kv", &strings(&["recursion_wise", "sharing"])),
+        ("router_type", &strings(&["linear", "mlp"])),
+        ("balancing", &[json!("loss"), json!("loss_free")]),
+        ("num_recursion", &[json!(3)]),
+    ]);
+    let controls = [
+        (Some(1), 0.0),
+        (Some(2), 0.0),
+        (None, 0.15),
+        (None, -0.15),
+        (Some(2), 0.15),
+        (Some(2), -0.15),
+        (Some(1), 2.0),
+        (None, 2.0),
+    ];
+    let mut tally = Tally::default();
+    for (i, mor) in expert.into_iter().chain(token).enumerate() {
+        for (max_depth, router_bias) in [controls[i % 8], controls[(i + 3) % 8]] {
+            let config = sample_config(mor.clone(), (4, 2));
+            let depth = DepthControl { max_depth, router_bias };
+            let name = format!("{config} {depth:?}");
+            check_at_depths(parity::gpu(), &name, [1, 2, 4][i % 3], depth, &mut tally, |rng| {
+                TinyModel::random(config.clone(), rng).checkpoint(Dtype::F32).expect("the tiny model is complete")
+            });
+        }
+    }
+    tally.print();
 }
 
 /// One configuration of each kind of routing and K/V strategy.

@@ -10,7 +10,7 @@ use mor_kernels::ops::GpuSampling;
 use mor_kernels::{Gpu, parity};
 use mor_model::golden::{GoldenCase, GoldenTensors};
 use mor_model::oracle::Oracle;
-use mor_model::{Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
+use mor_model::{Batching, Checkpoint, DepthControl, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
 use mor_runtime::runner::{Feed, Runner, RunnerOptions};
 use mor_runtime::{SequenceOutput, Session};
 
@@ -20,7 +20,8 @@ fn gpu() -> &'static Gpu {
 
 fn cases() -> Vec<GoldenCase> {
     let cases = GoldenCase::load_all().expect("the fixtures are readable");
-    assert_eq!(cases.len(), 23);
+    // The golden ones, and those of relaxed models.
+    assert_eq!(cases.len(), 23 + 6);
     cases
 }
 
@@ -131,6 +132,9 @@ fn some_cases_match_on_every_profile() {
         "expert_middle_cycle_r3_hybrid",
         "expert_cycle_r3_share_mlp_tanh",
         "token_middle_cycle_r3",
+        "recursive_cycle_r2_share_both",
+        "expert_middle_cycle_r2_hybrid_both",
+        "token_middle_cycle_r3_share_both",
     ];
     parity::on_every_profile(|gpu, name| {
         let chosen = || cases().into_iter().filter(|case| names.contains(&case.name.as_str())).collect::<Vec<_>>();
@@ -250,5 +254,36 @@ fn padded_shapes_match_the_oracle() {
         let what = format!("head_dim {head_dim}");
         let (found, width) = (&found.sequences[0].logits, vocab_size as usize);
         Largest::default().check("logits", &what, (found, &want.logits), width, (0..tokens.len()).map(|t| (t, t)));
+    }
+}
+
+/// Top-k routing selects up to the maximal depth what it ever does, and refuses a bias, which would change no rank.
+#[test]
+fn topk_routing_follows_a_maximal_depth() {
+    for case in cases().iter().filter(|case| case.checkpoint.config().mode == Mode::Expert) {
+        let max_depth = case.checkpoint.config().num_recursions - 1;
+        let depth = DepthControl { max_depth: Some(max_depth), ..DepthControl::default() };
+        let session = Session::on_gpu(gpu().clone(), &case.checkpoint, Precision::F32).expect("loads");
+        let mut session = session.with_depth_control(depth).expect("there are so many recursions");
+        let oracle = Oracle::new(&case.checkpoint).with_depth_control(depth).expect("there are so many recursions");
+        let found = session.forward(&case.sequences, Routing::TopK).expect("runs");
+        for (index, (tokens, found)) in case.sequences.iter().zip(&found.sequences).enumerate() {
+            let want = oracle.forward(tokens, Routing::TopK).expect("runs");
+            let ever = Oracle::new(&case.checkpoint).forward(tokens, Routing::TopK).expect("runs");
+            let limited: Vec<u32> = ever.depth.iter().map(|depth| (*depth).min(max_depth as u32)).collect();
+            assert_eq!((&found.depth, &want.depth), (&limited, &limited), "{} sequence {index}", case.name);
+            for (found, want) in found.logits.iter().zip(&want.logits) {
+                assert!(
+                    GoldenTensors::close(*found, *want),
+                    "{} sequence {index}: {found}, expected {want}",
+                    case.name
+                );
+            }
+        }
+        let mut session = session
+            .with_depth_control(DepthControl { router_bias: 0.5, ..DepthControl::default() })
+            .expect("causal routing follows it");
+        let error = session.forward(&case.sequences, Routing::TopK).expect_err("must be refused").to_string();
+        assert!(error.contains("which a router bias does not change; use causal routing"), "{error}");
     }
 }

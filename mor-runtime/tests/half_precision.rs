@@ -61,14 +61,15 @@ fn golden_cases_route_alike_and_stay_close() {
         }
         // Greedy tokens too: the best token of a case leads by at least 0.01.
         let prompt = case.prompts[0].clone();
+        let tokens = case.expected.ids("decode.0.tokens").expect("present");
         let request = GenerateRequest {
-            max_new_tokens: 32,
+            max_new_tokens: tokens.len(),
             sampling: SamplingParams::greedy(),
             ignore_eos: true,
             ..GenerateRequest::new(prompt)
         };
         let summary = finish(&mut session, &request);
-        assert_eq!(summary.tokens, case.expected.ids("decode.0.tokens").expect("present"), "{} tokens", case.name);
+        assert_eq!(summary.tokens, tokens, "{} tokens", case.name);
         assert_eq!(summary.depths, case.expected.ids("decode.0.depth").expect("present"), "{} depths", case.name);
     }
     println!("largest relative difference: logits {:.2e}, hidden {:.2e}", largest[0], largest[1]);

@@ -80,6 +80,16 @@ fn decoding_is_measured_by_parts() {
         };
         assert_eq!(profile.parts.iter().map(|(name, _)| *name).collect::<Vec<_>>(), parts);
         assert!(profile.parts.iter().all(|(_, micros)| *micros > 0.0) && profile.device_micros > 0.0, "{profile:?}");
+        let busy =
+            |part: &str| profile.dispatches.iter().find(|time| time.dispatch.part == part && time.occupied > 0.0);
+        assert!(parts.iter().all(|part| busy(part).is_some()), "{profile:?}");
+        assert!(profile.dispatches.iter().any(|time| time.dispatch.weight_bytes > 0), "{profile:?}");
+    }
+    // A chunk and a part of one, over and over at the same place.
+    for (num_sequences, context) in [(1, 600), (3, 7)] {
+        let profile = session.profile_prefill(num_sequences, context).expect("the device works");
+        assert_eq!(profile.parts.iter().map(|(name, _)| *name).collect::<Vec<_>>(), mor_model::PARTS);
+        assert!(profile.dispatches.iter().all(|time| time.micros >= 0.0), "{profile:?}");
     }
     session = session.with_batch(BatchOptions::default()).expect("the sizes are sound");
     assert_eq!(result(&run(&mut session, &request)), result(&before));

@@ -1,6 +1,7 @@
 // Where a linear kernel's results go. One of the flags STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END_EXPERT,
-// BLOCK_END_TOKEN is set, and RESIDUAL_COPY only beside RESIDUAL; results arrive as adjacent pairs of columns because the loader interleaves weight rows
-// so that the two halves of a RoPE pair, and gate and up, stand side by side.
+// BLOCK_END_TOKEN is set, RESIDUAL_COPY only beside RESIDUAL, DELTA only beside SWIGLU or QKV, ENCODED only beside RESIDUAL
+// or a block end; results arrive as adjacent pairs of columns because the loader interleaves weight rows so that the two
+// halves of a RoPE pair, and gate and up, stand side by side.
 //
 // STORE             out[i, o] = scale * v                                        compact [n, out_stride]
 // GELU              out[i, o] = gelu(scale * v), the exact (erf) form            compact
@@ -11,6 +12,9 @@
 //                   the caches at the row's slot, if it has one
 // BLOCK_END_EXPERT  rows with END_GATED: out[r] += gate[r] * (residual[r] + v)
 // BLOCK_END_TOKEN   rows with END_GATED: the same; others: running[r] = residual[r] + v
+// DELTA             v + delta[i, o] in place of v: an adapter's product with the same rows, compact, of all columns, which
+//                   lies in `out` from delta_start on, since WebGPU's default limits have no binding left beside QKV
+// ENCODED           encoding[o] * (residual + v) in place of residual + v: a recursion's encoding of its block's output
 //
 // The including kernel declares `params` with the fields of LinearParams (mor-kernels/src/epilogue.rs).
 
@@ -33,6 +37,9 @@
 @group(0) @binding(6) var<storage, read> residual: array<vec2<f32>>;
 @group(0) @binding(7) var<storage, read> gates: array<f32>;
 @group(0) @binding(8) var<storage, read_write> running: array<vec2<f32>>;
+#endif
+#if ENCODED
+@group(0) @binding(9) var<storage, read> encoding: array<vec2<f32>>;
 #endif
 #if QKV
 @group(0) @binding(6) var<storage, read> rope: array<vec2<f32>>;
@@ -68,10 +75,14 @@ struct Operands {
     // BLOCK_END_EXPERT, BLOCK_END_TOKEN: the stream that the gated result is added to, and the gate.
     hidden: vec2<f32>,
     gate: f32,
+    // DELTA: what is added to the product.
+    delta: vec2<f32>,
+    // ENCODED: what the layer's output is multiplied by.
+    encoding: vec2<f32>,
 }
 
-// `entry` of the row list, not one past its end; `o` even column of the whole output.
-fn operands(entry: ActiveRow, o: u32) -> Operands {
+// `i` place in the row list, `entry` = active_rows[i], not one past its end; `o` even column of the whole output.
+fn operands(i: u32, entry: ActiveRow, o: u32) -> Operands {
     var read = Operands();
 #if RESIDUAL
     read.pair = residual[(entry.row * params.out_stride + o) / 2u];
@@ -90,13 +101,39 @@ fn operands(entry: ActiveRow, o: u32) -> Operands {
     if o < params.q_dim + params.kv_dim {
         read.pair = rope[entry.position * (params.head_dim / 2u) + (o % params.head_dim) / 2u];
     }
+#if DELTA
+    read.delta = out[(params.delta_start + i * (params.q_dim + 2u * params.kv_dim) + o) / 2u];
+#endif
+#endif
+#if SWIGLU
+#if DELTA
+    let at = params.delta_start + 2u * i * params.out_stride + o;
+    read.delta = vec2<f32>(out[at], out[at + 1u]);
+#endif
+#endif
+#if ENCODED
+    read.encoding = encoding[o / 2u];
 #endif
     return read;
 }
 
-// `i` place in the row list, `entry` = active_rows[i], `o` even column of the whole output, `v` columns o and o + 1,
-// `read` = operands(entry, o).
-fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>, read: Operands) {
+// What a layer adds up to.
+fn layer_output(v: vec2<f32>, read: Operands) -> vec2<f32> {
+#if ENCODED
+    return read.encoding * (read.pair + v);
+#else
+    return read.pair + v;
+#endif
+}
+
+// `i` place in the row list, `entry` = active_rows[i], `o` even column of the whole output, `product` columns o and o + 1,
+// `read` = operands(i, entry, o).
+fn epilogue(i: u32, entry: ActiveRow, o: u32, product: vec2<f32>, read: Operands) {
+#if DELTA
+    let v = product + read.delta;
+#else
+    let v = product;
+#endif
 #if STORE
     out[(i * params.out_stride + o) / 2u] = v * params.scale;
 #endif
@@ -107,9 +144,9 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>, read: Operands) {
 #endif
 #if RESIDUAL
     let at = (entry.row * params.out_stride + o) / 2u;
-    out[at] = read.pair + v;
+    out[at] = layer_output(v, read);
 #if RESIDUAL_COPY
-    copy[at] = read.pair + v;
+    copy[at] = layer_output(v, read);
 #endif
 #endif
 #if SWIGLU
@@ -119,12 +156,12 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, v: vec2<f32>, read: Operands) {
 #if BLOCK_END_EXPERT
     if entry.end == END_GATED {
         let at = (entry.row * params.out_stride + o) / 2u;
-        out[at] = read.hidden + select(read.gate, 1.0, params.additive != 0u) * (read.pair + v);
+        out[at] = read.hidden + select(read.gate, 1.0, params.additive != 0u) * layer_output(v, read);
     }
 #endif
 #if BLOCK_END_TOKEN
     let at = (entry.row * params.out_stride + o) / 2u;
-    let y = read.pair + v;
+    let y = layer_output(v, read);
     if entry.end == END_GATED {
         out[at] = read.hidden + select(read.gate, 1.0, params.additive != 0u) * y;
     } else {

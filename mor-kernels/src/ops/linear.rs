@@ -361,7 +361,7 @@ impl Kernel for Linear {
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
-        let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::read(2, b.weight)];
+        let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::weight(2, b.weight)];
         bindings.extend(b.prologue.bindings());
         bindings.extend(b.epilogue.bindings());
         bindings

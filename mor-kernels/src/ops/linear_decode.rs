@@ -2,7 +2,7 @@
 
 use crate::caps::DeviceCaps;
 use crate::epilogue::{Epilogue, EpilogueKind, LinearParams, define_weight};
-use crate::error::Result;
+use crate::error::{KernelError, Result};
 use crate::kernel::{Binding, Kernel};
 use crate::plan::{Grid, PlanBuilder};
 use crate::rows::RowSet;
@@ -37,6 +37,8 @@ pub enum Prologue<'a> {
         stats: &'a Tensor,
         /// Parts the keys were split into.
         num_splits: u32,
+        /// Elements of a head, a multiple of 4.
+        head_dim: u32,
     },
 }
 
@@ -53,6 +55,8 @@ pub enum PrologueKind {
     Merge {
         /// Parts the keys were split into.
         num_splits: u32,
+        /// Elements of a head, a multiple of 4.
+        head_dim: u32,
     },
 }
 
@@ -63,7 +67,7 @@ impl<'a> Prologue<'a> {
             Prologue::Compact { .. } => PrologueKind::Compact,
             Prologue::Stream { .. } => PrologueKind::Stream,
             Prologue::Norm { .. } => PrologueKind::Norm,
-            Prologue::Merge { num_splits, .. } => PrologueKind::Merge { num_splits },
+            Prologue::Merge { num_splits, head_dim, .. } => PrologueKind::Merge { num_splits, head_dim },
         }
     }
 
@@ -86,6 +90,8 @@ const WIDEST_LANES: u32 = 32;
 /// Llama projections, arXiv 2302.13971; MoR block end, arXiv 2507.10524.
 #[derive(Clone, Copy, Debug)]
 pub struct LinearDecode {
+    /// Rows of the weight that are computed; even.
+    pub num_outputs: u32,
     /// Elements of a row of the weight; a multiple of 8.
     pub in_features: u32,
     /// Element type of the weight.
@@ -126,7 +132,7 @@ impl LinearDecode {
     /// The variant for up to `max_rows` rows at once on a device with `caps`.
     pub fn new(
         caps: &DeviceCaps,
-        in_features: u32,
+        [num_outputs, in_features]: [u32; 2],
         weight_dtype: DType,
         prologue: PrologueKind,
         epilogue: EpilogueKind,
@@ -134,6 +140,7 @@ impl LinearDecode {
     ) -> Self {
         let rows = max_rows.next_power_of_two().clamp(1, 8);
         let mut kernel = Self {
+            num_outputs,
             in_features,
             weight_dtype,
             prologue,
@@ -167,13 +174,18 @@ impl LinearDecode {
     /// Records the kernel over all active rows.
     ///
     /// # Errors
-    /// As [`PlanBuilder::dispatch`].
+    /// [`KernelError::Shape`] if the call has another size than the kernel, and as [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: &LinearDecodeBindings<'_>, p: &LinearParams) -> Result<()> {
-        plan.dispatch(self, b, p, Grid::rows(b.rows, self.workgroups_x(p.num_outputs), self.rows))
+        let (found, expected) = ([p.num_outputs, p.in_features], [self.num_outputs, self.in_features]);
+        if found != expected {
+            let (found, expected) = (format!("{found:?}"), format!("{expected:?}"));
+            return Err(KernelError::Shape { kernel: Self::NAME, what: "outputs and inputs", found, expected });
+        }
+        plan.dispatch(self, b, p, Grid::rows(b.rows, self.workgroups_x(), self.rows))
     }
 
-    fn workgroups_x(&self, num_outputs: u32) -> u32 {
-        num_outputs.div_ceil(2 * self.groups * self.pairs)
+    fn workgroups_x(&self) -> u32 {
+        self.num_outputs.div_ceil(2 * self.groups * self.pairs)
     }
 
     /// Workgroup memory of the reductions, in bytes.
@@ -222,8 +234,12 @@ impl Kernel for LinearDecode {
             _ => 2,
         });
         let exact = caps.lanes().uses_subgroups() && caps.subgroup_sizes == Some((lanes, lanes));
-        let splits = if let PrologueKind::Merge { num_splits } = self.prologue { num_splits } else { 1 };
+        let (splits, head_dim) = match self.prologue {
+            PrologueKind::Merge { num_splits, head_dim } => (num_splits, head_dim),
+            _ => (1, 4),
+        };
         let definitions = Definitions::new()
+            .u32("NUM_OUTPUTS", self.num_outputs)
             .u32("IN_FEATURES", self.in_features)
             .u32("UNIT", 8 * parts)
             .flag("WIDE", parts > 1)
@@ -240,6 +256,7 @@ impl Kernel for LinearDecode {
             .flag("TEXELS", caps.is_cpu)
             .flag("SINGLE", self.single_row)
             .u32("SPLITS", splits)
+            .u32("HEAD_DIM", head_dim)
             .flag("SUBGROUP", caps.lanes().uses_subgroups())
             .flag("SUBGROUP_EXACT", exact)
             .flag("NORM", self.prologue == PrologueKind::Norm)
@@ -249,7 +266,7 @@ impl Kernel for LinearDecode {
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
-        let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::weight(2, b.weight)];
+        let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::texels(2, b.weight)];
         bindings.extend(b.prologue.bindings());
         bindings.extend(b.epilogue.bindings());
         bindings
@@ -314,7 +331,7 @@ mod tests {
                         let epilogue = Epilogue::Store { out: &out.tensor };
                         let kernel = LinearDecode::new(
                             gpu.caps(),
-                            in_features as u32,
+                            [num_outputs, in_features].map(|size| size as u32),
                             dtype,
                             prologue.kind(),
                             epilogue.kind(),
@@ -329,11 +346,7 @@ mod tests {
                             ..Default::default()
                         };
                         let bindings = LinearDecodeBindings { rows: &rows, weight: &weight, prologue, epilogue };
-                        let grid = Grid::Fixed([
-                            kernel.workgroups_x(params.num_outputs),
-                            (num_active as u32).div_ceil(kernel.rows),
-                            1,
-                        ]);
+                        let grid = Grid::Fixed([kernel.workgroups_x(), (num_active as u32).div_ceil(kernel.rows), 1]);
                         parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
                         let want: Vec<f32> = linear(input, &w, in_features).iter().map(|v| v * 0.5).collect();
                         let what = format!(
@@ -380,21 +393,27 @@ mod tests {
             let active = parity::some_rows(&mut rng, num_active, num_active);
             let out = parity::Output::new(gpu, num_active * num_outputs);
             let (partial, stats) = (parity::upload(gpu, &partial), parity::upload(gpu, &stats));
-            let prologue = Prologue::Merge { partial: &partial, stats: &stats, num_splits: num_splits as u32 };
+            let [num_splits, head_dim] = [num_splits, head_dim].map(|size| size as u32);
+            let prologue = Prologue::Merge { partial: &partial, stats: &stats, num_splits, head_dim };
             let epilogue = Epilogue::Store { out: &out.tensor };
-            let kernel =
-                LinearDecode::new(gpu.caps(), in_features as u32, DType::F16, prologue.kind(), epilogue.kind(), 1);
+            let kernel = LinearDecode::new(
+                gpu.caps(),
+                [num_outputs, in_features].map(|size| size as u32),
+                DType::F16,
+                prologue.kind(),
+                epilogue.kind(),
+                1,
+            );
             let params = LinearParams {
                 num_outputs: num_outputs as u32,
                 out_stride: num_outputs as u32,
                 in_features: in_features as u32,
-                head_dim: head_dim as u32,
                 scale: 1.0,
                 ..Default::default()
             };
             let rows = parity::row_set(gpu, &active);
             let bindings = LinearDecodeBindings { rows: &rows, weight: &weight, prologue, epilogue };
-            let grid = Grid::Fixed([kernel.workgroups_x(params.num_outputs), num_active as u32, 1]);
+            let grid = Grid::Fixed([kernel.workgroups_x(), num_active as u32, 1]);
             parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
             parity::assert_close(
                 "linear_decode merge",
@@ -422,7 +441,7 @@ mod tests {
                         let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::BF16);
                         let kernel = LinearDecode::new(
                             gpu.caps(),
-                            in_features as u32,
+                            [num_outputs, in_features].map(|size| size as u32),
                             DType::BF16,
                             prologue.kind(),
                             kind,
@@ -441,11 +460,7 @@ mod tests {
                             prologue,
                             epilogue: case.epilogue(),
                         };
-                        let grid = Grid::Fixed([
-                            kernel.workgroups_x(params.num_outputs),
-                            (num_active as u32).div_ceil(kernel.rows),
-                            1,
-                        ]);
+                        let grid = Grid::Fixed([kernel.workgroups_x(), (num_active as u32).div_ceil(kernel.rows), 1]);
                         parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
                         let y = linear(&gather(&case.active, &x, in_features), &w, in_features);
                         crate::oracle::linear_decode::epilogue(kind, &case.active, &y, &params, &mut state);

@@ -24,7 +24,8 @@ pub enum TokenGate {
     Sigmoid,
 }
 
-/// `depth[r] = argmax(gate(weight x[r]) + bias) + 1` for the active rows `r`, with the gate chosen.
+/// `depth[r] = argmax(gate(weight x[r]) + bias) + 1` for the active rows `r`, among the depths allowed, with the gate
+/// chosen. Gates are without bias.
 ///
 /// # Source
 /// Bae et al. 2025, arXiv 2507.10524: token-choice routing. Bias: Wang et al. 2024, arXiv 2408.15664.
@@ -54,6 +55,10 @@ pub struct RouterTokenParams {
     pub input_scale: f32,
     /// Multiplies softmax or sigmoid.
     pub alpha: f32,
+    /// Deepest choice, 1 to R.
+    pub max_depth: u32,
+    /// Added to the gate of each depth as often as there are shallower ones, for the choice alone.
+    pub depth_bias: f32,
 }
 
 /// Tensors of a call.
@@ -69,7 +74,7 @@ pub struct RouterTokenBindings<'a> {
     pub logits: &'a Tensor,
     /// `[T, R]` f32, written at the active rows; without bias.
     pub gates: &'a Tensor,
-    /// `[T]` u32, written at the active rows: recursions the row takes, 1 to R.
+    /// `[T]` u32, written at the active rows: recursions the row takes, 1 to the deepest choice.
     pub depth: &'a Tensor,
     /// `[T]` f32, written at the active rows: the gate of the recursion chosen, without bias.
     pub token_weight: &'a Tensor,
@@ -112,11 +117,19 @@ impl RouterToken {
     ///
     /// # Errors
     /// [`KernelError::Limit`] for more than 256 recursions; [`KernelError::Shape`] if `in_features` is no multiple of 8,
-    /// if the weight or the bias has another size or type than the specialisation says; else as
+    /// if `max_depth` is not 1 to R, if the weight or the bias has another size or type than the specialisation says; else as
     /// [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: RouterTokenBindings<'_>, p: RouterTokenParams) -> Result<()> {
         Self::check_recursions(self.num_recursions)?;
         check_router(Self::NAME, b.weight, self.weight_dtype, self.num_recursions, p.in_features)?;
+        if !(1..=self.num_recursions).contains(&p.max_depth) {
+            return Err(KernelError::Shape {
+                kernel: Self::NAME,
+                what: "max_depth",
+                found: p.max_depth.to_string(),
+                expected: format!("1 to {}", self.num_recursions),
+            });
+        }
         let expected = if self.bias { self.num_recursions as usize } else { 0 };
         let found = b.bias.map_or(0, Tensor::num_elems);
         if found != expected {
@@ -243,8 +256,15 @@ mod tests {
                         let scale = 1.0 / (in_features as f32).sqrt();
                         let weight: Vec<f32> = rng.normals(r * in_features).iter().map(|v| scale * v).collect();
                         let bias: Vec<f32> = rng.normals(r).iter().map(|v| 0.1 * v).collect();
-                        let params =
-                            RouterTokenParams { in_features: in_features as u32, input_scale: 0.7, alpha: 0.9 };
+                        // All depths, and at 33 rows the shallower half.
+                        let max_depth = if num_active == 33 { num_recursions.div_ceil(2) } else { num_recursions };
+                        let params = RouterTokenParams {
+                            in_features: in_features as u32,
+                            input_scale: 0.7,
+                            alpha: 0.9,
+                            max_depth,
+                            depth_bias: if x_by_row { 0.0 } else { 0.1 },
+                        };
                         let what = format!("{profile} K={in_features} n={num_active} R={r}");
                         let what = what.as_str();
                         let (active, x) = (active.as_slice(), x.as_slice());
@@ -265,13 +285,21 @@ mod tests {
             let active = parity::some_rows(&mut rng, scales.len(), scales.len());
             let x: Vec<f32> = scales.iter().flat_map(|scale| [*scale, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]).collect();
             let weight: Vec<f32> = [-1.0, 2.0, 2.0, -3.0].iter().flat_map(|w| [*w; 8]).collect();
-            let params = RouterTokenParams { in_features: 8, input_scale: 1.0, alpha: 1.0 };
-            for (gate, bias, depths) in [
-                (TokenGate::Softmax, [0.0; 4], [1, 2, 2, 4]),
+            for (gate, bias, max_depth, depth_bias, depths) in [
+                (TokenGate::Softmax, [0.0; 4], 4, 0.0, [1, 2, 2, 4]),
                 // Both sigmoids of row 3 are 1 to the last bit: the lower index wins, as an argmax of the gates says.
-                (TokenGate::Sigmoid, [0.0; 4], [1, 2, 2, 1]),
-                (TokenGate::Softmax, [0.0, 0.0, 0.0, 5.0], [4; 4]),
+                (TokenGate::Sigmoid, [0.0; 4], 4, 0.0, [1, 2, 2, 1]),
+                (TokenGate::Softmax, [0.0, 0.0, 0.0, 5.0], 4, 0.0, [4; 4]),
+                // The best of the depths allowed, whatever lies beyond.
+                (TokenGate::Softmax, [0.0, 0.0, 0.0, 5.0], 3, 0.0, [1, 2, 2, 1]),
+                (TokenGate::Softmax, [0.0, 0.0, 0.0, 5.0], 1, 2.0, [1; 4]),
+                // More than gates can differ by, towards either end; and a little, which settles ties.
+                (TokenGate::Softmax, [0.0; 4], 4, 2.0, [4; 4]),
+                (TokenGate::Softmax, [0.0; 4], 3, 2.0, [3; 4]),
+                (TokenGate::Softmax, [0.0; 4], 4, -2.0, [1; 4]),
+                (TokenGate::Softmax, [0.0; 4], 4, 0.01, [4, 3, 3, 4]),
             ] {
+                let params = RouterTokenParams { in_features: 8, input_scale: 1.0, alpha: 1.0, max_depth, depth_bias };
                 let kernel = RouterToken { gate, bias: true, ..RouterToken::new(4) };
                 let case = Case {
                     what: profile,
@@ -303,11 +331,14 @@ mod tests {
             token_weight: &tensor,
             bias: None,
         };
-        let params = RouterTokenParams { in_features: 8, input_scale: 1.0, alpha: 1.0 };
-        let mut message =
-            |kernel: RouterToken| kernel.record(&mut plan, bindings, params).expect_err("must be refused").to_string();
-        assert!(message(RouterToken::new(257)).contains("recursions = 257 exceeds 256"));
-        assert!(message(RouterToken::new(3)).contains("weight has [16]"));
-        assert!(message(RouterToken { bias: true, ..RouterToken::new(2) }).contains("bias has 0 elements"));
+        let mut message = |kernel: RouterToken, max_depth: u32| {
+            let params = RouterTokenParams { in_features: 8, input_scale: 1.0, alpha: 1.0, max_depth, depth_bias: 0.0 };
+            kernel.record(&mut plan, bindings, params).expect_err("must be refused").to_string()
+        };
+        assert!(message(RouterToken::new(257), 2).contains("recursions = 257 exceeds 256"));
+        assert!(message(RouterToken::new(3), 2).contains("weight has [16]"));
+        assert!(message(RouterToken { bias: true, ..RouterToken::new(2) }, 2).contains("bias has 0 elements"));
+        assert!(message(RouterToken::new(2), 0).contains("max_depth has 0, expected 1 to 2"));
+        assert!(message(RouterToken::new(2), 3).contains("max_depth has 3, expected 1 to 2"));
     }
 }

@@ -11,10 +11,12 @@ use crate::tensor::Tensor;
 /// How many recursions a token takes, with the tensor that says so.
 #[derive(Clone, Copy, Debug)]
 pub enum DepthRule<'a> {
-    /// Expert choice: one more as long as its decision value is >= 0.
+    /// Expert choice: one more as long as its decision value is >= the threshold.
     Expert {
         /// `[S]` f32: the logits of each slot's next recursion.
         decision: &'a Tensor,
+        /// What the decision value is compared with: 0, or less to take more recursions.
+        threshold: f32,
         /// Every token runs the first recursion, selected or not: the K/V sharing strategies.
         keep_all: bool,
     },
@@ -99,6 +101,7 @@ pub struct SlotsCompactParams {
     num_groups: u32,
     max_pages: u32,
     max_positions: u32,
+    threshold: f32,
 }
 
 /// Tensors and sizes of a call.
@@ -110,7 +113,7 @@ pub struct SlotsCompactBindings<'a> {
     pub state: &'a Tensor,
     /// The plan's [`PlanBuilder::grid_table`].
     pub grids: &'a Tensor,
-    /// Uniform `[R]` of [`SlotRecursion`]; bound where rows of the block attend and for expert choice.
+    /// Uniform of [`SlotRecursion`], at least `num_recursions` of them; bound where rows of the block attend and for expert choice.
     pub recursions: &'a Tensor,
     /// The list, written; its capacity is the number of slots looked at, the first of S.
     pub active: &'a RowSet,
@@ -118,7 +121,7 @@ pub struct SlotsCompactBindings<'a> {
     pub phase: SlotPhase<'a>,
     /// K/V bookkeeping, where the listed rows attend.
     pub kv: Option<SlotKv<'a>>,
-    /// Recursions R.
+    /// Recursions that a token takes at most: those of the model, or fewer.
     pub num_recursions: u32,
     /// Longest sequence the tables hold.
     pub max_positions: u32,
@@ -163,6 +166,10 @@ impl SlotsCompact {
             num_recursions: b.num_recursions,
             workgroup_size: num_slots.next_power_of_two().clamp(32, 256),
         };
+        let threshold = match rule {
+            Some(DepthRule::Expert { threshold, .. }) => threshold,
+            _ => 0.0,
+        };
         let params = SlotsCompactParams {
             num_slots,
             recursion,
@@ -170,6 +177,7 @@ impl SlotsCompact {
             num_groups: b.kv.map_or(0, |kv| kv.num_groups),
             max_pages: b.kv.map_or(0, |kv| kv.max_pages),
             max_positions: b.max_positions,
+            threshold,
         };
         (kernel, params)
     }
@@ -275,8 +283,9 @@ mod tests {
             })
             .collect();
         let hybrid = case == 8;
+        let threshold = if matches!(case, 0 | 8) { -0.7 } else { 0.0 };
         let mut decision = rng.normals(capacity);
-        decision[0] = 0.0;
+        decision[0] = threshold;
         decision[num_slots / 2] = f32::NAN;
         let slots = Slots {
             rows: (0..capacity).map(|slot| row(rng, slot)).collect(),
@@ -303,7 +312,8 @@ mod tests {
         let table = Tensor::zeros_uniform(gpu, "recursions", 16 * NUM_RECURSIONS as u64).expect("fits");
         gpu.write(&table, 0, bytemuck::cast_slice(&recursions));
         let keep_all = matches!(case, 4 | 5);
-        let expert = (Rule::Expert { keep_all }, DepthRule::Expert { decision: &decision, keep_all });
+        let expert =
+            (Rule::Expert { threshold, keep_all }, DepthRule::Expert { decision: &decision, threshold, keep_all });
         let token = (Rule::Token, DepthRule::Token { target_depth: &target_depth });
         let (phase, want_phase) = match case {
             0 => (SlotPhase::Exit(expert.1), Phase::Exit(expert.0)),

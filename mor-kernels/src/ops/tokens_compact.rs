@@ -13,10 +13,12 @@ use crate::tensor::Tensor;
 pub enum Selection<'a> {
     /// All rows of the step; their depths start at 0.
     Begin,
-    /// Expert choice: rows selected at every recursion before this one and whose decision value is >= 0.
+    /// Expert choice: rows selected at every recursion before this one and whose decision value is >= the threshold.
     Expert {
         /// `[T]` f32: router logits, or the sign that `router_topk` writes.
         decision: &'a Tensor,
+        /// What the decision value is compared with: 0, or less to select more rows.
+        threshold: f32,
         /// Every row that came this far is selected (capacity >= 1).
         always: bool,
         /// List all rows, selected or not: the first recursion of the K/V sharing strategies.
@@ -84,6 +86,7 @@ pub struct TokensCompactParams {
     max_pages: u32,
     max_positions: u32,
     first_hybrid_group: u32,
+    threshold: f32,
 }
 
 /// Tensors and sizes of a call.
@@ -142,9 +145,9 @@ impl TokensCompact {
             kv_slots: hybrid.is_some(),
             workgroup_size: num_rows.next_power_of_two().clamp(32, 256),
         };
-        let (always, keep_all) = match b.selection {
-            Selection::Expert { always, keep_all, .. } => (always, keep_all),
-            _ => (false, false),
+        let (threshold, always, keep_all) = match b.selection {
+            Selection::Expert { threshold, always, keep_all, .. } => (threshold, always, keep_all),
+            _ => (0.0, false, false),
         };
         let params = TokensCompactParams {
             num_rows,
@@ -157,6 +160,7 @@ impl TokensCompact {
             max_pages: b.kv.map_or(0, |kv| kv.max_pages),
             max_positions: b.max_positions,
             first_hybrid_group: hybrid.and_then(|hybrid| hybrid.first_group).unwrap_or(NONE),
+            threshold,
         };
         (kernel, params)
     }
@@ -238,9 +242,10 @@ mod tests {
         for i in (1..pages.len()).rev() {
             pages.swap(i, rng.below(i + 1));
         }
+        let threshold = if case == 6 { -0.7 } else { 0.0 };
         let mut decision = rng.normals(num_rows);
         // On the threshold, and not a number.
-        decision[0] = 0.0;
+        decision[0] = threshold;
         decision[num_rows / 2] = f32::NAN;
         let state = State {
             depth: (0..num_rows).map(|_| rng.below(4) as u32).collect(),
@@ -256,8 +261,8 @@ mod tests {
             3 => (Mode::Sample, Selection::Sample),
             _ => {
                 let (always, keep_all) = (case == 5, case == 6 || case == 8);
-                let selection = Selection::Expert { decision: &decision_gpu, always, keep_all };
-                (Mode::Expert(&decision, always, keep_all), selection)
+                let selection = Selection::Expert { decision: &decision_gpu, threshold, always, keep_all };
+                (Mode::Expert(&decision, threshold, always, keep_all), selection)
             }
         };
         let write = if case == 7 { None } else { Some(2) };

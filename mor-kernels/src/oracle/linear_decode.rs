@@ -17,7 +17,7 @@ pub fn linear(x: &[f32], w: &[f32], in_features: usize) -> Vec<f32> {
 /// What an epilogue reads and updates besides the product; unused parts stay empty.
 #[derive(Clone, Debug, Default)]
 pub struct EpilogueState {
-    /// The main output: compact or a stream.
+    /// The main output: compact or a stream. With a delta, behind it `[n, columns]` from `delta_start` on.
     pub out: Vec<f32>,
     /// Stream `[T, out_stride]`.
     pub residual: Vec<f32>,
@@ -31,6 +31,8 @@ pub struct EpilogueState {
     pub gates: Vec<f32>,
     /// Stream `[T, out_stride]`.
     pub running: Vec<f32>,
+    /// `[out_stride]`.
+    pub encoding: Vec<f32>,
 }
 
 /// Applies the epilogue `kind` to the products `y` `[n, num_outputs]`.
@@ -47,13 +49,18 @@ pub fn epilogue(
     for (i, entry) in active.iter().enumerate() {
         let row = entry.row as usize;
         for pair in 0..columns / 2 {
-            let v = [f64::from(y[i * columns + 2 * pair]), f64::from(y[i * columns + 2 * pair + 1])];
+            let mut v = [f64::from(y[i * columns + 2 * pair]), f64::from(y[i * columns + 2 * pair + 1])];
             let o = p.first_output as usize + 2 * pair;
-            if kind == E::SwiGlu {
+            if kind.has_delta() {
+                let all_columns = if kind == E::SwiGluDelta { 2 * stride } else { q_dim + 2 * kv_dim };
+                let delta = &state.out[p.delta_start as usize + i * all_columns + o..][..2];
+                v = [v[0] + f64::from(delta[0]), v[1] + f64::from(delta[1])];
+            }
+            if matches!(kind, E::SwiGlu | E::SwiGluDelta) {
                 state.out[i * stride + o / 2] = (v[0] / (1.0 + (-v[0]).exp()) * v[1]) as f32;
                 continue;
             }
-            if matches!(kind, E::QkvF32 | E::QkvF16) {
+            if matches!(kind, E::QkvF32 | E::QkvF16 | E::QkvF32Delta | E::QkvF16Delta) {
                 if o >= q_dim && entry.kv_slot == NONE {
                     continue;
                 }
@@ -80,23 +87,27 @@ pub fn epilogue(
                 let (compact, at) = (i * stride + o + side, row * stride + o + side);
                 let gate = if p.additive != 0 { 1.0 } else { state.gates.get(row).copied().map_or(1.0, f64::from) };
                 let scaled = v * f64::from(p.scale);
+                // What the layer adds up to.
+                let output = |state: &EpilogueState| {
+                    let encoding = if kind.is_encoded() { f64::from(state.encoding[o + side]) } else { 1.0 };
+                    encoding * (f64::from(state.residual[at]) + v)
+                };
                 match kind {
                     E::Store => state.out[compact] = scaled as f32,
                     E::Gelu => state.out[compact] = gelu(scaled) as f32,
-                    E::Residual => state.out[at] = (f64::from(state.residual[at]) + v) as f32,
+                    E::Residual | E::Encoded => state.out[at] = output(state) as f32,
                     E::ResidualCopy => {
-                        state.out[at] = (f64::from(state.residual[at]) + v) as f32;
+                        state.out[at] = output(state) as f32;
                         state.running[at] = state.out[at];
                     }
-                    E::BlockEndExpert if entry.end != END_GATED => {}
-                    E::BlockEndToken if entry.end != END_GATED => {
-                        state.running[at] = (f64::from(state.residual[at]) + v) as f32;
+                    E::BlockEndExpert | E::BlockEndExpertEncoded if entry.end != END_GATED => {}
+                    E::BlockEndToken | E::BlockEndTokenEncoded if entry.end != END_GATED => {
+                        state.running[at] = output(state) as f32;
                     }
-                    E::BlockEndExpert | E::BlockEndToken => {
-                        let y = f64::from(state.residual[at]) + v;
-                        state.out[at] = (f64::from(state.out[at]) + gate * y) as f32;
+                    E::BlockEndExpert | E::BlockEndToken | E::BlockEndExpertEncoded | E::BlockEndTokenEncoded => {
+                        state.out[at] = (f64::from(state.out[at]) + gate * output(state)) as f32;
                     }
-                    E::SwiGlu | E::QkvF32 | E::QkvF16 => unreachable!("handled as pairs above"),
+                    _ => unreachable!("handled as pairs above"),
                 }
             }
         }

@@ -47,8 +47,8 @@ pub fn router_token(
             };
             // The choice is among f32 gates: those that saturate are equal.
             let gate = params.alpha * gate as f32;
-            let score = if kernel.bias { gate + bias[r] } else { gate };
-            if score > best {
+            let score = if kernel.bias { gate + bias[r] } else { gate } + r as f32 * params.depth_bias;
+            if r < params.max_depth as usize && score > best {
                 (best, chosen) = (score, r);
             }
             choices.logits[row * num_recursions + r] = *logit as f32;

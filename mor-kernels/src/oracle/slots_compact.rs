@@ -4,10 +4,12 @@ use crate::ops::SlotRecursion;
 use crate::rows::{ActiveRow, END_GATED, END_NOTHING, END_PASS, NONE, PAGE_SIZE, ROW_ACTIVE, Row};
 
 /// How many recursions a token takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rule {
-    /// As long as the decision value is >= 0; with `keep_all` every token runs the first recursion.
+    /// As long as the decision value is >= `threshold`; with `keep_all` every token runs the first recursion.
     Expert {
+        /// See above.
+        threshold: f32,
         /// See above.
         keep_all: bool,
     },
@@ -18,7 +20,7 @@ pub enum Rule {
 }
 
 /// Which slots are listed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Phase {
     /// Those that are through.
     Exit(Rule),
@@ -68,7 +70,9 @@ pub fn slots_compact(
         let [passes, counted] = slots.state[slot];
         let Some(recursion) = recursions.get(passes as usize) else { return false };
         match rule {
-            Rule::Expert { .. } => counted == passes && (recursion.always != 0 || slots.decision[slot] >= 0.0),
+            Rule::Expert { threshold, .. } => {
+                counted == passes && (recursion.always != 0 || slots.decision[slot] >= threshold)
+            }
             Rule::Token => slots.target_depth[slot] > passes,
             Rule::Fixed => true,
         }
@@ -81,7 +85,7 @@ pub fn slots_compact(
             Phase::Exit(rule) => is_running && !goes_on(slots, slot, rule),
             Phase::Enter => !is_running && slots.next_rows[slot].flags & ROW_ACTIVE != 0,
             Phase::Block(rule) => {
-                let keeps_all = rule == Rule::Expert { keep_all: true };
+                let keeps_all = matches!(rule, Rule::Expert { keep_all: true, .. });
                 is_running && (goes_on(slots, slot, rule) || (keeps_all && passes == 0))
             }
             Phase::At(recursion) => is_running && passes == recursion + 1,

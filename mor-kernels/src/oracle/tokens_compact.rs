@@ -7,8 +7,8 @@ use crate::rows::{ActiveRow, END_GATED, END_NOTHING, END_PASS, NONE, PAGE_SIZE, 
 pub enum Mode<'a> {
     /// All.
     Begin,
-    /// Decision values, `always`, `keep_all`.
-    Expert(&'a [f32], bool, bool),
+    /// Decision values, threshold, `always`, `keep_all`.
+    Expert(&'a [f32], f32, bool, bool),
     /// Depth above the recursion.
     Token,
     /// All.
@@ -65,8 +65,8 @@ pub fn tokens_compact(rows: &[Row], mode: Mode<'_>, sizes: Sizes, state: &mut St
         let mut recursion = sizes.recursion;
         match mode {
             Mode::Begin => recursion = NONE,
-            Mode::Expert(decision, always, keep_all) => {
-                let selected = depth == sizes.recursion && (always || decision[r] >= 0.0);
+            Mode::Expert(decision, threshold, always, keep_all) => {
+                let selected = depth == sizes.recursion && (always || decision[r] >= threshold);
                 depth = if selected { sizes.recursion + 1 } else { depth };
                 listed = selected || keep_all;
                 end = if selected { END_GATED } else { END_NOTHING };

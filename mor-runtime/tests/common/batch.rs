@@ -8,7 +8,7 @@ use mor_kernels::ops::GpuSampling;
 use mor_kernels::parity::Rng;
 use mor_model::golden::GoldenTensors;
 use mor_model::oracle::{Oracle, OracleOutput};
-use mor_model::{Batching, Checkpoint, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
+use mor_model::{Batching, Checkpoint, DepthControl, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
 use mor_runtime::runner::{Feed, Runner, RunnerOptions};
 use mor_runtime::{SequenceOutput, Session};
 use serde_json::Value;
@@ -59,23 +59,26 @@ fn lead(values: &[f32]) -> f32 {
     sorted[0] - sorted[1]
 }
 
-/// Least distance of any routing decision in `out`.
-fn routing_margin(config: &MorConfig, bias: &[f32], out: &OracleOutput) -> f32 {
+/// Least distance of any routing decision in `out`; `bias` is that of loss-free balancing.
+fn routing_margin(config: &MorConfig, depth: DepthControl, bias: &[f32], out: &OracleOutput) -> f32 {
     let mut least = f32::INFINITY;
+    let max_depth = depth.max_depth.unwrap_or(config.num_recursions);
     match config.mode {
         Mode::Expert => {
             let decisive = if out.aux_logits.is_empty() { &out.router_logits } else { &out.aux_logits };
-            for (r, logits) in decisive.iter().enumerate().filter(|(r, _)| config.capacity[*r] < 1.0) {
+            for (r, logits) in decisive.iter().enumerate().take(max_depth).filter(|(r, _)| config.capacity[*r] < 1.0) {
                 let active = |t: usize| r == 0 || out.selected[r - 1][t];
-                let distances = (0..logits.len()).filter(|t| active(*t)).map(|t| logits[t].abs());
+                let distances = (0..logits.len()).filter(|t| active(*t)).map(|t| (logits[t] + depth.router_bias).abs());
                 least = distances.fold(least, f32::min);
             }
         }
         Mode::Token => {
             for gates in out.router_weights[0].chunks(config.num_recursions) {
-                let scores: Vec<f32> =
-                    gates.iter().enumerate().map(|(i, g)| g + bias.get(i).copied().unwrap_or(0.0)).collect();
-                least = least.min(lead(&scores));
+                let score = |(i, gate): (usize, &f32)| {
+                    gate + bias.get(i).copied().unwrap_or(0.0) + i as f32 * depth.router_bias
+                };
+                let scores: Vec<f32> = gates.iter().enumerate().take(max_depth).map(score).collect();
+                least = if max_depth > 1 { least.min(lead(&scores)) } else { least };
             }
         }
         Mode::Vanilla | Mode::Recursive => {}
@@ -84,7 +87,13 @@ fn routing_margin(config: &MorConfig, bias: &[f32], out: &OracleOutput) -> f32 {
 }
 
 /// The oracle's greedy continuation of random prompts; `None` if a decision is too close.
-fn reference(config: &MorConfig, bias: &[f32], oracle: &Oracle, rng: &mut Rng) -> Option<Reference> {
+fn reference(
+    config: &MorConfig,
+    depth: DepthControl,
+    bias: &[f32],
+    oracle: &Oracle,
+    rng: &mut Rng,
+) -> Option<Reference> {
     let vocab_size = config.vocab_size;
     let mut tokens = PROMPTS.map(|len| (0..len).map(|_| rng.below(vocab_size) as u32).collect::<Vec<_>>());
     for (tokens, num_new) in tokens.iter_mut().zip(NEW_TOKENS) {
@@ -103,7 +112,7 @@ fn reference(config: &MorConfig, bias: &[f32], oracle: &Oracle, rng: &mut Rng) -
     // The last token is never fed.
     tokens.iter_mut().for_each(|tokens| tokens.truncate(tokens.len() - 1));
     let outputs = tokens.each_ref().map(|tokens| oracle.forward(tokens, Routing::Causal).expect("ids are in range"));
-    let clear = outputs.iter().all(|out| routing_margin(config, bias, out) >= MARGIN);
+    let clear = outputs.iter().all(|out| routing_margin(config, depth, bias, out) >= MARGIN);
     clear.then_some(Reference { tokens, outputs })
 }
 
@@ -257,15 +266,17 @@ fn check_decode(
 /// The model that `make` builds with the first seed whose decisions are clear, and what the oracle says of it.
 pub(crate) fn clear_case(
     what: &str,
+    depth: DepthControl,
     tally: &mut Tally,
     make: impl Fn(&mut Rng) -> Checkpoint,
 ) -> (Checkpoint, Reference) {
     for attempt in 0..200 {
         let mut rng = Rng::new(&format!("{what} attempt {attempt}"));
         let checkpoint = make(&mut rng);
-        let oracle = Oracle::new(&checkpoint);
+        let oracle = Oracle::new(&checkpoint).with_depth_control(depth).expect("the model can follow it");
         let bias = checkpoint.router(0).and_then(|router| router.bias).map(|id| checkpoint.to_f32(id));
-        let Some(reference) = reference(checkpoint.config(), &bias.unwrap_or_default(), &oracle, &mut rng) else {
+        let bias = bias.unwrap_or_default();
+        let Some(reference) = reference(checkpoint.config(), depth, &bias, &oracle, &mut rng) else {
             tally.rejected_seeds += 1;
             continue;
         };
@@ -286,9 +297,22 @@ pub(crate) fn check_model(
     tally: &mut Tally,
     make: impl Fn(&mut Rng) -> Checkpoint,
 ) {
+    check_at_depths(gpu, name, num_splits, DepthControl::default(), tally, make);
+}
+
+/// Checks the model that `make` builds, with other depths than its routers alone would choose.
+pub(crate) fn check_at_depths(
+    gpu: &Gpu,
+    name: &str,
+    num_splits: u32,
+    depth: DepthControl,
+    tally: &mut Tally,
+    make: impl Fn(&mut Rng) -> Checkpoint,
+) {
     let what = format!("{name} splits {num_splits}");
-    let (checkpoint, reference) = clear_case(&what, tally, make);
-    let mut session = Session::on_gpu(gpu.clone(), &checkpoint, Precision::F32).expect("the tiny model fits");
+    let (checkpoint, reference) = clear_case(&what, depth, tally, make);
+    let session = Session::on_gpu(gpu.clone(), &checkpoint, Precision::F32).expect("the tiny model fits");
+    let mut session = session.with_depth_control(depth).expect("the model can follow it");
     let forward = session.forward(&reference.tokens, Routing::Causal).expect("runs");
     for (i, (found, want)) in forward.sequences.iter().zip(&reference.outputs).enumerate() {
         check_forward(&format!("{what}: forward {i}"), checkpoint.config(), found, want, &mut tally.largest);

@@ -1,18 +1,18 @@
-//! `mor bench`: measurements. `throughput` follows the protocol of Mixture-of-Recursions (arXiv 2507.10524, figure 4a): no
-//! prompt, normally distributed lengths, many more requests than slots, a fixed number of slots.
+//! `mor bench throughput`: the protocol of Mixture-of-Recursions (arXiv 2507.10524, figure 4a): no prompt, normally
+//! distributed lengths, many more requests than slots, a fixed number of slots.
 
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use mor_kernels::KernelError;
 use mor_model::{Checkpoint, Dtype, Mode, MorConfig, PARTS, SharingStrategy};
 use mor_runtime::{
-    BatchOptions, Batching, DecodeProfile, Event, FinishReason, GenerateRequest, KvStrategy, ModelSource, RuntimeError,
-    SamplingParams, ScriptedRouter, SequenceHandle, Session, SessionOptions, Statistics, Summary,
+    BatchOptions, Batching, Event, FinishReason, GenerateRequest, KvStrategy, ModelSource, SamplingParams,
+    ScriptedRouter, SequenceHandle, Session, SessionOptions, Statistics, StepProfile, Summary,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::is_without_timestamps;
 use crate::args::{DepthsArg, FormatArg, ModeArg, SlotsArg, ThroughputArgs};
 use crate::failure::bad_input;
 use crate::input::read_text;
@@ -128,7 +128,7 @@ struct Bounds {
     by_passes: f64,
 }
 
-pub(crate) fn throughput(args: &ThroughputArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: &ThroughputArgs) -> anyhow::Result<()> {
     let model = match (&args.config, &args.model) {
         (Some(config), _) => Model::Random(config.clone()),
         (None, folder) => Model::named(folder.as_deref())?,
@@ -186,7 +186,7 @@ pub(crate) fn throughput(args: &ThroughputArgs) -> anyhow::Result<()> {
                 ..BatchOptions::default()
             };
             let mut session = session.with_batch(batch)?;
-            let run = run(&mut session, *mode, &requests)?;
+            let run = measure(&mut session, *mode, &requests)?;
             note(&format!("{}, {slots} slots: {:.0} tokens/s", run.mode, run.whole.tokens_per_s));
             runs.push(run);
             // Its caches make room for the next.
@@ -376,7 +376,7 @@ fn most_that_fit(sessions: &HashMap<Mode, Session>, context: usize) -> anyhow::R
 }
 
 /// Serves all requests in a session that was made for so many slots.
-fn run(session: &mut Session, mode: ModeArg, requests: &[GenerateRequest]) -> anyhow::Result<Run> {
+fn measure(session: &mut Session, mode: ModeArg, requests: &[GenerateRequest]) -> anyhow::Result<Run> {
     let slots = session.max_sequences();
     let squares: usize = requests.iter().map(|request| request.max_new_tokens * request.max_new_tokens).sum();
     let total: usize = requests.iter().map(|request| request.max_new_tokens).sum();
@@ -452,10 +452,10 @@ fn serve(session: &mut Session, requests: &[GenerateRequest]) -> anyhow::Result<
 }
 
 /// Times of the ticks; none where the device writes no timestamps.
-fn profile(session: &mut Session, slots: usize, context: usize) -> anyhow::Result<Option<DecodeProfile>> {
+fn profile(session: &mut Session, slots: usize, context: usize) -> anyhow::Result<Option<StepProfile>> {
     match session.profile_decode(slots, context) {
         Ok(profile) => Ok(Some(profile)),
-        Err(RuntimeError::Kernel(error @ KernelError::Limit { kernel: "timing", .. })) => {
+        Err(error) if is_without_timestamps(&error) => {
             note(&format!("warning: no times of parts: {error}"));
             Ok(None)
         }
@@ -524,7 +524,7 @@ impl KvBytes {
 }
 
 impl TickTime {
-    fn new(profile: &DecodeProfile, wall: f64) -> Self {
+    fn new(profile: &StepProfile, wall: f64) -> Self {
         let of = |part| profile.parts.iter().filter(|(name, _)| *name == part).map(|(_, micros)| micros).sum();
         let [prelude, block, coda] = PARTS.map(of);
         Self { device: profile.device_micros, prelude, block, coda, gap: wall - profile.device_micros }
@@ -623,12 +623,13 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::{BenchArgs, BenchCommand};
 
     fn args(text: &[&str]) -> ThroughputArgs {
         use clap::Parser;
         let all = [&["mor", "bench", "throughput", "--config", "c.json"], text].concat();
         match crate::args::Args::parse_from(all).command {
-            crate::args::Command::Bench(crate::args::BenchCommand::Throughput(args)) => args,
+            crate::args::Command::Bench(BenchArgs { command: Some(BenchCommand::Throughput(args)), .. }) => args,
             other => panic!("{other:?}"),
         }
     }
