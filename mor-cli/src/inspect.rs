@@ -17,6 +17,8 @@ struct Report {
     num_recursions: usize,
     kv: &'static str,
     router: Option<String>,
+    /// Whether the routers still have the values they started from.
+    untrained_router: bool,
     capacity: Option<Vec<f64>>,
     vocab_size: usize,
     hidden_size: usize,
@@ -100,6 +102,7 @@ impl Report {
             router: config
                 .is_routed()
                 .then(|| format!("{}, {}, alpha {}", config.router_type, config.router_func, config.alpha)),
+            untrained_router: config.untrained_router,
             capacity: config.is_routed().then(|| config.capacity.clone()),
             vocab_size: config.vocab_size,
             hidden_size: config.hidden_size,
@@ -138,7 +141,8 @@ impl Report {
                 n => format!("mode              {}, {n} recursions, sharing {}", self.mode, self.sharing),
             },
         ];
-        lines.extend(self.router.iter().map(|router| format!("router            {router}")));
+        let untrained = if self.untrained_router { "; untrained, depths mean nothing yet" } else { "" };
+        lines.extend(self.router.iter().map(|router| format!("router            {router}{untrained}")));
         lines.extend([
             format!(
                 "shape             {} layers, hidden {}, MLP {}, {} heads of {}, {} K/V heads, vocabulary {}",

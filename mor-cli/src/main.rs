@@ -6,6 +6,7 @@
 mod args;
 mod batch;
 mod bench;
+mod convert;
 mod devices;
 mod embedded;
 mod eval;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quantize(args) => quantize::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Convert(args) => convert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(BenchCommand::Throughput(args)) => bench::throughput(&args).map(|()| ExitCode::SUCCESS),
     };
