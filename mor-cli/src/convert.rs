@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use mor_model::convert::{ConvertOptions, ConvertReport, Init, Layout, Start, TiedTensor, convert};
 use mor_model::{Dtype, Mode, SharingStrategy};
 
+use crate::args::at_least_one;
 use crate::failure::bad_input;
 use crate::inspect::bytes_text;
 use crate::model::resolve;
@@ -50,6 +51,9 @@ pub(crate) struct ConvertArgs {
     /// Fixed depth, or routers, which are new and must be trained [default: expert; recursive with a sequence]
     #[arg(long, value_enum, requires = "sharing", help_heading = "Recursive start")]
     mode: Option<ModelModeArg>,
+    /// Adapters of this rank that give each tied layer back what tying takes from it, as far as they can [default: none]
+    #[arg(long, value_name = "RANK", requires = "sharing", value_parser = at_least_one, help_heading = "Recursive start")]
+    lora_rank: Option<usize>,
     /// Seed of the routers
     #[arg(long, value_name = "S", default_value_t = 0, requires = "sharing", help_heading = "Recursive start")]
     seed: u64,
@@ -136,6 +140,7 @@ impl ConvertArgs {
                     InitArg::Upper => Init::Upper,
                     InitArg::Average => Init::Average,
                 },
+                lora_rank: self.lora_rank,
                 seed: self.seed,
             }),
         };

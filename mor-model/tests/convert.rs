@@ -197,7 +197,7 @@ fn damaged_archives_are_refused() {
     check(
         &repack(|name, bytes| {
             if name.ends_with("/data/3") {
-                drop(bytes.pop())
+                bytes.truncate(bytes.len() - 1)
             }
         }),
         &["is in a storage of", "expected"],
@@ -269,7 +269,7 @@ fn llama(name: &str) -> (TempDir, GoldenCase) {
 }
 
 fn start(sharing: SharingStrategy, num_recursions: usize, init: Init) -> Start {
-    Start { sharing, num_recursions, mode: None, init, seed: 7 }
+    Start { sharing, num_recursions, mode: None, init, lora_rank: None, seed: 7 }
 }
 
 fn options(start: Start) -> ConvertOptions {
@@ -373,6 +373,26 @@ fn routers_of_a_start_are_new_and_marked() {
     let recursive = Start { mode: Some(Mode::Recursive), ..start(SharingStrategy::MiddleCycle, 3, Init::Stepwise) };
     let (_dir, out, report) = converted(dir.path(), &options(recursive));
     assert!(!report.untrained_router && !fs::read_to_string(out.join("config.json")).unwrap().contains("untrained"));
+}
+
+/// Adapters of full rank are the whole difference to the layer that was tied away.
+#[test]
+fn adapters_give_back_what_tying_takes() {
+    let (dir, vanilla) = eight_layers();
+    let recursive = Start { mode: Some(Mode::Recursive), ..start(SharingStrategy::MiddleCycle, 3, Init::Average) };
+    let (_dir, out, _) = converted(dir.path(), &options(Start { lora_rank: Some(64), ..recursive }));
+    let opened = Checkpoint::open(out).unwrap();
+    assert_eq!(opened.config().lora.as_ref().map(|lora| (lora.rank, lora.scale())), Some((64, 1.0)));
+    for layer in [1, 4, 6] {
+        let adapter = opened.lora(layer, LayerTensor::QProj).unwrap();
+        let (a, b) = (opened.to_f32(adapter.a), opened.to_f32(adapter.b));
+        let shared = opened.to_f32(opened.layer(layer).q_proj);
+        let original = vanilla.to_f32(vanilla.layer(layer).q_proj);
+        for (at, (shared, original)) in shared.iter().zip(&original).enumerate() {
+            let product: f32 = (0..64).map(|k| b[at / 64 * 64 + k] * a[k * 64 + at % 64]).sum();
+            assert!((shared + product - original).abs() < 2e-3, "layer {layer}, element {at}");
+        }
+    }
 }
 
 #[test]

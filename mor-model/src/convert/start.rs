@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::{LayerSource, fields_of};
 use crate::config::{Fields, names};
-use crate::{Checkpoint, LayerLayout, Mode, ModelError, MorConfig, SharingStrategy};
+use crate::{Checkpoint, LayerLayout, LayerTensor, Mode, ModelError, MorConfig, SharingStrategy};
 
 names! {
     /// Which layers of the vanilla model the shared layers start from.
@@ -31,6 +31,9 @@ pub struct Start {
     pub mode: Option<Mode>,
     /// Which layers the tied ones start from.
     pub init: Init,
+    /// Rank of adapters that give back to each layer of the block what tying takes from it, as far as they can; `None`
+    /// leaves them out.
+    pub lora_rank: Option<usize>,
     /// Seed of the routers, which are normal with the standard deviation `initializer_range` of the configuration.
     pub seed: u64,
 }
@@ -76,6 +79,11 @@ impl Start {
         });
         if matches!(mode, Mode::Expert | Mode::Token) {
             mor["untrained_router"] = Value::Bool(true);
+        }
+        if let Some(rank) = self.lora_rank {
+            let targets = LayerTensor::PROJECTIONS.map(LayerTensor::name);
+            // With alpha as the rank the product counts as it is.
+            mor["lora"] = serde_json::json!({ "rank": rank, "alpha": rank, "targets": targets });
         }
         let mut fields = fields_of(vanilla);
         fields.insert("mor".to_owned(), mor);
@@ -129,7 +137,7 @@ mod tests {
             "num_attention_heads": 4, "rms_norm_eps": 1e-5,
         });
         let vanilla = MorConfig::from_json_str(&vanilla.to_string(), "test").unwrap();
-        let start = Start { sharing, num_recursions, mode: Some(Mode::Recursive), init, seed: 0 };
+        let start = Start { sharing, num_recursions, mode: Some(Mode::Recursive), init, lora_rank: None, seed: 0 };
         let layout = LayerLayout::new(&start.config(&vanilla, "test").unwrap());
         sources(&layout, sharing, init).into_iter().filter(|sources| !sources.is_empty()).collect()
     }
