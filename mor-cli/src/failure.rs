@@ -104,10 +104,11 @@ pub(crate) fn sentence(error: &anyhow::Error) -> String {
     match error.downcast_ref::<RuntimeError>() {
         Some(RuntimeError::Parameter { name, found, expected }) => {
             let option = match *name {
-                "repetition_penalty" => "repeat-penalty".to_owned(),
-                name => name.replace('_', "-"),
+                "repetition_penalty" => "--repeat-penalty".to_owned(),
+                "prefill_rows" => "MOR_PREFILL_CHUNK".to_owned(),
+                name => format!("--{}", name.replace('_', "-")),
             };
-            format!("--{option} is {found}, expected {expected}")
+            format!("{option} is {found}, expected {expected}")
         }
         Some(RuntimeError::Model(error)) => model_sentence(error),
         _ => error.downcast_ref().map_or_else(|| error.to_string(), model_sentence),
@@ -150,6 +151,8 @@ mod tests {
     fn parameters_are_named_as_options() {
         let error = RuntimeError::Parameter { name: "repetition_penalty", found: "0".to_owned(), expected: "more" };
         assert_eq!(sentence(&error.into()), "--repeat-penalty is 0, expected more");
+        let error = RuntimeError::Parameter { name: "prefill_rows", found: "4".to_owned(), expected: "more" };
+        assert_eq!(sentence(&error.into()), "MOR_PREFILL_CHUNK is 4, expected more");
         let error = || {
             let (name, found, expected) = ("max_depth", "9".to_owned(), "1 to 3".to_owned());
             ModelError::DepthControl { name, found, expected }

@@ -25,6 +25,16 @@ pub enum KernelError {
         /// The driver's own words.
         reason: String,
     },
+    /// A device was created with less than kernels need.
+    #[error(
+        "the device on \"{adapter}\" lacks what kernels need: {missing}; create it with Gpu::device_descriptor, or choose another adapter"
+    )]
+    UnfitDevice {
+        /// Adapter name.
+        adapter: String,
+        /// Limits and capabilities, by their names in wgpu.
+        missing: String,
+    },
     /// A buffer does not fit the device.
     #[error(
         "out of GPU memory on \"{adapter}\": \"{label}\" needs {bytes} bytes; {reason}; use a smaller model, a shorter context or another --device"

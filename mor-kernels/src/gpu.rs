@@ -1,4 +1,4 @@
-//! [`Gpu`]: one opened device, and how one is found and chosen.
+//! [`Gpu`]: one opened device, and how one is found and chosen, or taken over from a program that has one.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -10,9 +10,10 @@ use crate::caps::DeviceCaps;
 use crate::error::{KernelError, Result};
 use crate::kernel::{CompiledKernel, PipelineKey};
 use crate::pipeline_cache::PipelineCache;
-use crate::tensor::Tensor;
+use crate::tensor::{TEXEL_ROW, Tensor};
 
 /// What kind of hardware an adapter is, best first.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum AdapterKind {
     /// A card of its own.
@@ -43,7 +44,7 @@ impl AdapterKind {
 /// One adapter of this machine, as listed; `index` is what `--device` takes.
 #[derive(Clone, Debug)]
 pub struct AdapterSummary {
-    /// Place in the ranked list.
+    /// Place in the ranked list; 0 for the device of [`Gpu::from_wgpu`].
     pub index: usize,
     /// Name the driver gives.
     pub name: String,
@@ -60,6 +61,7 @@ pub struct AdapterSummary {
 }
 
 /// Which adapter to open.
+#[non_exhaustive]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum DeviceSelector {
     /// The best by [`AdapterKind`].
@@ -114,8 +116,9 @@ pub struct Gpu {
 
 #[derive(Debug)]
 pub(crate) struct GpuInner {
-    pub(crate) device: wgpu::Device,
-    pub(crate) queue: wgpu::Queue,
+    /// Called through [`Gpu::catch`], so that no error escapes.
+    device: wgpu::Device,
+    queue: wgpu::Queue,
     pub(crate) summary: AdapterSummary,
     pub(crate) checked: bool,
     pub(crate) kernels: Mutex<HashMap<PipelineKey, Arc<CompiledKernel>>>,
@@ -127,21 +130,22 @@ pub(crate) struct GpuInner {
     fault: Arc<Mutex<Option<Fault>>>,
 }
 
+/// An error that the device has raised.
 #[derive(Clone, Debug)]
-struct Fault {
-    out_of_memory: bool,
-    reason: String,
+pub(crate) struct Fault {
+    pub(crate) out_of_memory: bool,
+    pub(crate) reason: String,
 }
 
 impl Gpu {
     /// Opens the adapter that `options` choose.
     ///
     /// # Errors
-    /// [`KernelError::NoAdapter`] if none fits, [`KernelError::OpenDevice`] if it refuses.
+    /// [`KernelError::NoAdapter`] if none fits, [`KernelError::OpenDevice`] if it refuses, [`KernelError::UnfitDevice`] if it
+    /// has less than kernels need.
     pub fn open(options: &GpuOptions) -> Result<Self> {
-        let mut adapters = ranked_adapters();
-        let summaries: Vec<_> =
-            adapters.iter().enumerate().map(|(index, adapter)| summarise(index, adapter, options)).collect();
+        let adapters = ranked_adapters();
+        let summaries = summaries(&adapters, options);
         let chosen = match &options.device {
             DeviceSelector::Best => (!adapters.is_empty()).then_some(0),
             DeviceSelector::Index(index) => (*index < adapters.len()).then_some(*index),
@@ -161,67 +165,148 @@ impl Gpu {
                 found: if found.is_empty() { "none".to_owned() } else { found.join(", ") },
             });
         };
-        let summary = summaries[chosen].clone();
-        Self::from_adapter(adapters.swap_remove(chosen), summary, options)
+        Self::from_adapter(&adapters[chosen], chosen, options)
     }
 
-    fn from_adapter(adapter: wgpu::Adapter, summary: AdapterSummary, options: &GpuOptions) -> Result<Self> {
-        let (features, limits) = wanted(&adapter, options);
-        let experimental_features = if features.contains(COOPERATIVE) {
-            // SAFETY: the one experimental feature is cooperative matrices. `linear` alone uses them, its parity tests
-            // run every such tile, and the tiles are only chosen where `DeviceCaps::cooperative_matrices` holds.
-            unsafe { wgpu::ExperimentalFeatures::enabled() }
-        } else {
-            wgpu::ExperimentalFeatures::disabled()
-        };
-        let descriptor = wgpu::DeviceDescriptor {
-            label: Some("mor"),
-            required_features: features,
-            required_limits: limits,
-            experimental_features,
-            memory_hints: wgpu::MemoryHints::MemoryUsage,
-            ..Default::default()
-        };
-        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
-            .map_err(|error| KernelError::OpenDevice { adapter: summary.name.clone(), reason: error.to_string() })?;
-        let fault = Arc::new(Mutex::new(None));
-        let sink = Arc::clone(&fault);
-        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
-            let out_of_memory = matches!(error, wgpu::Error::OutOfMemory { .. });
-            let mut slot = sink.lock().expect("no panic happens while the fault is held");
-            // The first error is the cause, later ones are its echoes.
-            slot.get_or_insert(Fault { out_of_memory, reason: error.to_string() });
-        }));
-        let sink = Arc::clone(&fault);
-        device.set_device_lost_callback(move |reason, message| {
+    /// Opens a device of our own.
+    fn from_adapter(adapter: &wgpu::Adapter, index: usize, options: &GpuOptions) -> Result<Self> {
+        let (device, queue) = pollster::block_on(adapter.request_device(&Self::device_descriptor(adapter, options)))
+            .map_err(|error| KernelError::OpenDevice { adapter: adapter.get_info().name, reason: error.to_string() })?;
+        let mut gpu = Self::from_wgpu(adapter, device, queue, options)?;
+        let inner = Arc::get_mut(&mut gpu.inner).expect("nobody shares it yet");
+        inner.summary.index = index;
+        let sink = Arc::clone(&inner.fault);
+        inner.device.set_device_lost_callback(move |reason, message| {
             if reason != wgpu::DeviceLostReason::Destroyed {
                 let mut slot = sink.lock().expect("no panic happens while the fault is held");
                 slot.get_or_insert(Fault { out_of_memory: false, reason: format!("device lost: {message}") });
             }
         });
-        let pipeline_cache = features
-            .contains(wgpu::Features::PIPELINE_CACHE)
-            .then_some(())
-            .and_then(|()| PipelineCache::open(&device, &adapter.get_info(), options.pipeline_cache.as_deref()?));
-        Ok(Self {
+        Ok(gpu)
+    }
+
+    /// What a device on `adapter` is to be opened with, for programs that share theirs: the features that kernels use and the
+    /// adapter has, and the adapter's own limits rather than WebGPU's defaults. Add what the program needs itself.
+    ///
+    /// Cooperative matrices are an experimental feature of wgpu, which the descriptor enables where `options` ask for them and
+    /// the adapter has them.
+    pub fn device_descriptor(adapter: &wgpu::Adapter, options: &GpuOptions) -> wgpu::DeviceDescriptor<'static> {
+        let (required_features, required_limits) = wanted(adapter, options);
+        let experimental_features = if required_features.contains(COOPERATIVE) {
+            // SAFETY: the one experimental feature is cooperative matrices. The kernels that use them are run with every such
+            // tile by their parity tests, and choose them only where `DeviceCaps::cooperative_matrices` holds.
+            unsafe { wgpu::ExperimentalFeatures::enabled() }
+        } else {
+            wgpu::ExperimentalFeatures::disabled()
+        };
+        wgpu::DeviceDescriptor {
+            label: Some("mor"),
+            required_features,
+            required_limits,
+            experimental_features,
+            memory_hints: wgpu::MemoryHints::MemoryUsage,
+            ..Default::default()
+        }
+    }
+
+    /// Kernels on a device that a program has opened itself, to share it: `adapter` is the one it was opened on, at best with
+    /// [`Gpu::device_descriptor`]. Of `options` the choice of an adapter does not matter, and features that the device lacks are
+    /// not used.
+    ///
+    /// Nothing is taken from the program. Errors of work done here are caught in error scopes, a stack per thread, around
+    /// each call of wgpu, and returned as [`KernelError`]s; the device's one handler of uncaptured errors and its one
+    /// device-lost callback stay the program's. A lost device shows as [`KernelError::Device`] when results are awaited.
+    /// Submits go to the same queue, in the order in which they are made; while results are awaited here the device is polled,
+    /// which runs callbacks of the program that are due.
+    ///
+    /// Indirect grids are written by kernels that clamp them, so an instance without
+    /// `wgpu::InstanceFlags::VALIDATION_INDIRECT_CALL` saves the dispatch that wgpu adds to each of them to check that.
+    ///
+    /// ```
+    /// use mor_kernels::gpu::{Gpu, GpuOptions};
+    /// use mor_kernels::wgpu;
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    /// let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))?;
+    /// let options = GpuOptions::default();
+    /// let descriptor = Gpu::device_descriptor(&adapter, &options);
+    /// let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))?;
+    /// let gpu = Gpu::from_wgpu(&adapter, device.clone(), queue.clone(), &options)?;
+    /// assert_eq!(gpu.summary().name, adapter.get_info().name);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`KernelError::UnfitDevice`] if the device was created with less than kernels need.
+    pub fn from_wgpu(
+        adapter: &wgpu::Adapter,
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        options: &GpuOptions,
+    ) -> Result<Self> {
+        let (features, limits) = wanted(adapter, options);
+        let (features, offered) = (features & device.features(), device.limits());
+        let summary = summarise(0, adapter, features, &limits.or_worse_values_from(&offered));
+        let missing = missing(adapter, &offered, summary.caps.is_cpu);
+        if !missing.is_empty() {
+            return Err(KernelError::UnfitDevice { adapter: summary.name, missing: missing.join(", ") });
+        }
+        let mut gpu = Self {
             inner: Arc::new(GpuInner {
                 device,
                 queue,
                 summary,
                 checked: options.checked,
                 kernels: Mutex::new(HashMap::new()),
-                pipeline_cache,
+                pipeline_cache: None,
                 compile_nanos: AtomicU64::new(0),
                 staging: Mutex::new(Vec::new()),
-                fault,
+                fault: Arc::new(Mutex::new(None)),
             }),
-        })
+        };
+        if let Some(folder) = &options.pipeline_cache
+            && features.contains(wgpu::Features::PIPELINE_CACHE)
+        {
+            let cache = gpu.catch(|device, _| PipelineCache::open(device, &adapter.get_info(), folder));
+            Arc::get_mut(&mut gpu.inner).expect("nobody shares it yet").pipeline_cache = cache;
+        }
+        Ok(gpu)
+    }
+
+    /// Runs `work`, which calls wgpu, and keeps the first error that it raises for [`Gpu::check`].
+    pub(crate) fn catch<T>(&self, work: impl FnOnce(&wgpu::Device, &wgpu::Queue) -> T) -> T {
+        let (result, fault) = self.scoped(work);
+        if let Some(fault) = fault {
+            // The first error is the cause, later ones are its echoes.
+            self.inner.fault.lock().expect("no panic happens while the fault is held").get_or_insert(fault);
+        }
+        result
+    }
+
+    /// Runs `work`, which calls wgpu, and returns with its result the first error that it raises. Error scopes leave alone
+    /// whatever else the program does with the device, on this thread and on others.
+    pub(crate) fn scoped<T>(&self, work: impl FnOnce(&wgpu::Device, &wgpu::Queue) -> T) -> (T, Option<Fault>) {
+        use wgpu::ErrorFilter as F;
+        let inner = &*self.inner;
+        // Variables, so that a panic ends them in this order too.
+        let internal = inner.device.push_error_scope(F::Internal);
+        let memory = inner.device.push_error_scope(F::OutOfMemory);
+        let validation = inner.device.push_error_scope(F::Validation);
+        let result = work(&inner.device, &inner.queue);
+        // Every scope is ended, the last one first.
+        let errors = [validation, memory, internal].map(|scope| pollster::block_on(scope.pop()));
+        let fault = errors.into_iter().flatten().next().map(|error| Fault {
+            out_of_memory: matches!(error, wgpu::Error::OutOfMemory { .. }),
+            reason: error.to_string(),
+        });
+        (result, fault)
     }
 
     /// Every adapter of this machine, best first: discrete, integrated, virtual, CPU.
     pub fn adapters() -> Vec<AdapterSummary> {
-        let options = GpuOptions::default();
-        ranked_adapters().iter().enumerate().map(|(index, adapter)| summarise(index, adapter, &options)).collect()
+        summaries(&ranked_adapters(), &GpuOptions::default())
     }
 
     /// The adapter this device was opened on.
@@ -246,7 +331,7 @@ impl Gpu {
 
     /// Writes `bytes` at `offset` bytes into `tensor`, before any work submitted later.
     pub fn write(&self, tensor: &Tensor, offset: u64, bytes: &[u8]) {
-        self.inner.queue.write_buffer(&tensor.buffer, offset, bytes);
+        self.catch(|_, queue| queue.write_buffer(&tensor.buffer, offset, bytes));
     }
 
     /// Hands all writes so far to the device and waits for them, which frees their staging memory.
@@ -254,7 +339,7 @@ impl Gpu {
     /// # Errors
     /// [`KernelError::Device`].
     pub fn flush_writes(&self) -> Result<()> {
-        self.inner.queue.submit([]);
+        self.catch(|_, queue| queue.submit([]));
         self.wait_idle()
     }
 
@@ -308,12 +393,8 @@ impl Gpu {
         if size > limit {
             return Err(refuse(format!("one buffer may have {limit} bytes")));
         }
-        let buffer = self.inner.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some(label),
-            size,
-            usage,
-            mapped_at_creation: false,
-        });
+        let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
+        let buffer = self.catch(|device, _| device.create_buffer(&descriptor));
         match self.take_fault() {
             None => Ok(buffer),
             Some(fault) if fault.out_of_memory => Err(refuse(fault.reason)),
@@ -389,15 +470,52 @@ fn wanted(adapter: &wgpu::Adapter, options: &GpuOptions) -> (wgpu::Features, wgp
     (features & adapter.features(), limits)
 }
 
-fn summarise(index: usize, adapter: &wgpu::Adapter, options: &GpuOptions) -> AdapterSummary {
+/// What stands between a device of these limits and the kernels. All run within WebGPU's default limits, so those are what is
+/// needed of the limits that concern kernels; how large buffers may be decides only which models fit.
+fn missing(adapter: &wgpu::Adapter, offered: &wgpu::Limits, is_cpu: bool) -> Vec<String> {
+    let least = wgpu::Limits::default();
+    let mut needed = wgpu::Limits {
+        max_bind_groups: 1,
+        max_storage_buffers_per_shader_stage: least.max_storage_buffers_per_shader_stage,
+        max_uniform_buffer_binding_size: least.max_uniform_buffer_binding_size,
+        max_compute_workgroup_storage_size: least.max_compute_workgroup_storage_size,
+        max_compute_invocations_per_workgroup: least.max_compute_invocations_per_workgroup,
+        max_compute_workgroup_size_x: least.max_compute_workgroup_size_x,
+        max_compute_workgroups_per_dimension: least.max_compute_workgroups_per_dimension,
+        ..offered.clone()
+    };
+    if is_cpu {
+        // Weights are read from textures there.
+        needed.max_texture_dimension_2d = TEXEL_ROW;
+        needed.max_storage_textures_per_shader_stage = 1;
+    }
+    let mut missing = Vec::new();
+    needed.check_limits_with_fail_fn(offered, false, |name, needed, found| {
+        missing.push(format!("{name} of {needed} (it has {found})"));
+    });
+    let flags = wgpu::DownlevelFlags::COMPUTE_SHADERS | wgpu::DownlevelFlags::INDIRECT_EXECUTION;
+    let absent = flags - adapter.get_downlevel_capabilities().flags;
+    missing.extend(absent.iter_names().map(|(name, _)| name.to_owned()));
+    missing
+}
+
+fn summaries(adapters: &[wgpu::Adapter], options: &GpuOptions) -> Vec<AdapterSummary> {
+    let summarise = |(index, adapter)| {
+        let (features, limits) = wanted(adapter, options);
+        summarise(index, adapter, features, &limits)
+    };
+    adapters.iter().enumerate().map(summarise).collect()
+}
+
+/// What a device with `features` and `limits` on `adapter` offers.
+fn summarise(index: usize, adapter: &wgpu::Adapter, features: wgpu::Features, limits: &wgpu::Limits) -> AdapterSummary {
     let info = adapter.get_info();
-    let (features, limits) = wanted(adapter, options);
     let caps = DeviceCaps {
         subgroup_sizes: features
             .contains(wgpu::Features::SUBGROUP)
             .then_some((info.subgroup_min_size, info.subgroup_max_size)),
         shader_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
-        cooperative_matrices: features.contains(COOPERATIVE),
+        cooperative_matrices: features.contains(COOPERATIVE | wgpu::Features::SUBGROUP),
         timestamps: features
             .contains(wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS),
         max_storage_binding_bytes: limits.max_storage_buffer_binding_size,

@@ -74,10 +74,15 @@ impl<'a> Binding<'a> {
 
 /// One WGSL entry point, specialised: the value holds what the shader's constants and flags come from.
 ///
-/// The same stem names the shader file, the wrapper in `ops/`, the CPU reference in `oracle/` and the bench.
+/// The same stem names the shader file, the wrapper in `ops/`, the CPU reference in `oracle/` and the bench. A program's own
+/// kernels implement it too, with a [`Kernel::SOURCE`]; `examples/custom_kernel.rs` is one.
 pub trait Kernel {
     /// File stem, profiler label and bench id, for example `"rms_norm"`.
     const NAME: &'static str;
+    /// The WGSL of a kernel that `mor-shaders` does not have, in the same language: directives of `shaders/README.md`, imports
+    /// from `shared/`, an entry point `main`. It is compiled with run-time bounds checks whatever the device's options are, for
+    /// nobody has promised that it stays within its bindings.
+    const SOURCE: Option<&'static str> = None;
     /// The uniform at binding 0. Mirrors `struct Params` of the shader; `tests/house.rs` compares the sizes.
     type Params: bytemuck::Pod;
     /// The tensors by name; no positional buffers.
@@ -97,6 +102,8 @@ pub trait Kernel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PipelineKey {
     name: &'static str,
+    /// [`Kernel::SOURCE`].
+    source: Option<&'static str>,
     definitions: Definitions,
     accesses: Vec<(u32, Access)>,
 }
@@ -120,8 +127,11 @@ impl CompiledKernel {
 }
 
 /// The specialised WGSL of `kernel` on a device with `caps`, as the driver receives it.
-pub fn wgsl<K: Kernel>(kernel: &K, caps: &DeviceCaps) -> String {
-    shader::specialise(K::NAME, &with_row_constants(kernel.definitions(caps)))
+///
+/// # Errors
+/// What is wrong with the source's directives.
+pub fn wgsl<K: Kernel>(kernel: &K, caps: &DeviceCaps) -> Result<String, String> {
+    shader::specialise(K::NAME, K::SOURCE, &with_row_constants(kernel.definitions(caps)))
 }
 
 fn with_row_constants(definitions: Definitions) -> Definitions {
@@ -165,6 +175,7 @@ pub(crate) fn prepare<K: Kernel>(gpu: &Gpu, kernel: &K, bindings: &[Binding<'_>]
     }
     let key = PipelineKey {
         name: K::NAME,
+        source: K::SOURCE,
         definitions: with_row_constants(kernel.definitions(caps)),
         accesses: bindings.iter().map(|binding| (binding.index, binding.access)).collect(),
     };
@@ -175,7 +186,7 @@ pub(crate) fn prepare<K: Kernel>(gpu: &Gpu, kernel: &K, bindings: &[Binding<'_>]
     let mut entries = vec![layout_entry(0, Access::Uniform)];
     entries.extend(key.accesses.iter().map(|&(index, access)| layout_entry(index, access)));
     let descriptor = wgpu::BindGroupLayoutDescriptor { label: Some(K::NAME), entries: &entries };
-    let layout = gpu.inner.device.create_bind_group_layout(&descriptor);
+    let layout = gpu.catch(|device, _| device.create_bind_group_layout(&descriptor));
     let prepared = Arc::new(CompiledKernel { key: key.clone(), layout, pipeline: OnceLock::new() });
     kernels.insert(key, Arc::clone(&prepared));
     Ok(prepared)
@@ -217,47 +228,44 @@ pub(crate) fn compile<'k>(gpu: &Gpu, kernels: impl Iterator<Item = &'k Arc<Compi
 }
 
 fn build(gpu: &Gpu, kernel: &CompiledKernel) -> Result<wgpu::ComputePipeline> {
-    let device = &gpu.inner.device;
-    let name = kernel.key.name;
-    let source = shader::specialise(name, &kernel.key.definitions);
+    let PipelineKey { name, source, definitions, .. } = &kernel.key;
+    let rejected =
+        |reason| KernelError::Shader { kernel: (*name).to_owned(), adapter: gpu.summary().name.clone(), reason };
+    let is_ours = source.is_none();
+    let source = shader::specialise(name, *source, definitions).map_err(rejected)?;
     let label = format!("mor.{name}");
     let descriptor =
         wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(source.as_str().into()) };
     // Scopes belong to the thread, so each error is known for that of its kernel.
-    let scopes = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation].map(|kind| device.push_error_scope(kind));
-    let module = if gpu.is_checked() {
-        device.create_shader_module(descriptor)
-    } else {
-        // SAFETY: every kernel is run in its checked form over awkward sizes by the parity tests, with
-        // sentinels around its outputs.
-        unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
-    };
-    let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-        label: Some(&label),
-        bind_group_layouts: &[Some(&kernel.layout)],
-        immediate_size: 0,
+    let (pipeline, fault) = gpu.scoped(|device, _| {
+        let module = if gpu.is_checked() || !is_ours {
+            device.create_shader_module(descriptor)
+        } else {
+            // SAFETY: every kernel of ours is run in its checked form over awkward sizes by the parity tests, with
+            // sentinels around its outputs.
+            unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+        };
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(&label),
+            bind_group_layouts: &[Some(&kernel.layout)],
+            immediate_size: 0,
+        });
+        device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(&label),
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &[],
+                // Kernels of ours write workgroup memory before they read it.
+                zero_initialize_workgroup_memory: !is_ours,
+            },
+            cache: gpu.inner.pipeline_cache.as_ref().map(PipelineCache::handle),
+        })
     });
-    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-        label: Some(&label),
-        layout: Some(&pipeline_layout),
-        module: &module,
-        entry_point: Some("main"),
-        compilation_options: wgpu::PipelineCompilationOptions {
-            constants: &[],
-            // Kernels write workgroup memory before they read it.
-            zero_initialize_workgroup_memory: false,
-        },
-        cache: gpu.inner.pipeline_cache.as_ref().map(PipelineCache::handle),
-    });
-    let errors = scopes.into_iter().rev().map(|scope| pollster::block_on(scope.pop()));
-    // Every scope is ended, the last one first.
-    match errors.fold(None, |first: Option<wgpu::Error>, error| first.or(error)) {
+    match fault {
         None => Ok(pipeline),
-        Some(error) => Err(KernelError::Shader {
-            kernel: name.to_owned(),
-            adapter: gpu.summary().name.clone(),
-            reason: format!("{error}\n{source}"),
-        }),
+        Some(fault) => Err(rejected(format!("{}\n{source}", fault.reason))),
     }
 }
 

@@ -16,9 +16,14 @@
 //! - [`quantize`]: weights as small integers in groups, packed as the linear kernels read them.
 //! - [`timing`]: device time by timestamp queries; [`peaks`]: what a device reaches at best.
 //!
-//! With the feature `oracle` there are also `oracle`, the CPU references, and `parity`, the harness that compares
-//! kernels with them; tests and benches of dependents use both. `variants` lists every specialisation, for the tests
-//! that translate and inspect them without a GPU.
+//! A program that has a device of its own shares it through [`Gpu::from_wgpu`], and runs kernels of its own by giving
+//! [`Kernel`](kernel::Kernel) a source.
+//!
+//! # Features
+//! - `oracle` (off): `oracle`, the CPU references; `parity`, the harness that compares kernels with them; `variants`, every
+//!   specialisation. For tests and benches; it changes no result.
+//!
+//! # Example
 //!
 //! ```
 //! use mor_kernels::gpu::{Gpu, GpuOptions};
@@ -71,6 +76,8 @@ pub mod variants;
 
 pub use error::{KernelError, Result};
 pub use gpu::Gpu;
+/// The version of wgpu whose devices [`Gpu::from_wgpu`] takes.
+pub use wgpu;
 
 /// The library through which devices are driven, with its version: for reports.
 pub const GPU_LIBRARY: &str = "wgpu 30.0.1";

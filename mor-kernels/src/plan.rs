@@ -385,11 +385,9 @@ impl<'g> PlanBuilder<'g> {
                             Resource::Texels(view) => wgpu::BindingResource::TextureView(view),
                         },
                     }));
-                    let bind_group = self.gpu.inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                        label: Some(label),
-                        layout: &kernel.layout,
-                        entries: &group,
-                    });
+                    let descriptor =
+                        wgpu::BindGroupDescriptor { label: Some(label), layout: &kernel.layout, entries: &group };
+                    let bind_group = self.gpu.catch(|device, _| device.create_bind_group(&descriptor));
                     let pipeline = kernel.pipeline().clone();
                     Step::Dispatch { label, pipeline, bind_group, workgroups, weight_bytes }
                 }

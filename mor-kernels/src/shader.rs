@@ -64,12 +64,11 @@ impl Definitions {
     }
 }
 
-/// Specialises the shader `name`.
+/// Specialises the shader `name`: `source`, or the file of `mor-shaders` with that name.
 ///
-/// # Panics
-/// If the source does not exist or its directives are malformed: a bug of ours, found by any test that
-/// touches the kernel.
-pub fn specialise(name: &str, definitions: &Definitions) -> String {
+/// # Errors
+/// Where and how the directives are malformed, or what is missing.
+pub(crate) fn specialise(name: &str, source: Option<&str>, definitions: &Definitions) -> Result<String, String> {
     let mut constants = String::new();
     for (name, value) in &definitions.constants {
         match value {
@@ -79,19 +78,21 @@ pub fn specialise(name: &str, definitions: &Definitions) -> String {
         .expect("writing to a String cannot fail");
     }
     let (mut enables, mut body) = (String::new(), String::new());
-    expand(name, definitions, &mut BTreeSet::new(), &mut enables, &mut body);
+    expand(name, source, definitions, &mut BTreeSet::new(), &mut enables, &mut body)?;
     let mut out = enables + &constants;
-    repeat(name, &body.lines().collect::<Vec<_>>(), definitions, &mut out);
-    out
+    repeat(name, &body.lines().collect::<Vec<_>>(), definitions, &mut out)?;
+    Ok(out)
 }
 
 /// Copies `lines` of the shader `name` to `out`, the repeated ones as often as they ask for.
-fn repeat(name: &str, lines: &[&str], definitions: &Definitions, out: &mut String) {
+fn repeat(name: &str, lines: &[&str], definitions: &Definitions, out: &mut String) -> Result<(), String> {
     let directive = |line: &str| line.trim_start().strip_prefix("#repeat ").map(str::to_owned);
     let mut next = 0;
     while next < lines.len() {
         let Some(header) = directive(lines[next]) else {
-            assert!(!lines[next].trim_start().starts_with('#'), "{name}: {} without #repeat", lines[next].trim());
+            if lines[next].trim_start().starts_with('#') {
+                return Err(format!("{name}: {} without #repeat", lines[next].trim()));
+            }
             out.push_str(lines[next]);
             out.push('\n');
             next += 1;
@@ -102,28 +103,30 @@ fn repeat(name: &str, lines: &[&str], definitions: &Definitions, out: &mut Strin
             depth += i32::from(directive(line).is_some()) - i32::from(line.trim_start() == "#endrepeat");
             depth == 0
         });
-        let end = next + end.unwrap_or_else(|| panic!("{name}: #repeat {header} without #endrepeat"));
-        let (index, count) = header.split_once(' ').unwrap_or_else(|| panic!("{name}: #repeat {header} has no count"));
+        let end = next + end.ok_or_else(|| format!("{name}: #repeat {header} without #endrepeat"))?;
+        let (index, count) = header.split_once(' ').ok_or_else(|| format!("{name}: #repeat {header} has no count"))?;
         let Some(&Constant::U32(count)) = definitions.constants.get(count.trim()) else {
-            panic!("{name}: #repeat {header} counts to no constant of the specialisation");
+            return Err(format!("{name}: #repeat {header} counts to no constant of the specialisation"));
         };
         for i in 0..count {
             writeln!(out, "{{\nconst {index}: u32 = {i}u;").expect("writing to a String cannot fail");
-            repeat(name, &lines[next + 1..end], definitions, out);
+            repeat(name, &lines[next + 1..end], definitions, out)?;
             out.push_str("}\n");
         }
         next = end + 1;
     }
+    Ok(())
 }
 
 fn expand(
     name: &str,
+    source: Option<&str>,
     definitions: &Definitions,
     imported: &mut BTreeSet<String>,
     enables: &mut String,
     body: &mut String,
-) {
-    let text = mor_shaders::source(name).unwrap_or_else(|| panic!("no shader source named {name}"));
+) -> Result<(), String> {
+    let text = source.or_else(|| mor_shaders::source(name)).ok_or_else(|| format!("no shader source named {name}"))?;
     // One entry per open #if: (this branch is kept, some branch of this #if was kept already).
     let mut open: Vec<(bool, bool)> = Vec::new();
     let holds = |condition: &str| match condition.trim().strip_prefix('!') {
@@ -138,24 +141,26 @@ fn expand(
             let keep = holds(condition);
             open.push((keep, keep));
         } else if let Some(condition) = directive.strip_prefix("#elif ") {
-            let (kept, done) = open.last_mut().unwrap_or_else(|| panic!("{}: #elif without #if", at()));
+            let (kept, done) = open.last_mut().ok_or_else(|| format!("{}: #elif without #if", at()))?;
             *kept = !*done && holds(condition);
             *done |= *kept;
         } else if directive.starts_with("#else") {
-            let (kept, done) = open.last_mut().unwrap_or_else(|| panic!("{}: #else without #if", at()));
+            let (kept, done) = open.last_mut().ok_or_else(|| format!("{}: #else without #if", at()))?;
             *kept = !*done;
             *done = true;
         } else if directive.starts_with("#endif") {
-            open.pop().unwrap_or_else(|| panic!("{}: #endif without #if", at()));
+            open.pop().ok_or_else(|| format!("{}: #endif without #if", at()))?;
         } else if !kept {
             continue;
         } else if let Some(path) = directive.strip_prefix("#import ") {
             if imported.insert(path.trim().to_owned()) {
-                expand(path.trim(), definitions, imported, enables, body);
+                expand(path.trim(), None, definitions, imported, enables, body)?;
             }
         } else {
             let is_repeat = directive.starts_with("#repeat ") || directive == "#endrepeat";
-            assert!(is_repeat || !directive.starts_with('#'), "{}: unknown directive {directive}", at());
+            if directive.starts_with('#') && !is_repeat {
+                return Err(format!("{}: unknown directive {directive}", at()));
+            }
             // Comments and blank lines are for readers of the source, not for drivers.
             let code = line.split("//").next().unwrap_or_default().trim_end();
             if !code.is_empty() {
@@ -165,5 +170,33 @@ fn expand(
             }
         }
     }
-    assert!(open.is_empty(), "{name}.wgsl: #if without #endif");
+    if open.is_empty() { Ok(()) } else { Err(format!("{name}.wgsl: #if without #endif")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn malformed_directives_are_named() {
+        let definitions = Definitions::new().u32("N", 2).flag("ON", true);
+        let specialised = |source| specialise("mine", Some(source), &definitions);
+        let source = "#if ON\n#repeat i N\na[i]();\n#endrepeat\n#else\nb();\n#endif";
+        let expected = "const N: u32 = 2u;\n{\nconst i: u32 = 0u;\na[i]();\n}\n{\nconst i: u32 = 1u;\na[i]();\n}\n";
+        assert_eq!(specialised(source).as_deref(), Ok(expected));
+        for (source, message) in [
+            ("#if ON", "mine.wgsl: #if without #endif"),
+            ("\n#endif", "mine.wgsl:2: #endif without #if"),
+            ("#else", "mine.wgsl:1: #else without #if"),
+            ("#elif ON", "mine.wgsl:1: #elif without #if"),
+            ("#define X", "mine.wgsl:1: unknown directive #define X"),
+            ("#import shared/none", "no shader source named shared/none"),
+            ("#repeat i N", "mine: #repeat i N without #endrepeat"),
+            ("#endrepeat", "mine: #endrepeat without #repeat"),
+            ("#repeat i\n#endrepeat", "mine: #repeat i has no count"),
+            ("#repeat i M\n#endrepeat", "mine: #repeat i M counts to no constant of the specialisation"),
+        ] {
+            assert_eq!(specialised(source), Err(message.to_owned()), "{source}");
+        }
+    }
 }

@@ -19,13 +19,13 @@ pub struct Submission<'g> {
 impl<'g> Submission<'g> {
     /// An empty submission.
     pub fn new(gpu: &'g Gpu) -> Self {
-        let encoder = gpu.inner.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("mor") });
-        Self { gpu, encoder }
+        let descriptor = wgpu::CommandEncoderDescriptor { label: Some("mor") };
+        Self { gpu, encoder: gpu.catch(|device, _| device.create_command_encoder(&descriptor)) }
     }
 
     /// Appends all steps of `plan`.
     pub fn plan(&mut self, plan: &Plan) -> &mut Self {
-        plan.encode(&mut self.encoder, 0..plan.num_steps());
+        self.gpu.catch(|_, _| plan.encode(&mut self.encoder, 0..plan.num_steps()));
         self
     }
 
@@ -36,7 +36,7 @@ impl<'g> Submission<'g> {
         let (mut start, mut piece) = (0, FIRST_PIECE);
         while start < plan.num_steps() {
             let end = plan.num_steps().min(start + piece);
-            plan.encode(&mut self.encoder, start..end);
+            self.gpu.catch(|_, _| plan.encode(&mut self.encoder, start..end));
             let next = Self::new(self.gpu);
             std::mem::replace(self, next).submit();
             // Each piece costs a submit, and the device is busy with all before it.
@@ -47,7 +47,8 @@ impl<'g> Submission<'g> {
 
     /// Appends a copy between tensors, in bytes.
     pub fn copy(&mut self, from: &Tensor, from_offset: u64, to: &Tensor, to_offset: u64, bytes: u64) -> &mut Self {
-        self.encoder.copy_buffer_to_buffer(&from.buffer, from_offset, &to.buffer, to_offset, bytes);
+        let encoder = &mut self.encoder;
+        self.gpu.catch(|_, _| encoder.copy_buffer_to_buffer(&from.buffer, from_offset, &to.buffer, to_offset, bytes));
         self
     }
 
@@ -58,18 +59,20 @@ impl<'g> Submission<'g> {
     /// [`KernelError::OutOfMemory`] if the staging buffer cannot be had.
     pub fn read(&mut self, tensor: &Tensor, offset: u64, bytes: u64) -> Result<Readback> {
         let staging = self.gpu.take_staging(bytes)?;
-        self.encoder.copy_buffer_to_buffer(&tensor.buffer, offset, &staging, 0, bytes);
         let state = Arc::new(AtomicU8::new(PENDING));
         let arrived = Arc::clone(&state);
-        self.encoder.map_buffer_on_submit(&staging, wgpu::MapMode::Read, .., move |result| {
-            arrived.store(if result.is_ok() { MAPPED } else { FAILED }, Ordering::Release);
+        self.gpu.catch(|_, _| {
+            self.encoder.copy_buffer_to_buffer(&tensor.buffer, offset, &staging, 0, bytes);
+            self.encoder.map_buffer_on_submit(&staging, wgpu::MapMode::Read, .., move |result| {
+                arrived.store(if result.is_ok() { MAPPED } else { FAILED }, Ordering::Release);
+            });
         });
         Ok(Readback { gpu: self.gpu.clone(), staging, state, bytes: bytes as usize })
     }
 
     /// Hands the work to the device and returns at once.
     pub fn submit(self) {
-        self.gpu.inner.queue.submit([self.encoder.finish()]);
+        self.gpu.catch(|_, queue| queue.submit([self.encoder.finish()]));
     }
 }
 
@@ -115,12 +118,12 @@ impl Readback {
         self.gpu.check()?;
         let failed = |reason: String| KernelError::Device { adapter: self.gpu.summary().name.clone(), reason };
         if self.state.load(Ordering::Acquire) == FAILED {
-            return Err(failed("a readback buffer could not be mapped".to_owned()));
+            return Err(failed("results could not be read back: the device is lost or was destroyed".to_owned()));
         }
         let view = self.staging.get_mapped_range(..).map_err(|error| failed(error.to_string()))?;
         let data = view[..self.bytes].to_vec();
         drop(view);
-        self.staging.unmap();
+        self.gpu.catch(|_, _| self.staging.unmap());
         self.gpu.return_staging(self.staging);
         Ok(data)
     }

@@ -108,39 +108,42 @@ impl Tensor {
             height: num_texels.div_ceil(TEXEL_ROW),
             depth_or_array_layers: 1,
         };
-        let texture = gpu.inner.device.create_texture(&wgpu::TextureDescriptor {
-            label: Some(&self.label),
-            size,
-            mip_level_count: 1,
-            sample_count: 1,
-            dimension: wgpu::TextureDimension::D2,
-            format: wgpu::TextureFormat::Rgba32Uint,
-            usage: wgpu::TextureUsages::STORAGE_BINDING | wgpu::TextureUsages::COPY_DST,
-            view_formats: &[],
-        });
-        let mut encoder = gpu.inner.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        // Whole rows, then the part of a row that remains.
-        let (rows, rest) = (num_texels / TEXEL_ROW, num_texels % TEXEL_ROW);
-        for (y, width, height) in [(0, TEXEL_ROW, rows), (rows, rest, 1)] {
-            if width > 0 && height > 0 {
-                let layout = wgpu::TexelCopyBufferLayout {
-                    offset: u64::from(y * TEXEL_ROW) * 16,
-                    bytes_per_row: Some(TEXEL_ROW * 16),
-                    rows_per_image: None,
-                };
-                encoder.copy_buffer_to_texture(
-                    wgpu::TexelCopyBufferInfo { buffer: &self.buffer, layout },
-                    wgpu::TexelCopyTextureInfo {
-                        texture: &texture,
-                        mip_level: 0,
-                        origin: wgpu::Origin3d { x: 0, y, z: 0 },
-                        aspect: wgpu::TextureAspect::All,
-                    },
-                    wgpu::Extent3d { width, height, depth_or_array_layers: 1 },
-                );
+        let texture = gpu.catch(|device, queue| {
+            let texture = device.create_texture(&wgpu::TextureDescriptor {
+                label: Some(&self.label),
+                size,
+                mip_level_count: 1,
+                sample_count: 1,
+                dimension: wgpu::TextureDimension::D2,
+                format: wgpu::TextureFormat::Rgba32Uint,
+                usage: wgpu::TextureUsages::STORAGE_BINDING | wgpu::TextureUsages::COPY_DST,
+                view_formats: &[],
+            });
+            let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            // Whole rows, then the part of a row that remains.
+            let (rows, rest) = (num_texels / TEXEL_ROW, num_texels % TEXEL_ROW);
+            for (y, width, height) in [(0, TEXEL_ROW, rows), (rows, rest, 1)] {
+                if width > 0 && height > 0 {
+                    let layout = wgpu::TexelCopyBufferLayout {
+                        offset: u64::from(y * TEXEL_ROW) * 16,
+                        bytes_per_row: Some(TEXEL_ROW * 16),
+                        rows_per_image: None,
+                    };
+                    encoder.copy_buffer_to_texture(
+                        wgpu::TexelCopyBufferInfo { buffer: &self.buffer, layout },
+                        wgpu::TexelCopyTextureInfo {
+                            texture: &texture,
+                            mip_level: 0,
+                            origin: wgpu::Origin3d { x: 0, y, z: 0 },
+                            aspect: wgpu::TextureAspect::All,
+                        },
+                        wgpu::Extent3d { width, height, depth_or_array_layers: 1 },
+                    );
+                }
             }
-        }
-        gpu.inner.queue.submit([encoder.finish()]);
+            queue.submit([encoder.finish()]);
+            texture
+        });
         gpu.check()?;
         self.texels = Some(texture.create_view(&wgpu::TextureViewDescriptor::default()));
         Ok(self)

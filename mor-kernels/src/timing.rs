@@ -56,26 +56,24 @@ fn stamps(gpu: &Gpu, count: u32, record: impl FnOnce(&mut wgpu::CommandEncoder, 
             advice: "measure wall time instead",
         });
     }
-    let device = &gpu.inner.device;
-    let queries = device.create_query_set(&wgpu::QuerySetDescriptor {
-        label: Some("timing"),
-        ty: wgpu::QueryType::Timestamp,
-        count,
-    });
+    let descriptor = wgpu::QuerySetDescriptor { label: Some("timing"), ty: wgpu::QueryType::Timestamp, count };
+    let queries = gpu.catch(|device, _| device.create_query_set(&descriptor));
     let bytes = 8 * u64::from(count);
     let resolved = gpu.create_buffer("timestamps", bytes, U::QUERY_RESOLVE | U::COPY_SRC)?;
     let staging = gpu.create_buffer("timestamps", bytes, U::MAP_READ | U::COPY_DST)?;
-    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("timing") });
-    record(&mut encoder, &queries);
-    encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
-    encoder.copy_buffer_to_buffer(&resolved, 0, &staging, 0, bytes);
-    gpu.inner.queue.submit([encoder.finish()]);
-    staging.map_async(wgpu::MapMode::Read, .., |_| {});
+    let nanos_per_tick = gpu.catch(|device, queue| {
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("timing") });
+        record(&mut encoder, &queries);
+        encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
+        encoder.copy_buffer_to_buffer(&resolved, 0, &staging, 0, bytes);
+        queue.submit([encoder.finish()]);
+        staging.map_async(wgpu::MapMode::Read, .., |_| {});
+        f64::from(queue.get_timestamp_period())
+    });
     gpu.wait_idle()?;
     let failed = |reason: String| KernelError::Device { adapter: gpu.summary().name.clone(), reason };
     let view = staging.get_mapped_range(..).map_err(|error| failed(error.to_string()))?;
     let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&view[..]);
-    let nanos_per_tick = f64::from(gpu.inner.queue.get_timestamp_period());
     Ok(ticks.iter().map(|tick| tick.wrapping_sub(ticks[0]) as f64 * nanos_per_tick / 1e3).collect())
 }
 

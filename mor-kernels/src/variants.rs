@@ -116,7 +116,7 @@ impl List {
         self.variants.push(Variant {
             kernel: K::NAME,
             description: format!("{kernel:?} on a {}", self.device),
-            wgsl: kernel::wgsl(kernel, &self.caps),
+            wgsl: kernel::wgsl(kernel, &self.caps).expect("directives of ours are well-formed"),
             flags: definitions.flags().collect(),
             constants: definitions.constants().collect(),
             workgroup_storage_bytes: kernel.workgroup_storage_bytes(&self.caps),

@@ -309,20 +309,106 @@ fn files(folder: &Path, extension: &str, found: &mut Vec<PathBuf>) {
     }
 }
 
-#[test]
-fn only_mor_kernels_names_wgpu() {
+/// Folders of the workspace's crates.
+fn members() -> Vec<String> {
     let manifest = read("Cargo.toml");
     let members = manifest.split("members = [").nth(1).and_then(|rest| rest.split(']').next()).expect("members");
-    let members: Vec<_> = members.split(',').map(|member| member.trim().trim_matches('"')).collect();
-    assert!(members.contains(&"mor-kernels") && members.len() > 1, "{members:?}");
-    for member in members.into_iter().filter(|member| *member != "mor-kernels") {
+    members.split(',').map(|member| member.trim().trim_matches('"').to_owned()).collect()
+}
+
+/// A package holds what lies in its crate's folder, and says what it is.
+#[test]
+fn packages_are_complete() {
+    for member in members() {
+        let manifest = read(&format!("{member}/Cargo.toml"));
+        if manifest.contains("publish = false") {
+            continue;
+        }
+        for key in
+            ["description = ", "license.workspace", "repository.workspace", "readme = ", "keywords = ", "categories = "]
+        {
+            assert!(manifest.contains(&format!("\n{key}")), "{member}/Cargo.toml lacks {key}");
+        }
+        // docs.rs builds with default features unless it is told otherwise.
+        let is_documented = manifest.contains("[package.metadata.docs.rs]");
+        let is_library = root().join(&member).join("src/lib.rs").exists();
+        assert!(
+            is_documented || !is_library || !manifest.contains("[features]"),
+            "{member}/Cargo.toml: docs.rs settings"
+        );
+        let crate_root = root().join(&member);
+        let mut sources = Vec::new();
+        files(&crate_root, "rs", &mut sources);
+        for path in sources {
+            let text = fs::read_to_string(&path).expect("a source is readable");
+            let folder = path.parent().expect("a file has a folder");
+            for included in included(&text) {
+                let depth = folder.strip_prefix(&crate_root).expect("below the crate").components().count();
+                let ups = Path::new(included).components().filter(|part| part.as_os_str() == "..").count();
+                assert!(ups <= depth, "{}: {included} lies outside the package", path.display());
+            }
+        }
+    }
+}
+
+/// Paths that a source names at compile time: the first text after `include_str!`, `include_bytes!`, `include!` or
+/// `#[path`.
+fn included(text: &str) -> Vec<&str> {
+    let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let keys = ["include_str!(", "include_bytes!(", "include!(", "#[path = "];
+    let path = |line, key| str::split_once(line, key).and_then(|(_, rest): (&str, &str)| rest.split('"').nth(1));
+    code.flat_map(|line| keys.iter().filter_map(move |key| path(line, key))).collect()
+}
+
+/// Messages that the documentation quotes are those of the sources; `...` stands for what differs.
+#[test]
+fn quoted_messages_exist() {
+    let mut sources = Vec::new();
+    for member in members() {
+        files(&root().join(member).join("src"), "rs", &mut sources);
+    }
+    let mut lines = String::new();
+    for path in sources {
+        // Literals that are broken into lines, made whole.
+        let text = fs::read_to_string(&path).expect("a source is readable");
+        let mut pieces = text.split("\\\n");
+        lines.push_str(pieces.next().unwrap_or_default());
+        pieces.for_each(|piece| lines.push_str(piece.trim_start()));
+    }
+    let exists = |message: &str| {
+        lines.lines().any(|line| {
+            let mut rest = Some(line);
+            for piece in message.split("...").map(str::trim) {
+                rest = rest.and_then(|rest| rest.split_once(piece)).map(|(_, rest)| rest);
+            }
+            rest.is_some()
+        })
+    };
+    let text = read("docs/troubleshooting.md");
+    let blocks = text.split("```text\n").skip(1).map(|rest| rest.split("```").next().unwrap_or_default());
+    let messages: Vec<&str> = blocks.flat_map(str::lines).collect();
+    assert!(messages.len() > 5, "{messages:?}");
+    for message in messages {
+        assert!(exists(message), "docs/troubleshooting.md: no source prints: {message}");
+    }
+}
+
+/// Programs that share a device of their own, and so speak of what `mor-kernels` exports again.
+const SHARES_A_DEVICE: [&str; 2] = ["mor-runtime/examples/shared_device.rs", "mor-runtime/tests/shared_device.rs"];
+
+#[test]
+fn only_mor_kernels_names_wgpu() {
+    let members = members();
+    assert!(members.iter().any(|member| member == "mor-kernels") && members.len() > 1, "{members:?}");
+    for member in members.into_iter().filter(|member| member != "mor-kernels") {
         let manifest = read(&format!("{member}/Cargo.toml"));
         let mut lines =
             manifest.lines().filter(|line| !line.starts_with("keywords") && !line.starts_with("description"));
         assert!(!lines.any(|line| words(line).any(|word| word == "wgpu")), "{member}/Cargo.toml names wgpu");
         let mut sources = Vec::new();
-        files(&root().join(member), "rs", &mut sources);
+        files(&root().join(&member), "rs", &mut sources);
         assert!(!sources.is_empty(), "{member} has sources");
+        sources.retain(|path| !SHARES_A_DEVICE.iter().any(|shares| path.ends_with(shares)));
         for path in sources {
             let text = fs::read_to_string(&path).expect("a source is readable");
             assert!(!words(&code(&text)).any(|word| word == "wgpu"), "{} names wgpu", path.display());

@@ -9,10 +9,12 @@
 //! - [`KvLayout`]: where each layer keeps keys and values, and whose it attends to;
 //! - [`convert`]: model folders made of runs of the official training code and of Llama checkpoints.
 //!
-//! With the feature `hub` there is `hub`, which fetches models from the Hugging Face Hub. With the feature `oracle` there
-//! is also `oracle`, the whole model in plain Rust on the CPU, and `golden`, a reader of recorded reference results; faster
-//! implementations are tested against both.
+//! # Features
+//! - `oracle` (off): `oracle`, the whole model in plain Rust on the CPU, and `golden`, a reader of recorded reference results;
+//!   faster implementations are tested against both.
+//! - `hub` (off): `hub`, which fetches models from the Hugging Face Hub.
 //!
+//! # Example
 //! ```
 //! use mor_model::{Checkpoint, Dtype, KvLayout, MorConfig};
 //!

@@ -28,6 +28,7 @@ pub enum Event {
 }
 
 /// A finished sequence.
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
     /// Why it ended.

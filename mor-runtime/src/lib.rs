@@ -4,6 +4,10 @@
 //! [`Session::generate`] is an iterator of [`Event`]s. The device draws each token and feeds it to the next step itself,
 //! the host runs some steps ahead and learns tokens and depths as they arrive.
 //!
+//! # Features
+//! - `chat` (off): the module of that name writes conversations as a model's chat template wants them.
+//!
+//! # Example
 //! ```
 //! use mor_model::{Dtype, MorConfig};
 //! use mor_runtime::{Event, GenerateRequest, ModelSource, SamplingParams, Session, SessionOptions};
@@ -40,11 +44,14 @@
 //! ```
 //!
 //! A model with a `tokenizer.json` speaks text: [`Session::tokenizer`] encodes the prompt, and [`Event::Token`] carries
-//! what each token adds to the text. `examples/generate.rs` is the smallest such program.
+//! what each token adds to the text. `examples/` has complete programs: `generate` is the smallest; `stream` cancels, `batch`
+//! runs several prompts at a time, `embeddings` takes hidden states, `custom_sampler` draws tokens itself, `choose_adapter` and
+//! `shared_device` say where all of it runs.
 //!
-//! With the feature `chat`, the module of that name writes conversations as a model's chat template wants them.
+//! [`runner`] is the layer below, for programs that drive batches of sequences themselves. [`Session::load_on`] takes a device
+//! that a program has opened itself.
 //!
-//! [`runner`] is the layer below, for programs that drive batches of sequences themselves.
+//! Options are built from their defaults, `SessionOptions { .., ..SessionOptions::default() }`: fields will be added.
 
 #[cfg(feature = "chat")]
 pub mod chat;
@@ -65,6 +72,7 @@ pub use engine::{KvUse, Statistics};
 pub use error::{Result, RuntimeError};
 pub use event::{Event, SequenceHandle, Summary};
 pub use fleet::{Fleet, Report};
+pub use mor_kernels::Gpu;
 pub use mor_kernels::gpu::{AdapterKind, AdapterSummary, DeviceSelector, GpuOptions};
 pub use mor_model::{Batching, DepthControl, KvStrategy, Precision, Quantization, Routing, ScriptedRouter};
 pub use sampling::{FinishReason, GenerateRequest, SamplingParams};

@@ -53,6 +53,7 @@ pub enum ModelSource {
 }
 
 /// Bytes uploaded so far.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadProgress {
     /// Bytes on the device.
@@ -101,21 +102,24 @@ pub struct BatchOptions {
 }
 
 impl Default for BatchOptions {
-    /// One sequence at a time, up to 2048 rows of prefill, shared beginnings.
+    /// One sequence at a time, shared beginnings, and up to 2048 rows of prefill, or as many as the environment variable
+    /// `MOR_PREFILL_CHUNK` says; what is no number counts as 0, which is refused.
     fn default() -> Self {
+        let prefill_rows = std::env::var("MOR_PREFILL_CHUNK").map_or(2048, |rows| rows.trim().parse().unwrap_or(0));
         Self {
             max_sequences: 1,
             kv_bytes: None,
             max_context: None,
             share_prefixes: true,
             batching: None,
-            prefill_rows: 2048,
+            prefill_rows,
             batch_invariant: false,
         }
     }
 }
 
 /// A full-sequence forward pass of several sequences.
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct ForwardOutput {
     /// One entry a sequence.
@@ -155,6 +159,7 @@ pub struct Score {
 }
 
 /// Where the time of a step goes; see [`Session::profile_decode`] and [`Session::profile_prefill`].
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepProfile {
     /// Device time of a step among others like it.
@@ -186,7 +191,25 @@ impl Session {
     /// # Errors
     /// [`RuntimeError::Model`] for a checkpoint that cannot be used, [`RuntimeError::Kernel`] without a usable
     /// device, [`RuntimeError::DoesNotFit`] if the device's memory is too small, and the tokenizer variants.
-    pub fn load(source: ModelSource, mut options: SessionOptions) -> Result<Self> {
+    pub fn load(source: ModelSource, options: SessionOptions) -> Result<Self> {
+        Self::load_with(Gpu::open, source, options)
+    }
+
+    /// Loads a model onto a device that is open already, for example that of a program which renders
+    /// ([`Gpu::from_wgpu`]). [`SessionOptions::gpu`] does not matter.
+    ///
+    /// # Errors
+    /// As [`Session::load`].
+    pub fn load_on(gpu: Gpu, source: ModelSource, options: SessionOptions) -> Result<Self> {
+        Self::load_with(|_| Ok(gpu), source, options)
+    }
+
+    /// Loads a model onto the device that `open_gpu` gives, once the model is known to be usable.
+    fn load_with(
+        open_gpu: impl FnOnce(&GpuOptions) -> mor_kernels::Result<Gpu>,
+        source: ModelSource,
+        mut options: SessionOptions,
+    ) -> Result<Self> {
         let start = Instant::now();
         options.batch.validate()?;
         let (checkpoint, tokenizer) = open(source)?;
@@ -199,7 +222,7 @@ impl Session {
             Some(quantization) => checkpoint.quantize(quantization)?,
             None => checkpoint,
         };
-        let gpu = Gpu::open(&options.gpu)?;
+        let gpu = open_gpu(&options.gpu)?;
         let precision = options.precision.unwrap_or(if gpu.caps().is_cpu { Precision::F32 } else { Precision::F16 });
         let total_bytes = checkpoint.device_bytes(precision, None);
         check_memory(&gpu, checkpoint.config(), total_bytes, (0, 0))?;

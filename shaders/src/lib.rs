@@ -1,7 +1,14 @@
 //! The WGSL sources of the engine, embedded so that they travel inside the published package.
 //!
 //! One file is one kernel; files under `shared/` are imported by kernels and never run alone. The
-//! text here is unspecialised: `mor-kernels` resolves `#import` and `#if` and adds the constants.
+//! text here is unspecialised: `mor-kernels` resolves `#import` and `#if` and adds the constants. The README has the header
+//! that each file begins with, the directives, and the rules. There are no features.
+//!
+//! ```
+//! let source = mor_shaders::source("rms_norm").expect("there is such a kernel");
+//! assert!(source.starts_with("// rms_norm: "));
+//! assert!(mor_shaders::kernel_names().any(|name| name == "rms_norm"));
+//! ```
 
 macro_rules! shaders {
     ($($path:literal),* $(,)?) => {
