@@ -3,6 +3,9 @@
 //! Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 a failure of the device or
 //! of this program, 2 bad input (one sentence says what, where, what was expected and what to do), 130 interrupted.
 
+// The documentation of arguments is their help, where brackets are no links.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 mod args;
 mod batch;
 mod bench;
