@@ -152,9 +152,16 @@ pub fn convert(src: &Path, out: &Path, options: &ConvertOptions) -> Result<Conve
             *dtype = Value::from(name);
         }
     }
-    let folder = NewFolder::create(out)?;
     let is_official = options.layout == Layout::Official;
     let config = checkpoint.config();
+    if is_official && (config.lora.is_some() || config.recursion_encoding) {
+        let problem =
+            "has adapters or recursion encodings, expected a model without them for the official layout; convert \
+                       to this program's"
+                .to_owned();
+        return Err(ModelError::Convert { origin: src.display().to_string(), problem });
+    }
+    let folder = NewFolder::create(out)?;
     if is_official {
         folder.write("config.json", &to_text(official::llama_config(base, config)))?;
         let name = out.file_name().unwrap_or_default().to_string_lossy();
