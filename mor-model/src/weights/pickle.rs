@@ -307,7 +307,7 @@ impl<'a> Machine<'a> {
         let Some(Value::Dict(mut entries, mut depth)) = self.stack.pop() else {
             return Err("the pickle sets an item of what is no dictionary".to_owned());
         };
-        if items.len() % 2 != 0 || items.iter().any(|item| matches!(item, Value::Mark)) {
+        if !items.len().is_multiple_of(2) || items.iter().any(|item| matches!(item, Value::Mark)) {
             return Err(cut());
         }
         let mut items = items.into_iter();
