@@ -202,12 +202,21 @@ fn damaged_archives_are_refused() {
     check(
         &repack(|name, bytes| {
             if name.ends_with("/data/3") {
-                bytes.truncate(bytes.len() - 1)
+                bytes.truncate(bytes.len() - 1);
             }
         }),
         &["is in a storage of", "expected"],
     );
-    repacked(official_copy().path(), stored, |_, _| {});
+    // What would have to be unpacked could be a bomb: the method of the first record in the directory.
+    let compress = |mut bytes: Vec<u8>| {
+        let record = bytes.windows(4).position(|window| window == b"PK\x01\x02").unwrap();
+        bytes[record + 10] = 8;
+        bytes
+    };
+    check(&rewrite(compress), &["is compressed or encrypted"]);
+    let whole = official_copy();
+    repacked(whole.path(), stored, |_, _| {});
+    converted(whole.path(), &ConvertOptions::default());
 }
 
 #[test]
@@ -237,6 +246,7 @@ fn runs_whose_yaml_lacks_something_are_refused() {
     check("SmolLM-135M", "Elsewhere-7B", &["Elsewhere-7B", "SmolLM-360M", "config.json"]);
     check("model_name_or_path: HuggingFaceTB/SmolLM-135M\n", "", &["model_name_or_path is missing"]);
     check("num_recursion: 2", "num_recursion: 3", &["mor.capacity is [1.0,0.5], expected 3 numbers"]);
+    check("num_hidden_layers: 4", "num_hidden_layers: 5", &["num_hidden_layers = 5", "never dropped"]);
     check("name: mor", "name: [mor", &["not a YAML mapping"]);
     // Weights of another shape, and of another kind.
     change(
