@@ -17,6 +17,8 @@ use crate::trace::TraceArgs;
 use crate::bench::BenchArgs;
 use crate::profile::ProfileArgs;
 
+use crate::convert::ConvertArgs;
+
 /// Run Mixture-of-Recursions language models on any GPU.
 #[derive(Debug, Parser)]
 #[command(name = "mor", version, max_term_width = 100)]
@@ -43,6 +45,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Write a model with its matrices as small integers
     Quantize(QuantizeArgs),
+    /// Make a model folder of another checkpoint
+    Convert(ConvertArgs),
     /// List the adapters of this machine
     Devices(DevicesArgs),
     /// Measure how fast models read prompts and generate, and compare measurements
@@ -61,7 +65,7 @@ pub(crate) struct GenerateArgs {
     /// Text to continue; `-` reads standard input; without any prompt, starts from the end-of-text token
     #[arg(group = "input")]
     pub(crate) prompt: Option<String>,
-    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
+    /// Model folder in Hugging Face layout, or hf:owner/name[@revision] [default: the embedded tinystories-mor-expert-5m]
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
     /// Read the prompt from a UTF-8 file; one newline at its end is dropped
@@ -157,7 +161,7 @@ pub(crate) struct BatchArgs {
     /// Replace an output that exists
     #[arg(long)]
     pub(crate) force: bool,
-    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
+    /// Model folder in Hugging Face layout, or hf:owner/name[@revision] [default: the embedded tinystories-mor-expert-5m]
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
     /// Sequences that decode at a time on each device
@@ -189,7 +193,7 @@ pub(crate) struct BatchArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ForwardArgs {
-    /// Model folder in Hugging Face layout
+    /// Model folder in Hugging Face layout, or hf:owner/name[@revision]
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
     /// Safetensors file with `tokens` (N, S) and `lengths` (N), both integers
@@ -214,7 +218,7 @@ pub(crate) struct ForwardArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct EvalArgs {
-    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
+    /// Model folder in Hugging Face layout, or hf:owner/name[@revision] [default: the embedded tinystories-mor-expert-5m]
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
     /// UTF-8 file of documents separated by lines <|endoftext|>
@@ -249,7 +253,7 @@ pub(crate) struct EvalArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct InspectArgs {
-    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
+    /// Model folder in Hugging Face layout, or hf:owner/name[@revision] [default: the embedded tinystories-mor-expert-5m]
     #[arg(value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
     /// Print one JSON object
@@ -259,7 +263,7 @@ pub(crate) struct InspectArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct QuantizeArgs {
-    /// Model folder in Hugging Face layout
+    /// Model folder in Hugging Face layout, or hf:owner/name[@revision]
     #[arg(value_name = "DIR")]
     pub(crate) model: PathBuf,
     /// Folder to write; must not exist
@@ -287,7 +291,7 @@ pub(crate) struct ThroughputArgs {
     /// config.json of an expert-choice middle_cycle model; it and the models it is compared with get random weights
     #[arg(long, value_name = "CONFIG", group = "what")]
     pub(crate) config: Option<PathBuf>,
-    /// Folder of such a model, which is compared with itself: modes mor-lockstep and mor-depthwise
+    /// Folder of such a model, or hf:owner/name[@revision], which is compared with itself: modes mor-lockstep and mor-depthwise
     #[arg(long, value_name = "DIR", group = "what")]
     pub(crate) model: Option<PathBuf>,
     /// What to run [default: all there are]

@@ -73,7 +73,8 @@ pub(crate) fn usage_sentence(error: &clap::Error) -> String {
     let suggested = [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand, ContextKind::SuggestedValue];
     if let Some(name) = suggested.into_iter().find_map(|kind| match error.get(kind)? {
         ContextValue::String(name) => Some(name.clone()),
-        ContextValue::Strings(names) => names.first().cloned(),
+        // The likeliest comes last.
+        ContextValue::Strings(names) => names.last().cloned(),
         _ => None,
     }) {
         sentence.push_str(&format!("; did you mean '{name}'?"));

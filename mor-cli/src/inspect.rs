@@ -21,6 +21,8 @@ struct Report {
     /// Whether each recursion multiplies its block's output by a vector of its own.
     recursion_encoding: bool,
     router: Option<String>,
+    /// Whether the routers still have the values they started from.
+    untrained_router: bool,
     capacity: Option<Vec<f64>>,
     vocab_size: usize,
     hidden_size: usize,
@@ -120,6 +122,7 @@ impl Report {
             router: config
                 .is_routed()
                 .then(|| format!("{}, {}, alpha {}", config.router_type, config.router_func, config.alpha)),
+            untrained_router: config.untrained_router,
             capacity: config.is_routed().then(|| config.capacity.clone()),
             vocab_size: config.vocab_size,
             hidden_size: config.hidden_size,
@@ -159,7 +162,8 @@ impl Report {
                 n => format!("mode              {}, {n} recursions, sharing {}", self.mode, self.sharing),
             },
         ];
-        lines.extend(self.router.iter().map(|router| format!("router            {router}")));
+        let untrained = if self.untrained_router { "; untrained, depths mean nothing yet" } else { "" };
+        lines.extend(self.router.iter().map(|router| format!("router            {router}{untrained}")));
         lines.extend([
             format!(
                 "shape             {} layers, hidden {}, MLP {}, {} heads of {}, {} K/V heads, vocabulary {}",

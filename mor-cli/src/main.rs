@@ -3,10 +3,14 @@
 //! Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 a failure of the device or
 //! of this program, 2 bad input (one sentence says what, where, what was expected and what to do), 130 interrupted.
 
+// The documentation of arguments is their help, where brackets are no links.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 mod args;
 mod batch;
 mod bench;
 mod chat;
+mod convert;
 mod depth;
 mod devices;
 mod embedded;
@@ -53,6 +57,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quantize(args) => quantize::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Convert(args) => convert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Profile(args) => profile::run(&args).map(|()| ExitCode::SUCCESS),

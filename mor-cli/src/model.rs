@@ -21,30 +21,29 @@ const QUIET: Duration = Duration::from_millis(400);
 #[derive(Debug)]
 pub(crate) enum Model {
     Embedded,
-    Folder(PathBuf),
+    Folder {
+        /// As it was named.
+        name: String,
+        path: PathBuf,
+    },
     /// Random weights of the shape in this file.
     Random(PathBuf),
 }
 
 impl Model {
-    /// The folder, or the embedded model where none is named.
+    /// The folder, a model of the Hub, or the embedded model where none is named.
     pub(crate) fn named(folder: Option<&Path>) -> anyhow::Result<Self> {
-        let Some(folder) = folder else {
-            return Ok(Model::Embedded);
-        };
-        if !folder.is_dir() {
-            let what = if folder.exists() { "is not a folder" } else { "does not exist" };
-            let expected = "a model folder with config.json, model.safetensors and tokenizer.json";
-            return Err(bad_input!("{}: {what}, expected {expected}", folder.display()));
-        }
-        Ok(Model::Folder(folder.to_owned()))
+        Ok(match folder {
+            None => Model::Embedded,
+            Some(folder) => Model::Folder { name: folder.display().to_string(), path: resolve(folder)? },
+        })
     }
 
     /// What reports call it.
     pub(crate) fn name(&self) -> String {
         match self {
             Model::Embedded => embedded::NAME.to_owned(),
-            Model::Folder(folder) => folder.display().to_string(),
+            Model::Folder { name, .. } => name.clone(),
             Model::Random(config) => format!("random weights of {}", config.display()),
         }
     }
@@ -53,7 +52,7 @@ impl Model {
     pub(crate) fn config(&self) -> anyhow::Result<MorConfig> {
         Ok(match self {
             Model::Embedded => MorConfig::from_json_str(embedded::CONFIG, embedded::NAME)?,
-            Model::Folder(folder) => MorConfig::from_json_file(folder.join("config.json"))?,
+            Model::Folder { path, .. } => MorConfig::from_json_file(path.join("config.json"))?,
             Model::Random(config) => MorConfig::from_json_file(config)?,
         })
     }
@@ -62,7 +61,7 @@ impl Model {
     pub(crate) fn has_tokenizer(&self) -> bool {
         match self {
             Model::Embedded => true,
-            Model::Folder(folder) => folder.join("tokenizer.json").exists(),
+            Model::Folder { path, .. } => path.join("tokenizer.json").exists(),
             Model::Random(_) => false,
         }
     }
@@ -70,7 +69,7 @@ impl Model {
     /// How it wants conversations to be written, where it says so.
     pub(crate) fn chat_template(&self) -> anyhow::Result<Option<ChatTemplate>> {
         Ok(match self {
-            Model::Folder(folder) => ChatTemplate::from_folder(folder)?,
+            Model::Folder { path, .. } => ChatTemplate::from_folder(path)?,
             Model::Embedded | Model::Random(_) => None,
         })
     }
@@ -79,7 +78,7 @@ impl Model {
     pub(crate) fn checkpoint(&self) -> anyhow::Result<Checkpoint> {
         Ok(match self {
             Model::Embedded => Checkpoint::from_bytes(embedded::CONFIG, embedded::WEIGHTS, embedded::NAME)?,
-            Model::Folder(folder) => Checkpoint::open(folder)?,
+            Model::Folder { path, .. } => Checkpoint::open(path)?,
             Model::Random(_) => Checkpoint::random(self.config()?, 0, Dtype::F16),
         })
     }
@@ -87,7 +86,7 @@ impl Model {
     fn source(&self) -> anyhow::Result<ModelSource> {
         Ok(match self {
             Model::Embedded => embedded::source(),
-            Model::Folder(folder) => ModelSource::Folder(folder.clone()),
+            Model::Folder { path, .. } => ModelSource::Folder(path.clone()),
             Model::Random(_) => ModelSource::Random { config: self.config()?, seed: 0, dtype: Dtype::F16 },
         })
     }
@@ -98,13 +97,50 @@ impl Model {
     }
 }
 
+/// The model folder that people name: one of this machine, or hf:owner/name[@revision], which is fetched.
+pub(crate) fn resolve(named: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(model) = named.to_str().and_then(|text| text.strip_prefix("hf:")) {
+        return fetch(model);
+    }
+    if !named.is_dir() {
+        let what = if named.exists() { "is not a folder" } else { "does not exist" };
+        let expected = "a model folder with config.json, model.safetensors and tokenizer.json";
+        return Err(bad_input!("{}: {what}, expected {expected}, or hf:owner/name", named.display()));
+    }
+    Ok(named.to_owned())
+}
+
+#[cfg(feature = "hub")]
+fn fetch(model: &str) -> anyhow::Result<PathBuf> {
+    let model: mor_model::hub::HubModel = model.parse()?;
+    let mut bar: Option<ProgressBar> = None;
+    let folder = model.fetch(|progress| {
+        let bar = bar.get_or_insert_with(|| progress_bar("fetching {msg} {bar:30} {bytes} of {total_bytes}", 0));
+        bar.set_message(progress.file.to_owned());
+        bar.set_length(progress.total_bytes);
+        bar.set_position(progress.received_bytes);
+    });
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+    Ok(folder?)
+}
+
+#[cfg(not(feature = "hub"))]
+fn fetch(model: &str) -> anyhow::Result<PathBuf> {
+    Err(bad_input!("hf:{model}: this program was built without the feature hub, expected a model folder"))
+}
+
 /// Loads a model onto a device, with a progress bar where that takes a while.
 pub(crate) fn load(source: ModelSource, device: DeviceSelector, options: SessionOptions) -> anyhow::Result<Session> {
     let was_chosen = device != DeviceSelector::Best;
     let gpu = GpuOptions { device, pipeline_cache: cache_folder(), ..options.gpu };
-    let options = SessionOptions { gpu, on_load: Some(Box::new(progress_bar())), ..options };
+    let options = SessionOptions { gpu, on_load: Some(Box::new(load_progress())), ..options };
     let session = Session::load(source, options)?;
     warn_of_software(session.device(), was_chosen);
+    if session.config().untrained_router {
+        note("note: the routers of this model are untrained; its depths and its text mean nothing yet");
+    }
     Ok(session)
 }
 
@@ -124,16 +160,20 @@ pub(crate) fn storage(session: &Session) -> String {
     format!("{}{matrices}", session.precision().as_str())
 }
 
-/// A callback that draws the upload on standard error. indicatif draws nothing where that is no terminal.
-fn progress_bar() -> impl FnMut(LoadProgress) {
+/// A bar on standard error. indicatif draws nothing where that is no terminal.
+fn progress_bar(template: &str, length: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(length).with_style(style)
+}
+
+/// A callback that draws the upload.
+fn load_progress() -> impl FnMut(LoadProgress) {
     let start = Instant::now();
     let mut bar: Option<ProgressBar> = None;
     move |progress| {
         let done = progress.uploaded_bytes >= progress.total_bytes;
         if bar.is_none() && !done && start.elapsed() > QUIET {
-            let style = ProgressStyle::with_template("loading {bar:30} {bytes} of {total_bytes}");
-            let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-            bar = Some(ProgressBar::new(progress.total_bytes).with_style(style));
+            bar = Some(progress_bar("loading {bar:30} {bytes} of {total_bytes}", progress.total_bytes));
         }
         if let Some(bar) = &bar {
             bar.set_position(progress.uploaded_bytes);

@@ -1,50 +1,24 @@
 //! Depths that people ask for, and depths that people look at. What computes needs a device; `MOR_TEST_GPU=skip` leaves it
 //! out.
 
-use std::fs;
-use std::path::Path;
-use std::process::{Command, Output};
+mod common;
 
+use std::fs;
+
+use common::{accepted, command, golden, gpu, run, text};
 use serde_json::Value;
 
 const TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/valid-40.txt");
 const TOKEN_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tinystories-mor-token-5m");
 
-/// Whether to run tests that need a device; says so where not.
-fn gpu() -> bool {
-    let skip = std::env::var_os("MOR_TEST_GPU").is_some_and(|value| value == "skip");
-    if skip {
-        eprintln!("skipped: MOR_TEST_GPU=skip");
-    }
-    !skip
-}
-
-fn mor(args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mor"));
-    command.env_remove("RUST_LOG").args(args);
-    // Without it Mesa adds lines of its own to standard error.
-    command.env("XDG_RUNTIME_DIR", std::env::temp_dir()).output().expect("the program starts")
-}
-
-fn stdout(args: &[&str]) -> String {
-    let output = mor(args);
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {message}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
 fn json(args: &[&str]) -> Value {
-    serde_json::from_str(&stdout(args)).unwrap()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("test paths are UTF-8")
+    serde_json::from_str(&accepted(args)).unwrap()
 }
 
 /// Checks that `args` are refused with a sentence that contains all of `words`.
 fn refused(args: &[&str], words: &[&str]) {
-    let output = mor(args);
-    let message = String::from_utf8_lossy(&output.stderr);
+    let output = run(command(args), "");
+    let message = common::stderr(&output);
     assert_eq!(output.status.code(), Some(2), "{args:?}: {message}");
     assert!(output.stdout.is_empty(), "{args:?} printed something");
     let error = message.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();
@@ -63,8 +37,8 @@ fn ascends(values: &[f64]) -> bool {
 
 #[test]
 fn depths_that_no_token_can_take() {
-    let golden = |name: &str| format!("{}/../mor-model/tests/fixtures/golden/{name}", env!("CARGO_MANIFEST_DIR"));
     let (vanilla, recursive) = (golden("vanilla_gqa"), golden("recursive_cycle_r3"));
+    let (vanilla, recursive) = (text(&vanilla), text(&recursive));
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     for command in [
@@ -86,9 +60,9 @@ fn depths_that_no_token_can_take() {
     refused(&["generate", "--router-bias", "nan"], &["--router-bias is NaN, expected a finite number"]);
     refused(&["generate", "--router-bias", "more"], &["more", "--router-bias"]);
     let fixed = "expected none: all tokens of a vanilla model take the same layers";
-    refused(&["generate", "--model", &vanilla, "--max-depth", "1"], &["--max-depth is 1", fixed]);
-    refused(&["generate", "--model", &recursive, "--router-bias", "-1"], &["--router-bias is -1", "recursive model"]);
-    refused(&["trace", "--model", &vanilla, "--prompt-tokens", "1"], &["vanilla_gqa: the model has no routers"]);
+    refused(&["generate", "--model", vanilla, "--max-depth", "1"], &["--max-depth is 1", fixed]);
+    refused(&["generate", "--model", recursive, "--router-bias", "-1"], &["--router-bias is -1", "recursive model"]);
+    refused(&["trace", "--model", vanilla, "--prompt-tokens", "1"], &["vanilla_gqa: the model has no routers"]);
     refused(&["trace", "a", "--html", text(folder.path())], &["--html", "is a folder"]);
     assert!(!out.exists());
 }
@@ -142,7 +116,7 @@ fn a_sweep_shows_quality_against_depth() {
     let svg = fs::read_to_string(&plot).unwrap();
     assert!(svg.starts_with("<svg ") && svg.trim_end().ends_with("</svg>"));
     assert_eq!(svg.matches("<circle ").count(), 2 * points.len());
-    let table = stdout(&[&eval[..], &["--sweep", "max-depth=1..1"]].concat());
+    let table = accepted(&[&eval[..], &["--sweep", "max-depth=1..1"]].concat());
     assert!(table.lines().last().is_some_and(|line| line.starts_with("max-depth        1")), "{table}");
 }
 
@@ -238,7 +212,7 @@ fn a_trace_reads_as_text() {
     if !gpu() {
         return;
     }
-    let shown = stdout(&["trace", "Once upon a time", "--max-new-tokens", "3", "--temperature", "0"]);
+    let shown = accepted(&["trace", "Once upon a time", "--max-new-tokens", "3", "--temperature", "0"]);
     assert!(shown.starts_with("Once(1) upon(3) a(3) time(1),(3) there(2) was("), "{shown}");
     let lines: Vec<&str> = shown.lines().collect();
     assert!(lines.iter().any(|line| line.contains("\" upon\"") && line.contains("     3  0.")), "{shown}");

@@ -29,7 +29,7 @@ fn refused(output: &Output, words: &[&str]) {
 #[test]
 fn what_is_not_given_is_looked_for_nearby() {
     let model = |output: &Output| {
-        let inspected: Value = serde_json::from_str(stdout(output)).expect(stderr(output));
+        let inspected: Value = serde_json::from_str(stdout(output)).unwrap_or_else(|_| panic!("{}", stderr(output)));
         inspected["model"].as_str().unwrap().to_owned()
     };
     let (vanilla, expert, token) =
@@ -75,7 +75,7 @@ fn settings_reach_the_model() {
     }
     let file = "temperature = 0\nmax-new-tokens = 3\n[generate]\njson = true\nstop = ['never', 'ever']\n";
     let output = configured(file, &[("MOR_QUANTIZE", "q8"), ("MOR_DTYPE", "f32")], &["generate", "Once upon a time"]);
-    let report: Value = serde_json::from_str(stdout(&output)).expect(stderr(&output));
+    let report: Value = serde_json::from_str(stdout(&output)).unwrap_or_else(|_| panic!("{}", stderr(&output)));
     assert_eq!(report["tokens"].as_array().unwrap().len(), 3);
     assert_eq!((&report["quantization"], &report["dtype"]), (&"q8".into(), &"f32".into()));
     let absent = configured("device = 'voodoo'", &[], &["generate", "Once"]);

@@ -99,6 +99,10 @@ fn refusals() {
         "eval --text empty.txt",
         "eval --text config.toml --documents 3..2",
         "eval --text config.toml --documents 0..9",
+        "eval --text config.toml --sweep depth=1..3",
+        "generate --max-depth 4",
+        "generate --prompt-tokens 1 --router-bias 1 --model model",
+        "trace --prompt-tokens 1 --model model",
         "forward --model model",
         "forward --model model --tokens nowhere --out out",
         "batch --input nowhere --output out",
@@ -184,6 +188,10 @@ fn shapes_of_json() {
     let fixture = root().join("mor-cli/tests/fixtures/valid-40.txt");
     let eval = ["eval", "--text", common::text(&fixture), "--documents", "0..1", "--quantize", "q8", "--json"];
     check("json_eval", &schema(&accepted(&eval)));
+    let sweep = ["--sweep", "max-depth=1..1"];
+    check("json_eval_sweep", &schema(&accepted(&[&eval[..], &sweep].concat())));
+    let trace = ["trace", "Once", "--max-new-tokens", "4", "--dtype", "f32", "--quantize", "q8", "--json"];
+    check("json_trace", &schema(&accepted(&trace)));
     let chat = run(command(&["chat", "--json", "--max-new-tokens", "4"]), "Once\n");
     check("json_chat", &schema(stdout(&chat)));
     check("json_batch", &schema(&answers(folder.path())));

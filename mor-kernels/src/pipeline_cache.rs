@@ -131,7 +131,7 @@ mod tests {
         for foreign in [b"kernels".to_vec(), pack(b"kernels"), Vec::new()] {
             fs::write(path, &foreign).unwrap();
             compile();
-            assert_eq!(files(), [path.clone()]);
+            assert_eq!(files(), std::slice::from_ref(path));
             assert_ne!(fs::read(path).unwrap(), foreign);
         }
     }

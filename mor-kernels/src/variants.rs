@@ -168,11 +168,11 @@ fn add_attention(list: &mut List) {
     }
 }
 
-/// What a linear kernel that reads `prologue` ends with. Layers end, and with them encodings come, where the prologue binds
-/// nothing besides x; beside a norm they would be one storage buffer too many.
+/// What a linear kernel that reads `prologue` can end with. Deltas come where a norm is, fused or apart; encodings, where a
+/// layer ends, after a compact input: beside a norm they would be one storage buffer too many.
 fn epilogues(prologue: PrologueKind) -> impl Iterator<Item = EpilogueKind> {
-    let plain = matches!(prologue, PrologueKind::Compact | PrologueKind::Stream);
-    EpilogueKind::ALL.into_iter().filter(move |epilogue| plain || !epilogue.is_encoded())
+    let (compact, norm) = (prologue == PrologueKind::Compact, prologue == PrologueKind::Norm);
+    EpilogueKind::ALL.into_iter().filter(move |kind| compact || !kind.is_encoded() && (norm || !kind.has_delta()))
 }
 
 fn add_linear(list: &mut List) {

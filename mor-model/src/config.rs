@@ -36,13 +36,14 @@ macro_rules! names {
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.pad(self.as_str())
             }
         }
     };
 }
+pub(crate) use names;
 
 names! {
     /// How tokens use the shared block.
@@ -300,6 +301,8 @@ pub struct MorConfig {
     pub z_loss: bool,
     /// Training: its weight.
     pub z_coeff: f64,
+    /// Whether the routers still have the values they started from, so that depths mean nothing yet.
+    pub untrained_router: bool,
 }
 
 /// Fields of the `mor` object.
@@ -326,6 +329,7 @@ const MOR_FIELDS: &[&str] = &[
     "bias_update_rate",
     "z_loss",
     "z_coeff",
+    "untrained_router",
 ];
 /// Fields of the `mor.lora` object.
 const LORA_FIELDS: &[&str] = &["rank", "alpha", "targets"];
@@ -473,6 +477,7 @@ impl MorConfig {
             bias_update_rate: mor.coefficient("bias_update_rate", 0.001)?,
             z_loss: mor.flag("z_loss", false)?,
             z_coeff: mor.coefficient("z_coeff", 1e-5)?,
+            untrained_router: mor.flag("untrained_router", false)?,
         })
     }
 
@@ -678,6 +683,9 @@ impl Serialize for MorConfig {
         if self.recursion_encoding {
             mor["recursion_encoding"] = Value::Bool(true);
         }
+        if self.untrained_router {
+            mor["untrained_router"] = Value::Bool(true);
+        }
         map.serialize_entry("mor", &mor)?;
         map.end()
     }
@@ -685,11 +693,11 @@ impl Serialize for MorConfig {
 
 /// One JSON object with the place it came from, so that each reader reports a full field name.
 #[derive(Clone, Copy)]
-struct Fields<'a> {
-    origin: &'a str,
-    /// Empty, or `mor.`.
-    prefix: &'static str,
-    map: &'a Map<String, Value>,
+pub(crate) struct Fields<'a> {
+    pub(crate) origin: &'a str,
+    /// Empty, or the names of the objects around it, each with its dot.
+    pub(crate) prefix: &'static str,
+    pub(crate) map: &'a Map<String, Value>,
 }
 
 impl<'a> Fields<'a> {
@@ -698,11 +706,11 @@ impl<'a> Fields<'a> {
     }
 
     /// The field, where JSON `null` counts as absent.
-    fn get(&self, name: &str) -> Option<&'a Value> {
+    pub(crate) fn get(&self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())
     }
 
-    fn missing(&self, name: &str, expected: &str) -> ModelError {
+    pub(crate) fn missing(&self, name: &str, expected: &str) -> ModelError {
         ModelError::ConfigMissing {
             origin: self.origin.to_owned(),
             field: self.path(name),
@@ -710,7 +718,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn value(&self, name: &str, expected: impl Into<String>) -> ModelError {
+    pub(crate) fn value(&self, name: &str, expected: impl Into<String>) -> ModelError {
         let found = self.map.get(name).unwrap_or(&Value::Null).to_string();
         ModelError::ConfigValue {
             origin: self.origin.to_owned(),
@@ -731,7 +739,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn object(&self, name: &str) -> Result<Option<&'a Map<String, Value>>, ModelError> {
+    pub(crate) fn object(&self, name: &str) -> Result<Option<&'a Map<String, Value>>, ModelError> {
         match self.get(name) {
             None => Ok(None),
             Some(Value::Object(map)) => Ok(Some(map)),
@@ -740,7 +748,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A required integer in 1..=max.
-    fn size(&self, name: &str, max: usize) -> Result<usize, ModelError> {
+    pub(crate) fn size(&self, name: &str, max: usize) -> Result<usize, ModelError> {
         let value = self.get(name).ok_or_else(|| self.missing(name, &format!("an integer from 1 to {max}")))?;
         value
             .as_u64()
@@ -749,13 +757,13 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.value(name, format!("an integer from 1 to {max}")))
     }
 
-    fn steps(&self, name: &str) -> Result<u64, ModelError> {
+    pub(crate) fn steps(&self, name: &str) -> Result<u64, ModelError> {
         self.get(name)
             .map_or(Ok(0), |value| value.as_u64().ok_or_else(|| self.value(name, "a number of steps, 0 or more")))
     }
 
     /// A number that is finite and positive also after rounding to f32, the type kernels see.
-    fn positive(&self, name: &str, default: Option<f64>) -> Result<f64, ModelError> {
+    pub(crate) fn positive(&self, name: &str, default: Option<f64>) -> Result<f64, ModelError> {
         const EXPECTED: &str = "a positive number in the range of f32";
         let Some(value) = self.get(name) else {
             return default.ok_or_else(|| self.missing(name, EXPECTED));
@@ -763,13 +771,13 @@ impl<'a> Fields<'a> {
         value.as_f64().filter(|&x| x as f32 > 0.0 && (x as f32).is_finite()).ok_or_else(|| self.value(name, EXPECTED))
     }
 
-    fn coefficient(&self, name: &str, default: f64) -> Result<f64, ModelError> {
+    pub(crate) fn coefficient(&self, name: &str, default: f64) -> Result<f64, ModelError> {
         self.get(name).map_or(Ok(default), |value| {
             value.as_f64().filter(|x| x.is_finite() && *x >= 0.0).ok_or_else(|| self.value(name, "a number, 0 or more"))
         })
     }
 
-    fn flag(&self, name: &str, default: bool) -> Result<bool, ModelError> {
+    pub(crate) fn flag(&self, name: &str, default: bool) -> Result<bool, ModelError> {
         self.get(name).map_or(Ok(default), |value| value.as_bool().ok_or_else(|| self.value(name, "true or false")))
     }
 
@@ -785,7 +793,12 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn required_name<T: Copy>(&self, name: &str, all: &[T], text: fn(T) -> &'static str) -> Result<T, ModelError> {
+    pub(crate) fn required_name<T: Copy>(
+        &self,
+        name: &str,
+        all: &[T],
+        text: fn(T) -> &'static str,
+    ) -> Result<T, ModelError> {
         match (self.map.get(name), all.first()) {
             (Some(_), Some(&first)) => self.name(name, all, text, first),
             _ => Err(self.missing(name, &format!("one of {}", list(all, text)))),
@@ -793,7 +806,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A name of a closed set in which `null` is a value; an absent field takes the default.
-    fn nullable<T: Copy>(
+    pub(crate) fn nullable<T: Copy>(
         &self,
         name: &str,
         all: &[T],

@@ -101,8 +101,8 @@ pub enum ModelError {
 
     /// A model directory holds no weights in a supported format.
     #[error(
-        "{}: found neither model.safetensors nor model.safetensors.index.json; convert other formats \
-         (for example pytorch_model.bin) to safetensors first",
+        "{}: found neither model.safetensors nor model.safetensors.index.json; `mor convert` makes a model folder of \
+         a pytorch_model.bin",
         dir.display()
     )]
     NoWeights {
@@ -278,7 +278,83 @@ pub enum ModelError {
         value: f32,
     },
 
-    /// A file cannot be written.
+    /// A weight has no finite value in the type that it is to be stored in.
+    #[error("tensor {name} has {value} at element {index}, which {dtype} does not have; use another type")]
+    NotRepresentable {
+        /// Tensor.
+        name: String,
+        /// Flat row-major element index.
+        index: usize,
+        /// The value.
+        value: f32,
+        /// The type asked for.
+        dtype: crate::Dtype,
+    },
+
+    /// A quantised checkpoint that is to be converted.
+    #[error("the checkpoint is quantised as {found}, expected floats; convert the one it was made from")]
+    QuantizedSource {
+        /// Its form.
+        found: crate::Quantization,
+    },
+
+    /// A file of `torch.save` that cannot be read.
+    #[error("{file}: {problem}")]
+    TorchFile {
+        /// Weight file.
+        file: String,
+        /// What was found and what was expected.
+        problem: String,
+    },
+
+    /// A file is not YAML, or its top level is no mapping.
+    #[error("{origin}: not a YAML mapping: {problem}")]
+    YamlSyntax {
+        /// File.
+        origin: String,
+        /// Position and cause.
+        problem: String,
+    },
+
+    /// A folder cannot be converted as asked.
+    #[error("{origin}: {problem}")]
+    Convert {
+        /// Folder or file.
+        origin: String,
+        /// What was found, what was expected, what to do.
+        problem: String,
+    },
+
+    /// A model cannot be had from the Hugging Face Hub.
+    #[cfg(feature = "hub")]
+    #[error("{model}: {problem}")]
+    Hub {
+        /// The model as it was named.
+        model: String,
+        /// What happened, and what to do.
+        problem: String,
+    },
+
+    /// A folder cannot be written where it should be.
+    #[error("{}: {problem}", path.display())]
+    NewFolder {
+        /// The folder to write.
+        path: PathBuf,
+        /// What is in the way.
+        problem: String,
+    },
+
+    /// The operating system refused to write a file.
+    #[error("cannot write {}: {source}", path.display())]
+    WriteFile {
+        /// File or directory.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+
+    /// Weights cannot be written.
     #[error("cannot write {}: {source}", path.display())]
     Write {
         /// File.

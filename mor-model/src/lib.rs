@@ -6,11 +6,13 @@
 //! - [`MorConfig`]: the configuration, validated as a whole;
 //! - [`LayerLayout`]: which effective layers are tied, which recursion they belong to, what their tensors are called;
 //! - [`Checkpoint`]: the weights, checked and memory-mapped, with tied tensors found by content;
-//! - [`KvLayout`]: where each layer keeps keys and values, and whose it attends to.
+//! - [`KvLayout`]: where each layer keeps keys and values, and whose it attends to;
+//! - [`convert`]: model folders made of runs of the official training code and of Llama checkpoints.
 //!
 //! # Features
 //! - `oracle` (off): `oracle`, the whole model in plain Rust on the CPU, and `golden`, a reader of recorded reference results;
 //!   faster implementations are tested against both.
+//! - `hub` (off): `hub`, which fetches models from the Hugging Face Hub.
 //!
 //! # Example
 //! ```
@@ -34,11 +36,15 @@
 //! ```
 
 mod config;
+pub mod convert;
 mod depth;
 mod device_weights;
 mod error;
+mod folder;
 #[cfg(feature = "oracle")]
 pub mod golden;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod kv_layout;
 mod lora;
 mod model;
@@ -54,6 +60,7 @@ pub use config::{
 pub use depth::DepthControl;
 pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
+pub use folder::NewFolder;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
 pub use lora::{LoraFactors, lora_factors};
 pub use model::{
@@ -63,5 +70,5 @@ pub use model::{
 pub use sharing::{EffectiveLayer, LayerLayout};
 pub use weights::{
     Checkpoint, Dtype, LayerTensor, LayerTensors, LoraTensors, ParameterCounts, RouterTensors, TensorId, TensorName,
-    TensorView,
+    TensorView, WriteOptions, Written,
 };

@@ -159,8 +159,8 @@ mod tests {
             "{svg}"
         );
         let width = |colour: &str| -> f64 {
-            let bars = document.descendants().filter(|node| node.attribute("fill") == Some(colour));
-            bars.last().and_then(|bar| bar.attribute("width")).unwrap().parse().unwrap()
+            let mut bars = document.descendants().filter(|node| node.attribute("fill") == Some(colour));
+            bars.next_back().and_then(|bar| bar.attribute("width")).unwrap().parse().unwrap()
         };
         assert!((width(COLOURS[0]) - 2.0 * width(COLOURS[1])).abs() < 0.2, "{svg}");
     }

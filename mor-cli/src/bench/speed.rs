@@ -480,7 +480,7 @@ impl Check {
             .copied()
             .take(num_prompt + generated.len().saturating_sub(1))
             .collect();
-        let forward = session.forward(&[fed.clone()], Routing::Causal)?;
+        let forward = session.forward(std::slice::from_ref(&fed), Routing::Causal)?;
         let found = forward.sequences.first().ok_or_else(|| anyhow::anyhow!("a forward pass without results"))?;
         let expected = Oracle::new(checkpoint).forward(&fed, Routing::Causal)?;
         let depths = found.depth.iter().zip(&expected.depth);

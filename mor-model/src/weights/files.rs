@@ -11,7 +11,7 @@ use safetensors::{SafeTensorError, SafeTensors};
 use serde_json::{Map, Value};
 
 use super::names::Expected;
-use super::{Dtype, Place, Tensor};
+use super::{Dtype, Place, Tensor, torch};
 use crate::ModelError;
 
 /// One safetensors file or buffer.
@@ -35,16 +35,44 @@ impl Bytes {
     }
 }
 
-pub(super) fn open_files(dir: &Path) -> Result<Vec<WeightFile>, ModelError> {
-    let single = dir.join("model.safetensors");
-    if single.is_file() {
-        return Ok(vec![map_file(&single)?]);
+/// Weight files of a model and the tensors in them.
+pub(crate) struct WeightFiles {
+    pub(super) files: Vec<WeightFile>,
+    pub(super) stored: HashMap<String, Stored>,
+}
+
+impl WeightFiles {
+    /// Opens the safetensors files of a directory.
+    pub(super) fn open(dir: &Path) -> Result<Self, ModelError> {
+        let single = dir.join("model.safetensors");
+        if single.is_file() {
+            return Self::from_safetensors(vec![map_file(&single)?]);
+        }
+        let index = dir.join("model.safetensors.index.json");
+        if !index.is_file() {
+            return Err(ModelError::NoWeights { dir: dir.to_owned() });
+        }
+        Self::from_safetensors(open_shards(dir, &index)?)
     }
-    let index = dir.join("model.safetensors.index.json");
-    if !index.is_file() {
-        return Err(ModelError::NoWeights { dir: dir.to_owned() });
+
+    /// As `open`; without safetensors files, `pytorch_model.bin`.
+    pub(crate) fn open_any(dir: &Path) -> Result<Self, ModelError> {
+        let pickled = dir.join("pytorch_model.bin");
+        match Self::open(dir) {
+            Err(ModelError::NoWeights { .. }) if pickled.is_file() => torch::read(map_file(&pickled)?),
+            opened => opened,
+        }
     }
-    open_shards(dir, &index)
+
+    pub(super) fn from_safetensors(files: Vec<WeightFile>) -> Result<Self, ModelError> {
+        let stored = read_headers(&files)?;
+        Ok(Self { files, stored })
+    }
+
+    /// Names of the tensors, in no order.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.stored.keys().map(String::as_str)
+    }
 }
 
 fn open_shards(dir: &Path, index: &Path) -> Result<Vec<WeightFile>, ModelError> {
@@ -151,7 +179,7 @@ impl Stored {
     }
 }
 
-pub(super) fn read_headers(files: &[WeightFile]) -> Result<HashMap<String, Stored>, ModelError> {
+fn read_headers(files: &[WeightFile]) -> Result<HashMap<String, Stored>, ModelError> {
     let mut stored: HashMap<String, Stored> = HashMap::new();
     for (index, file) in files.iter().enumerate() {
         let (data_start, header) = read_header(file)?;

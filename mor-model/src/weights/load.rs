@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::dtype::{decode_row, first_non_finite};
-use super::files::{Bytes, WeightFile, open_files, read_headers};
+use super::files::{Bytes, WeightFile, WeightFiles};
 use super::names::{Expected, LayerTensor, TensorName, expected_tensors, is_derived_buffer, tied_to};
 use super::{Checkpoint, Place, Source, Tensor, TensorId};
 use crate::{LayerLayout, ModelError, MorConfig};
@@ -26,8 +26,7 @@ impl Checkpoint {
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, ModelError> {
         let dir = dir.as_ref();
         let config = MorConfig::from_json_file(dir.join("config.json"))?;
-        let files = open_files(dir)?;
-        Self::from_files(config, files, &dir.display().to_string())
+        Self::from_files(config, WeightFiles::open(dir)?, &dir.display().to_string())
     }
 
     /// Opens a model held in memory, for example embedded in the program.
@@ -44,13 +43,13 @@ impl Checkpoint {
     ) -> Result<Self, ModelError> {
         let config = MorConfig::from_json_str(config_json, origin)?;
         let file = WeightFile { name: origin.to_owned(), bytes: Bytes::Memory(safetensors.into()) };
-        Self::from_files(config, vec![file], origin)
+        Self::from_files(config, WeightFiles::from_safetensors(vec![file])?, origin)
     }
 
     /// Checks the tensors of `files` against the table of expected ones and resolves ties.
-    fn from_files(config: MorConfig, files: Vec<WeightFile>, origin: &str) -> Result<Self, ModelError> {
+    pub(crate) fn from_files(config: MorConfig, files: WeightFiles, origin: &str) -> Result<Self, ModelError> {
+        let WeightFiles { files, mut stored } = files;
         let layout = LayerLayout::new(&config);
-        let mut stored = read_headers(&files)?;
         let table = expected_tensors(&config, &layout);
         // Shapes first: a wrong configuration is better explained by them than by what is missing.
         let mut found = Vec::with_capacity(table.len());

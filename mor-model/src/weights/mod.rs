@@ -4,9 +4,12 @@ mod dtype;
 mod files;
 mod load;
 mod names;
+mod pickle;
 mod quantized;
 mod random;
 mod save;
+mod start;
+mod torch;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -15,9 +18,12 @@ use std::ops::Range;
 
 pub use dtype::Dtype;
 pub use names::{LayerTensor, TensorName};
+pub use save::{WriteOptions, Written};
 
 use self::dtype::{decode_row, encode};
 use self::files::WeightFile;
+pub(crate) use self::files::WeightFiles;
+pub(crate) use self::names::expected_names;
 use self::random::Pool;
 use crate::{KvStrategy, LayerLayout, ModelError, MorConfig};
 
@@ -187,6 +193,7 @@ struct Tensor {
 }
 
 /// Where the elements of a tensor are.
+#[derive(Clone)]
 enum Place {
     /// Bytes of a weight file.
     File { file: usize, bytes: Range<usize> },

@@ -1,6 +1,6 @@
 //! What the tensors of a model are called, which shape they have, and which are tied.
 
-use super::Dtype;
+use super::{Checkpoint, Dtype};
 use crate::{Balancing, LayerLayout, Mode, MorConfig, Quantization, RouterType};
 
 /// One of the nine tensors of a layer.
@@ -223,6 +223,27 @@ pub(super) fn expected_tensors(config: &MorConfig, layout: &LayerLayout) -> Vec<
     push(TensorName::Norm, "model.norm.weight".to_owned(), vec![hidden]);
     push(TensorName::LmHead, "lm_head.weight".to_owned(), vec![config.vocab_size, hidden]);
     table
+}
+
+/// A name that a complete file of a checkpoint has.
+pub(crate) struct ExpectedName {
+    pub(crate) name: String,
+    /// The first tensor of its tied group, and whether this one is the same.
+    pub(crate) first: Option<(String, bool)>,
+}
+
+/// All names of a complete file of this checkpoint.
+pub(crate) fn expected_names(checkpoint: &Checkpoint) -> Vec<ExpectedName> {
+    let (config, layout) = (checkpoint.config(), checkpoint.layout());
+    let describe = |expected: Expected| {
+        let is_tied_head = expected.key == TensorName::LmHead && checkpoint.lm_head() == checkpoint.embed_tokens();
+        let owner = tied_to(&expected.key, layout, config.tie_word_embeddings)
+            .or(is_tied_head.then_some(TensorName::EmbedTokens))
+            .and_then(|owner| checkpoint.id(owner));
+        let first = owner.map(|id| (checkpoint.name(id).to_owned(), checkpoint.id(expected.key) == Some(id)));
+        ExpectedName { name: expected.name, first }
+    };
+    expected_tensors(config, layout).into_iter().map(describe).collect()
 }
 
 fn num_routers(config: &MorConfig) -> u32 {

@@ -47,7 +47,7 @@ impl Pool {
     fn new(seed: u64, dtype: Dtype) -> Self {
         let elem_bytes = dtype.row_bytes(1);
         let mut bytes = Vec::with_capacity(Self::NUM_ELEMS * elem_bytes);
-        let mut state = SplitMix64(seed);
+        let mut state = SplitMix64::new(seed);
         for _ in 0..Self::NUM_ELEMS {
             let (elem, len) = encode(0.02 * state.next_normal(), dtype);
             bytes.extend_from_slice(&elem[..len]);
@@ -57,7 +57,7 @@ impl Pool {
 
     /// Where tensor number `tensor` starts.
     fn offset(&self, seed: u64, tensor: usize) -> usize {
-        let mut state = SplitMix64(seed ^ (tensor as u64 + 1).wrapping_mul(0xd1b5_4a32_d192_ed03));
+        let mut state = SplitMix64::new(seed ^ (tensor as u64 + 1).wrapping_mul(0xd1b5_4a32_d192_ed03));
         (state.next() % Self::NUM_ELEMS as u64) as usize
     }
 
@@ -73,9 +73,13 @@ impl Pool {
 }
 
 /// The splitmix64 generator.
-struct SplitMix64(u64);
+pub(super) struct SplitMix64(u64);
 
 impl SplitMix64 {
+    pub(super) const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -86,7 +90,7 @@ impl SplitMix64 {
 
     /// A nearly normal value: the sum of twelve uniform ones has variance 1. Integer sums, unlike logarithms and
     /// cosines, are the same on every platform.
-    fn next_normal(&mut self) -> f32 {
+    pub(super) fn next_normal(&mut self) -> f32 {
         let mut sum = 0;
         for _ in 0..3 {
             let bits = self.next();
