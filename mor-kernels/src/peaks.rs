@@ -5,17 +5,17 @@ use std::time::{Duration, Instant};
 use crate::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use crate::error::Result;
 use crate::gpu::{AdapterKind, Gpu};
-use crate::ops::{Linear, LinearBindings, LinearTile, Prologue};
+use crate::ops::{EmbedTokens, EmbedTokensBindings, EmbedTokensParams, Linear, LinearBindings, LinearTile, Prologue};
 use crate::plan::{Grid, Plan, PlanBuilder};
-use crate::rows::{ActiveRow, RowSet};
+use crate::rows::{ActiveRow, ROW_ACTIVE, Row, RowSet};
 use crate::tensor::{DType, Tensor};
 use crate::timing;
 
 /// Rates that a device reached in large, simple tasks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Peaks {
-    /// Bytes a second that a copy between buffers moves, read and written bytes both counted. Buffers are larger than the caches
-    /// of GPUs.
+    /// Bytes a second that [`EmbedTokens`] moves where it copies f32 rows, read and written bytes both counted. The tensors are
+    /// larger than the caches of GPUs. (Copies between buffers are several times slower on some of them.)
     pub copy_bytes_per_s: f64,
     /// Floating-point operations a second of [`Linear`] with f16 weights in a square product large enough to fill the device; a
     /// multiplication and an addition are two.
@@ -43,13 +43,23 @@ impl Peaks {
     /// # Errors
     /// As [`Peaks::measure`].
     pub fn copy_bytes_per_s(gpu: &Gpu) -> Result<f64> {
+        const HIDDEN_SIZE: u32 = 4096;
         let most = gpu.caps().max_buffer_bytes.min(gpu.caps().max_storage_binding_bytes);
-        let bytes = most.min(if gpu.caps().is_cpu { 64 << 20 } else { 256 << 20 }) / 4 * 4;
-        let tensor = |label| Tensor::zeros(gpu, label, DType::U32, &[(bytes / 4) as usize]);
-        let (from, to) = (tensor("copied")?, tensor("copy")?);
+        let bytes = most.min(if gpu.caps().is_cpu { 64 << 20 } else { 256 << 20 });
+        let num_rows = ((bytes / 4) as u32 / HIDDEN_SIZE).min(gpu.caps().max_workgroups);
+        let tensor = |label| Tensor::zeros(gpu, label, DType::F32, &[num_rows as usize, HIDDEN_SIZE as usize]);
+        let (weight, x) = (tensor("copied")?, tensor("copy")?);
+        let tokens: Vec<_> = (0..num_rows).map(|token| Row { token, flags: ROW_ACTIVE, ..Row::ABSENT }).collect();
+        let words: &[u32] = bytemuck::cast_slice(&tokens);
+        let tokens = Tensor::from_slice(gpu, "tokens", DType::U32, &[words.len()], words)?;
+        let active: Vec<_> = (0..num_rows).map(|row| ActiveRow { row, ..ActiveRow::ABSENT }).collect();
+        let rows = RowSet::from_rows(gpu, "rows", &active)?;
+        let bindings = EmbedTokensBindings { rows: &rows, tokens: &tokens, weight: &weight, x: &x };
+        let params = EmbedTokensParams { hidden_size: HIDDEN_SIZE, first_token: 0, num_tokens: num_rows };
         let mut plan = PlanBuilder::new(gpu)?;
-        plan.copy(&from, 0, &to, 0, bytes);
-        Ok(2.0 * bytes as f64 / Self::seconds(gpu, &plan.finish()?)?)
+        plan.dispatch(&EmbedTokens::new(DType::F32), &bindings, &params, Grid::Fixed([1, num_rows, 1]))?;
+        let moved = 2.0 * 4.0 * f64::from(num_rows) * f64::from(HIDDEN_SIZE);
+        Ok(moved / Self::seconds(gpu, &plan.finish()?)?)
     }
 
     /// [`Peaks::matrix_flop_per_s`] alone.
