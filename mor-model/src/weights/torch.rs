@@ -194,7 +194,7 @@ mod tests {
         assert_eq!(elems(1, &[3], &[2]).unwrap(), [1, 3, 5]);
         assert_eq!(elems(2, &[1, 3], &[99, 1]).unwrap(), [2, 3, 4]);
         assert_eq!(elems(5, &[], &[]).unwrap(), [5]);
-        assert_eq!(elems(0, &[0, 4], &[4, 1]).unwrap(), []);
+        assert!(elems(0, &[0, 4], &[4, 1]).unwrap().is_empty());
     }
 
     #[test]
