@@ -2,7 +2,7 @@
 //!
 //! # Source
 //!
-//! `github.com/raymin0223/mixture_of_recursions`: `util/config.py`, `model/util.py`, `model/mor_model/`.
+//! `github.com/raymin0223/mixture_of_recursions`: what its models read of a run (`model/mor_model/`).
 
 use std::fs;
 use std::path::{Path, PathBuf};
