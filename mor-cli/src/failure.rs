@@ -73,7 +73,7 @@ pub(crate) fn usage_sentence(error: &clap::Error) -> String {
     let suggested = [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand, ContextKind::SuggestedValue];
     if let Some(name) = suggested.into_iter().find_map(|kind| match error.get(kind)? {
         ContextValue::String(name) => Some(name.clone()),
-        // The likeliest comes last.
+        // clap sorts them by their likeness, the best last.
         ContextValue::Strings(names) => names.last().cloned(),
         _ => None,
     }) {

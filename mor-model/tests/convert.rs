@@ -247,14 +247,22 @@ fn runs_whose_yaml_lacks_something_are_refused() {
     check("model_name_or_path: HuggingFaceTB/SmolLM-135M\n", "", &["model_name_or_path is missing"]);
     check("num_recursion: 2", "num_recursion: 3", &["mor.capacity is [1.0,0.5], expected 3 numbers"]);
     check("num_hidden_layers: 4", "num_hidden_layers: 5", &["num_hidden_layers = 5", "never dropped"]);
-    check("name: mor", "name: [mor", &["not a YAML mapping"]);
-    // Weights of another shape, and of another kind.
-    change(
-        "intermediate_size: 80",
-        "intermediate_size: 88",
-        &["gate_proj.weight has shape [80, 64], expected [88, 64]"],
-    );
-    change("type: expert", "type: token\n  token:\n    balancing: loss", &[]);
+    check("name: mor", "name: [mor", &["not a YAML mapping: line 6 column 10: "]);
+    // A YAML file that is fine, but not that of these weights.
+    for (from, to, words) in [
+        (
+            "intermediate_size: 80",
+            "intermediate_size: 88",
+            ["gate_proj.weight has shape [80, 64]", "expected [88, 64]"],
+        ),
+        (
+            "sharing: middle_cycle",
+            "sharing: cycle",
+            ["model.layers.0.input_layernorm.weight has no place", "cycle sharing"],
+        ),
+    ] {
+        change(from, to, &words);
+    }
 
     // None, several, and one that is named.
     let dir = official_copy();

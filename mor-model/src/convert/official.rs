@@ -2,7 +2,7 @@
 //!
 //! # Source
 //!
-//! `github.com/raymin0223/mixture_of_recursions`: `util/config.py`, `model/util.py`, `model/mor_model/`.
+//! `github.com/raymin0223/mixture_of_recursions`: what its models read of a run (`model/mor_model/`).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -52,8 +52,9 @@ pub(super) fn find_run_config(dir: &Path) -> Result<Option<PathBuf>, ModelError>
 pub(super) fn read_config(path: &Path, base: &Map<String, Value>) -> Result<MorConfig, ModelError> {
     let origin = path.display().to_string();
     let run: Map<String, Value> = serde_saphyr::from_str(&read_text(path)?).map_err(|error| {
-        // The rest of the message shows the lines around.
-        let problem = error.to_string().lines().next().unwrap_or_default().to_owned();
+        // The first line says where and what, the others show the text around.
+        let message = error.to_string();
+        let problem = message.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
         ModelError::YamlSyntax { origin: origin.clone(), problem }
     })?;
     let run = Fields { origin: &origin, prefix: "", map: &run };
