@@ -22,7 +22,7 @@ use crate::model::Model;
 use crate::{note, print};
 
 /// On a GPU a test runs for so long before it is timed, so that the clock has risen.
-const WARM_UP: Duration = Duration::from_millis(1200);
+const WARM_UP: Duration = Duration::from_secs(3);
 /// Tokens that the first results of a sequence may bring; a generation is timed from there on.
 const FIRST_TOKENS: usize = 4;
 /// Prompt and new tokens of the comparison with the CPU.
