@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::args::{DeviceArg, DtypeArg, QuantizeArg, at_least_one};
 use crate::failure::bad_input;
 use crate::model::{Model, storage};
+use crate::output::{check_target, write_atomically};
 use crate::{print, print_json};
 
 #[derive(Debug, clap::Args)]
@@ -103,6 +104,7 @@ struct KernelTime {
 }
 
 pub(crate) fn run(args: &ProfileArgs) -> anyhow::Result<()> {
+    args.trace.iter().try_for_each(|path| check_target("--trace", path))?;
     let model = match &args.config {
         Some(config) => Model::Random(config.clone()),
         None => Model::named(args.model.as_deref())?,
@@ -131,8 +133,7 @@ pub(crate) fn run(args: &ProfileArgs) -> anyhow::Result<()> {
         Phase::Prefill => session.profile_prefill(args.batch, args.context)?,
     };
     if let Some(path) = &args.trace {
-        let trace = trace(&profile).to_string();
-        std::fs::write(path, trace).map_err(|error| bad_input!("cannot write {}: {error}", path.display()))?;
+        write_atomically(path, |partial| std::fs::write(partial, trace(&profile).to_string()))?;
     }
     let report = Report::new(args, &model, &session, &profile);
     if args.json { print_json(&report) } else { Ok(print(&report.to_text(&storage(&session)))?) }

@@ -206,6 +206,9 @@ fn measurements_that_cannot_be_made() {
     bench(&["-r", "x"], &["'x'", "--repetitions"]);
     bench(&["-o", "xml"], &["xml", "--output", "help"]);
     bench(&["--random-weights"], &["--config"]);
+    // Before anything is measured.
+    bench(&["--plot", "nowhere/x.svg"], &["--plot nowhere/x.svg", "folder does not exist"]);
+    refused(&["profile", "--trace", "nowhere/x.json"], &["--trace nowhere/x.json", "folder does not exist"]);
     refused(&["bench", "--model", "nowhere"], &["nowhere: does not exist"]);
     refused(&["bench", "--config", "nowhere.json"], &["nowhere.json"]);
     refused(&["profile", "--model", &model, "--context", "100000"], &["--context is 100000", "at most"]);

@@ -7,6 +7,7 @@ use super::plot;
 use super::report::{self, Row, Series};
 use crate::failure::bad_input;
 use crate::input::read_text;
+use crate::output::check_target;
 use crate::print;
 
 #[derive(Debug, clap::Args)]
@@ -20,6 +21,7 @@ pub(crate) struct CompareArgs {
 }
 
 pub(crate) fn run(args: &CompareArgs) -> anyhow::Result<()> {
+    args.plot.iter().try_for_each(|path| check_target("--plot", path))?;
     let files = args.files.iter().map(|path| Ok((path.as_path(), rows(path)?))).collect::<anyhow::Result<Vec<_>>>()?;
     let all = name(&files);
     print(&markdown(&all))?;

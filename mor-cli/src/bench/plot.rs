@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use crate::failure::bad_input;
+use crate::output::write_atomically;
 
 /// Colours that those who do not see red or green can tell apart (Okabe and Ito).
 const COLOURS: [&str; 7] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f"];
@@ -44,7 +44,7 @@ pub(super) struct Bar {
 
 /// Writes a plot to a file.
 pub(super) fn write(path: &Path, plot: &Plot) -> anyhow::Result<()> {
-    std::fs::write(path, plot.to_svg()).map_err(|error| bad_input!("cannot write {}: {error}", path.display()))
+    write_atomically(path, |partial| std::fs::write(partial, plot.to_svg()))
 }
 
 impl Plot {

@@ -19,6 +19,7 @@ use super::{ModelArgs, is_without_timestamps, plot};
 use crate::args::{DeviceArg, DtypeArg, QuantizeArg, at_least_one};
 use crate::failure::{bad_input, sentence};
 use crate::model::Model;
+use crate::output::check_target;
 use crate::{note, print};
 
 /// On a GPU a test runs for so long before it is timed, so that the clock has risen.
@@ -169,6 +170,7 @@ pub(crate) fn run(args: &SpeedArgs) -> anyhow::Result<()> {
     if tests.is_empty() {
         return Err(bad_input!("-p and -n are 0, expected tokens to read or to generate"));
     }
+    args.plot.iter().try_for_each(|path| check_target("--plot", path))?;
     let models = args.models.models()?;
     for model in &models {
         args.check(model, &model.config()?, &tests)?;

@@ -16,7 +16,7 @@ const BROADCAST_LANES: u32 = 8;
 const FRAGMENT: u32 = 16;
 
 /// Fields of [`LinearTile::Cooperative`] in their order, and the workgroups an output must have to be worth the tile, which
-/// is to say the GPU filled: measured on an H200, see `benches/runs`.
+/// is to say the GPU filled: measured on an H200 and an H100, see `benches/runs`.
 const COOPERATIVE_TILES: [([u32; 7], u32); 11] = [
     ([128, 128, 64, 4, 2, 1, 1], 264),
     ([128, 192, 32, 2, 4, 1, 1], 96),
