@@ -11,7 +11,7 @@
 // Source    none; a table look-up
 #import shared/rows
 #import shared/weights
-#import shared/quantized
+#import shared/quantized_units
 
 struct Params {
     hidden_size: u32,

@@ -39,7 +39,7 @@ enable wgpu_cooperative_matrix;
 #endif
 #import shared/rows
 #import shared/weights
-#import shared/quantized
+#import shared/quantized_units
 
 struct Params {
     num_outputs: u32,

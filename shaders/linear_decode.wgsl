@@ -30,7 +30,7 @@
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
 #import shared/rows
 #import shared/weights
-#import shared/quantized
+#import shared/quantized_units
 
 struct Params {
     num_outputs: u32,

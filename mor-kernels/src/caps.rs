@@ -39,6 +39,8 @@ pub struct DeviceCaps {
     pub shader_f16: bool,
     /// Whether subgroups, all of one size, multiply matrices of 16x16 f16 into sums in f32.
     pub cooperative_matrices: bool,
+    /// Whether storage can be declared coherent, so that workgroups of one dispatch see what others write.
+    pub coherent_storage: bool,
     /// Whether timestamps can be written around passes.
     pub timestamps: bool,
     /// Largest storage binding, bytes.

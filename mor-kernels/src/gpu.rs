@@ -449,7 +449,7 @@ fn multiplies_matrices(adapter: &wgpu::Adapter) -> bool {
 /// The features and limits a device is opened with: the adapter's own limits, not WebGPU's defaults.
 fn wanted(adapter: &wgpu::Adapter, options: &GpuOptions) -> (wgpu::Features, wgpu::Limits) {
     use wgpu::Features as F;
-    let mut features = F::TIMESTAMP_QUERY | F::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+    let mut features = F::TIMESTAMP_QUERY | F::TIMESTAMP_QUERY_INSIDE_ENCODERS | F::MEMORY_DECORATION_COHERENT;
     if options.pipeline_cache.is_some() {
         features |= F::PIPELINE_CACHE;
     }
@@ -516,6 +516,7 @@ fn summarise(index: usize, adapter: &wgpu::Adapter, features: wgpu::Features, li
             .then_some((info.subgroup_min_size, info.subgroup_max_size)),
         shader_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
         cooperative_matrices: features.contains(COOPERATIVE | wgpu::Features::SUBGROUP),
+        coherent_storage: features.contains(wgpu::Features::MEMORY_DECORATION_COHERENT),
         timestamps: features
             .contains(wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS),
         max_storage_binding_bytes: limits.max_storage_buffer_binding_size,

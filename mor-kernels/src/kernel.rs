@@ -141,6 +141,7 @@ fn with_row_constants(definitions: Definitions) -> Definitions {
         .u32("ROW_PADDING", rows::ROW_PADDING)
         .u32("ROW_ACTIVE", rows::ROW_ACTIVE)
         .u32("ROW_SAMPLE", rows::ROW_SAMPLE)
+        .u32("ROW_FAILED", rows::ROW_FAILED)
         .u32("ROW_INDEX_UNIT", rows::ROW_INDEX_UNIT)
         .u32("END_NOTHING", rows::END_NOTHING)
         .u32("END_GATED", rows::END_GATED)

@@ -20,8 +20,8 @@ const SENTINEL: u32 = 0x7fc5_a5a5;
 /// Largest accepted `|got - want|`, as `absolute + relative * |want|`.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance {
-    absolute: f32,
-    relative: f32,
+    pub(crate) absolute: f32,
+    pub(crate) relative: f32,
 }
 
 impl Tolerance {

@@ -22,7 +22,9 @@ pub const MAX_GRIDS: usize = 32;
 pub const ROW_ACTIVE: u32 = 1;
 /// [`Row::flags`]: logits are computed for the row and a token is drawn.
 pub const ROW_SAMPLE: u32 = 2;
-
+/// [`Row::flags`], alone: the row was to take part in a step that failed, and may be fed again as it is; see
+/// [`DecodeLayers`](crate::ops::DecodeLayers).
+pub const ROW_FAILED: u32 = 4;
 /// [`Row::flags`]: from this bit on, the row's index among its sequence's rows of the step.
 pub const ROW_INDEX_UNIT: u32 = 256;
 

@@ -75,6 +75,7 @@ fn devices() -> Vec<(String, DeviceCaps)> {
                 subgroup_sizes,
                 shader_f16: cooperative_matrices,
                 cooperative_matrices,
+                coherent_storage: !webgpu_limits,
                 timestamps: false,
                 max_storage_binding_bytes: 128 << 20,
                 max_buffer_bytes: 256 << 20,
@@ -87,7 +88,7 @@ fn devices() -> Vec<(String, DeviceCaps)> {
                 },
                 max_workgroup_size: if webgpu_limits { WEBGPU_WORKGROUP_SIZE } else { 1024 },
                 max_workgroups: 65535,
-                max_storage_buffers: if webgpu_limits { WEBGPU_STORAGE_BUFFERS } else { 16 },
+                max_storage_buffers: if webgpu_limits { WEBGPU_STORAGE_BUFFERS } else { 32 },
                 uniform_alignment: 256,
                 is_cpu,
             };

@@ -1,8 +1,6 @@
 // Quantised rows of a weight (mor-kernels/src/quantize.rs): codes in the order of the elements, then the parameters of
 // each group of GROUP elements, in whole quads of four u32. Flags: QUANTISED, with WEIGHT_Q8 (w = scale * code) or
 // WEIGHT_Q4 (w = offset + scale * code); without, this file is empty.
-//
-// The including kernel declares `fn weight_word(at: u32) -> u32`: u32 number `at` of the weight.
 #if QUANTISED
 #if WEIGHT_Q8
 // Quads of codes of a group, and its f16 parameters.
@@ -16,14 +14,6 @@ const GROUP_PARAMETERS: u32 = 2u;
 alias Codes = u32;
 #endif
 
-// A unit of 8 elements as it is fetched.
-struct QuantisedUnit {
-    codes: Codes,
-    // The u32 with the parameters of `group`.
-    parameters: u32,
-    group: u32,
-}
-
 // Quads of a row.
 fn row_quads(in_features: u32) -> u32 {
     let groups = (in_features + GROUP - 1u) / GROUP;
@@ -33,18 +23,6 @@ fn row_quads(in_features: u32) -> u32 {
 // Where in its row the u32 with the parameters of `group` is.
 fn parameters_at(group: u32, in_features: u32) -> u32 {
     return (in_features + GROUP - 1u) / GROUP * GROUP_QUADS * 4u + group * GROUP_PARAMETERS / 2u;
-}
-
-// Unit `unit` of the row that starts at quad `row`.
-fn load_unit(row: u32, unit: u32, in_features: u32) -> QuantisedUnit {
-    let group = unit / (GROUP / 8u);
-    let parameters = weight_word(row * 4u + parameters_at(group, in_features));
-#if WEIGHT_Q8
-    let at = row * 4u + unit * 2u;
-    return QuantisedUnit(vec2<u32>(weight_word(at), weight_word(at + 1u)), parameters, group);
-#else
-    return QuantisedUnit(weight_word(row * 4u + unit), parameters, group);
-#endif
 }
 
 // Integers become floats by their bits: set below the exponent of 2^23, 2^19, .. they are the last places of a fraction,
@@ -81,12 +59,4 @@ fn unpack_parameters(parameters: u32, group: u32) -> vec2<f32> {
     return unpack2x16float(parameters);
 }
 #endif
-
-fn scaled(codes: mat2x4<f32>, parameters: vec2<f32>) -> mat2x4<f32> {
-    return mat2x4<f32>(codes[0] * parameters.x + parameters.y, codes[1] * parameters.x + parameters.y);
-}
-
-fn dequantise(unit: QuantisedUnit) -> mat2x4<f32> {
-    return scaled(code_values(unit.codes), unpack_parameters(unit.parameters, unit.group));
-}
 #endif

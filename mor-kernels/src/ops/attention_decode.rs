@@ -12,7 +12,7 @@ use crate::tensor::{DType, Tensor};
 const MAX_HEAD_DIM: u32 = 256;
 
 /// Heads and cache of an attention layer, as both attention kernels specialise on them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AttentionShape {
     /// Query heads H.
     pub num_attention_heads: u32,

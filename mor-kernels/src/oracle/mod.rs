@@ -3,7 +3,9 @@
 pub mod attention_decode;
 pub mod attention_prefill;
 pub mod cross_entropy;
+pub mod decode_layers;
 pub mod embed_tokens;
+pub mod grid_exchange;
 pub mod linear;
 pub mod linear_decode;
 pub mod rms_norm;

@@ -1,0 +1,1183 @@
+// decode_layers: all layers of a decode step of one row in one dispatch, whose workgroups wait for each other's results.
+// Math      a layer of steps[s], x its input stream: m = x + o(attention(qkv(norm(x)))); y = m + down(swiglu(gate_up(norm(m))));
+//           y into its output stream, or hidden += gate * y at a block's end. Before a block: EXPERT gates
+//           l = input_scale * dot(hidden, router[r]) and ends at l < threshold; TOKEN chooses the depth at the first
+// Why       a layer is five phases of some microseconds; as dispatches each costs as much again to begin and to end. Here the weights
+//           of the next phase are on their way while the last one's results are waited for, and an early exit skips what is left
+// Shapes    active_rows [1]; steps [num_steps]; qkv_proj, o_proj, gate_up_proj, down_proj [matrices, O, K] units of 16 bytes, or
+//           quantised rows; norms [layers, 2, C]; rope [positions, D / 2, 2]; pages [sequences, groups, max_pages];
+//           kv_lengths [sequences, groups]; rows [1]; depth [1]; keys, values [slots of all caches, G, D] f32 or f16;
+//           hidden [C]: the embedding before, the last layer's output after; control [4 + R]; router [R, C]; bias [R]; keep [R];
+//           mail [hidden C; running C; layer C; middle C; q; k; v; attention H S D; statistics H S 2; mlp] of (bits, tag)
+// Bindings  0 params uniform; 1 steps uniform; 2 active_rows read; 3 qkv_proj read; 4 o_proj read; 5 gate_up_proj read;
+//           6 down_proj read; 7 norms read; 8 rope read; 9 pages read; 10 kv_lengths write; 11 rows write; 12 depth write;
+//           13 keys write; 14 values write; 15 hidden write; 16 mail write; 17 control write; 18 router read [ROUTED];
+//           19 bias read [BIAS]; 19 keep read [SCRIPTED]
+// Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time, or (0, 0, 0)
+// Spec      WORKGROUP_SIZE threads in TEAMS of LANES; MAX_STEPS of the table; HIDDEN_SIZE, MLP_DIM, NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS,
+//           HEAD_DIM multiples of 8; of each of the four products _ROWS outputs, _QUADS units a row and _STRIDE from row to row,
+//           _SPLIT teams a pair of outputs, _STEPS units a lane and _ROUNDS pairs a team; PREFETCH of the units on their way
+//           before the activation is there; QUAD_ELEMS elements of a unit; KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements
+//           that a thread waits for at a time; SPLIT_KEYS,
+//           MAX_SPLITS; STAGED and NUM_PARTIALS sizes of workgroup memory; SUBGROUP_EXACT: LANES is the subgroup size; ROUTED, by
+//           EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX; BIAS; NUM_RECURSIONS); WEIGHT_F16, WEIGHT_BF16, QUANTISED (WEIGHT_Q8
+//           or WEIGHT_Q4 in groups of GROUP) or neither; KV_F16; ROUTER_F16, ROUTER_BF16 or neither
+// Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all wait for;
+//           16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 4 * NUM_RECURSIONS + 32 bytes of workgroup memory. A value that is polled
+//           params.poll_limit times in vain ends the step: control[2] = 1, flags of the row = ROW_FAILED, K/V lengths as before
+// Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split
+// Source    MoR (arXiv 2507.10524); persistent threads: Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596)
+#import shared/rows
+#import shared/quantized
+#import shared/gate
+#import shared/mailbox
+#if SCRIPTED
+#import shared/pcg4d
+#endif
+
+struct Params {
+    num_steps: u32,
+    trial_rounds: u32,
+    poll_limit: u32,
+    num_groups: u32,
+    max_pages: u32,
+    unshared_group: u32,
+    additive: u32,
+    max_depth: u32,
+    num_recursions: u32,
+    coda: u32,
+    seed_low: u32,
+    seed_high: u32,
+    eps: f32,
+    attention_scale: f32,
+    input_scale: f32,
+    alpha: f32,
+    threshold: f32,
+    depth_bias: f32,
+}
+
+// A layer. Mirrors LayerStep of mor-kernels/src/ops/decode_layers.rs.
+struct LayerStep {
+    // Places in the four stacks of matrices, and of the norms.
+    qkv_proj: u32,
+    o_proj: u32,
+    gate_up_proj: u32,
+    down_proj: u32,
+    norms: u32,
+    // First slot of its caches.
+    first_slot: u32,
+    // Streams: 0 hidden, 1 running, 2 layer. The output is not looked at where a block ends.
+    input: u32,
+    output: u32,
+    // Recursion that it belongs to, or NONE.
+    recursion: u32,
+    // BLOCK_BEGIN, BLOCK_END, ALWAYS.
+    flags: u32,
+    // K/V group of the recursion.
+    group: u32,
+    reserved: u32,
+}
+
+const BLOCK_BEGIN: u32 = 1u;
+const BLOCK_END: u32 = 2u;
+const ALWAYS: u32 = 4u;
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<uniform> steps: array<LayerStep, MAX_STEPS>;
+@group(0) @binding(2) var<storage, read> active_rows: array<ActiveRow>;
+@group(0) @binding(3) var<storage, read> qkv_proj: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> o_proj: array<vec4<u32>>;
+@group(0) @binding(5) var<storage, read> gate_up_proj: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read> down_proj: array<vec4<u32>>;
+@group(0) @binding(7) var<storage, read> norms: array<f32>;
+@group(0) @binding(8) var<storage, read> rope: array<vec2<f32>>;
+@group(0) @binding(9) var<storage, read> pages: array<u32>;
+@group(0) @binding(10) var<storage, read_write> kv_lengths: array<u32>;
+@group(0) @binding(11) var<storage, read_write> rows: array<Row>;
+@group(0) @binding(12) var<storage, read_write> depth: array<u32>;
+@group(0) @binding(13) var<storage, read_write> keys: array<vec4<u32>>;
+@group(0) @binding(14) var<storage, read_write> values: array<vec4<u32>>;
+@group(0) @binding(15) var<storage, read_write> hidden: array<vec2<f32>>;
+// What one workgroup writes and another reads must not be read from a cache of its own.
+@group(0) @binding(16) @coherent var<storage, read_write> mail: array<vec2<u32>>;
+// The last tag that is taken, workgroups that have left, whether one has waited in vain, unused; rows that took each recursion.
+@group(0) @binding(17) var<storage, read_write> control: array<atomic<u32>>;
+#if ROUTED
+@group(0) @binding(18) var<storage, read> router: array<RouterUnit>;
+#endif
+#if BIAS
+@group(0) @binding(19) var<storage, read> bias: array<f32>;
+#endif
+#if SCRIPTED
+@group(0) @binding(19) var<storage, read> keep: array<f32>;
+#endif
+
+// The products of a layer.
+const QKV: u32 = 0u;
+const O: u32 = 1u;
+const GATE_UP: u32 = 2u;
+const DOWN: u32 = 3u;
+
+const LOWEST: f32 = -3.4028234e38;
+const TEAMS: u32 = WORKGROUP_SIZE / LANES;
+const LANES_LOG2: u32 = firstTrailingBit(LANES);
+// vec4s of the activation that a unit multiplies.
+const PARTS: u32 = QUAD_ELEMS / 4u;
+const HEAD_UNITS: u32 = HEAD_DIM / 8u;
+const Q_DIM: u32 = NUM_ATTENTION_HEADS * HEAD_DIM;
+const KV_DIM: u32 = NUM_KEY_VALUE_HEADS * HEAD_DIM;
+const SLICES: u32 = WORKGROUP_SIZE / KEY_LANES;
+const KEY_LANES_LOG2: u32 = firstTrailingBit(KEY_LANES);
+
+// Places in `mail`.
+const RUNNING: u32 = HIDDEN_SIZE;
+const LAYER: u32 = 2u * HIDDEN_SIZE;
+const MIDDLE: u32 = 3u * HIDDEN_SIZE;
+const QUERY: u32 = 4u * HIDDEN_SIZE;
+const NEW_KEY: u32 = QUERY + Q_DIM;
+const NEW_VALUE: u32 = NEW_KEY + KV_DIM;
+const ATTENTION: u32 = NEW_VALUE + KV_DIM;
+const STATISTICS: u32 = ATTENTION + MAX_SPLITS * Q_DIM;
+const MLP: u32 = STATISTICS + 2u * MAX_SPLITS * NUM_ATTENTION_HEADS;
+
+#if KV_F16
+// vec4s of 8 elements of a head.
+const KV_QUADS: u32 = 1u;
+struct KvUnit {
+    packed: vec4<u32>,
+}
+#else
+const KV_QUADS: u32 = 2u;
+struct KvUnit {
+    low: vec4<u32>,
+    high: vec4<u32>,
+}
+#endif
+
+#if QUANTISED
+struct Unit {
+    codes: vec4<u32>,
+    parameters: u32,
+}
+#else
+struct Unit {
+    codes: vec4<u32>,
+}
+#endif
+
+#if ROUTED
+#if ROUTER_F16
+alias RouterUnit = u32;
+fn router_weight(at: u32) -> f32 {
+    return unpack2x16float(router[at / 2u])[at % 2u];
+}
+#elif ROUTER_BF16
+alias RouterUnit = u32;
+fn router_weight(at: u32) -> f32 {
+    return bitcast<f32>(router[at / 2u] >> (at % 2u * 16u) << 16u);
+}
+#else
+alias RouterUnit = f32;
+fn router_weight(at: u32) -> f32 {
+    return router[at];
+}
+#endif
+#endif
+
+// The activation of a product, as [PARTS, units]: neighbouring lanes read neighbouring vec4s. In attention query, own key and own
+// value, and behind them partial sums as [TEAMS, HEAD_DIM / 4].
+var<workgroup> staged: array<vec4<f32>, STAGED>;
+var<workgroup> partials: array<vec2<f32>, NUM_PARTIALS>;
+var<workgroup> team_values: array<f32, TEAMS>;
+#if TOKEN
+var<workgroup> logits: array<f32, NUM_RECURSIONS>;
+#endif
+#if ROUTED
+var<workgroup> routed: vec2<f32>;
+#endif
+
+var<private> own_workgroup: u32;
+var<private> thread: u32;
+// Of the dispatch, and of what is posted next.
+var<private> first_tag: u32;
+var<private> tag: u32;
+var<private> team: u32;
+var<private> lane: u32;
+// Of the row in the present layer's caches.
+var<private> kv_slot: u32;
+var<private> kv_len: u32;
+var<private> kv_table: u32;
+// Recursions that the row's depth counts, and blocks that it ran.
+var<private> taken: u32 = 0u;
+var<private> blocks: u32 = 0u;
+
+fn lane_sum(value: f32) -> f32 {
+#if SUBGROUP_EXACT
+    return subgroupAdd(value);
+#else
+    var sum = value;
+    for (var step = 0u; step < LANES_LOG2; step++) {
+        sum += subgroupShuffleXor(sum, 1u << step);
+    }
+    return sum;
+#endif
+}
+
+fn lane_max(value: f32) -> f32 {
+#if SUBGROUP_EXACT
+    return subgroupMax(value);
+#else
+    var highest = value;
+    for (var step = 0u; step < LANES_LOG2; step++) {
+        highest = max(highest, subgroupShuffleXor(highest, 1u << step));
+    }
+    return highest;
+#endif
+}
+
+// Of product `kind`, a constant in every call.
+fn outputs_of(kind: u32) -> u32 {
+    switch kind {
+        case QKV: { return QKV_ROWS; }
+        case O: { return O_ROWS; }
+        case GATE_UP: { return GATE_UP_ROWS; }
+        default: { return DOWN_ROWS; }
+    }
+}
+
+fn quads_of(kind: u32) -> u32 {
+    switch kind {
+        case QKV: { return QKV_QUADS; }
+        case O: { return O_QUADS; }
+        case GATE_UP: { return GATE_UP_QUADS; }
+        default: { return DOWN_QUADS; }
+    }
+}
+
+fn stride_of(kind: u32) -> u32 {
+    switch kind {
+        case QKV: { return QKV_STRIDE; }
+        case O: { return O_STRIDE; }
+        case GATE_UP: { return GATE_UP_STRIDE; }
+        default: { return DOWN_STRIDE; }
+    }
+}
+
+fn in_features_of(kind: u32) -> u32 {
+    switch kind {
+        case QKV: { return HIDDEN_SIZE; }
+        case O: { return Q_DIM; }
+        case GATE_UP: { return HIDDEN_SIZE; }
+        default: { return MLP_DIM; }
+    }
+}
+
+fn split_of(kind: u32) -> u32 {
+    switch kind {
+        case QKV: { return QKV_SPLIT; }
+        case O: { return O_SPLIT; }
+        case GATE_UP: { return GATE_UP_SPLIT; }
+        default: { return DOWN_SPLIT; }
+    }
+}
+
+fn steps_of(kind: u32) -> u32 {
+    switch kind {
+        case QKV: { return QKV_STEPS; }
+        case O: { return O_STEPS; }
+        case GATE_UP: { return GATE_UP_STEPS; }
+        default: { return DOWN_STEPS; }
+    }
+}
+
+fn rounds_of(kind: u32) -> u32 {
+    switch kind {
+        case QKV: { return QKV_ROUNDS; }
+        case O: { return O_ROUNDS; }
+        case GATE_UP: { return GATE_UP_ROUNDS; }
+        default: { return DOWN_ROUNDS; }
+    }
+}
+
+fn quad(kind: u32, at: u32) -> vec4<u32> {
+    switch kind {
+        case QKV: { return qkv_proj[at]; }
+        case O: { return o_proj[at]; }
+        case GATE_UP: { return gate_up_proj[at]; }
+        default: { return down_proj[at]; }
+    }
+}
+
+#if QUANTISED
+fn parameter_word(kind: u32, at: u32) -> u32 {
+    switch kind {
+        case QKV: { return qkv_proj[at / 4u][at % 4u]; }
+        case O: { return o_proj[at / 4u][at % 4u]; }
+        case GATE_UP: { return gate_up_proj[at / 4u][at % 4u]; }
+        default: { return down_proj[at / 4u][at % 4u]; }
+    }
+}
+#endif
+
+// Unit `unit` of row `row` of matrix `place` of a stack; those past the end are the last one.
+fn fetch(kind: u32, place: u32, row: u32, unit: u32) -> Unit {
+    let outputs = outputs_of(kind);
+    let start = (place * outputs + min(row, outputs - 1u)) * stride_of(kind);
+    let at = min(unit, quads_of(kind) - 1u);
+#if QUANTISED
+    let group = at * QUAD_ELEMS / GROUP;
+    return Unit(quad(kind, start + at), parameter_word(kind, start * 4u + parameters_at(group, in_features_of(kind))));
+#else
+    return Unit(quad(kind, start + at));
+#endif
+}
+
+// Products of unit `unit` of two rows with the staged activation.
+fn pair_product(kind: u32, a: Unit, b: Unit, unit: u32) -> vec2<f32> {
+    let quads = quads_of(kind);
+#if WEIGHT_F16
+    let x0 = staged[unit];
+    let x1 = staged[quads + unit];
+    return vec2<f32>(
+        dot(vec4<f32>(unpack2x16float(a.codes.x), unpack2x16float(a.codes.y)), x0)
+            + dot(vec4<f32>(unpack2x16float(a.codes.z), unpack2x16float(a.codes.w)), x1),
+        dot(vec4<f32>(unpack2x16float(b.codes.x), unpack2x16float(b.codes.y)), x0)
+            + dot(vec4<f32>(unpack2x16float(b.codes.z), unpack2x16float(b.codes.w)), x1),
+    );
+#elif WEIGHT_BF16
+    // Low halves are the even elements, high halves the odd ones.
+    let x0 = staged[unit];
+    let x1 = staged[quads + unit];
+    let even = vec4<f32>(x0.xz, x1.xz);
+    let odd = vec4<f32>(x0.yw, x1.yw);
+    return vec2<f32>(
+        dot(bitcast<vec4<f32>>(a.codes << vec4<u32>(16u)), even)
+            + dot(bitcast<vec4<f32>>(a.codes & vec4<u32>(0xffff0000u)), odd),
+        dot(bitcast<vec4<f32>>(b.codes << vec4<u32>(16u)), even)
+            + dot(bitcast<vec4<f32>>(b.codes & vec4<u32>(0xffff0000u)), odd),
+    );
+#elif QUANTISED
+    var products = vec2<f32>();
+    var inputs = 0.0;
+#repeat half UNIT_CODES
+    let x0 = staged[2u * half * quads + unit];
+    let x1 = staged[(2u * half + 1u) * quads + unit];
+#if WEIGHT_Q8
+    let wa = code_values(vec2<u32>(a.codes[2u * half], a.codes[2u * half + 1u]));
+    let wb = code_values(vec2<u32>(b.codes[2u * half], b.codes[2u * half + 1u]));
+#else
+    let wa = code_values(a.codes[half]);
+    let wb = code_values(b.codes[half]);
+    inputs += dot(x0 + x1, vec4<f32>(1.0));
+#endif
+    products += vec2<f32>(dot(wa[0], x0) + dot(wa[1], x1), dot(wb[0], x0) + dot(wb[1], x1));
+#endrepeat
+    let group = unit * QUAD_ELEMS / GROUP;
+    let pa = unpack_parameters(a.parameters, group);
+    let pb = unpack_parameters(b.parameters, group);
+    return products * vec2<f32>(pa.x, pb.x) + inputs * vec2<f32>(pa.y, pb.y);
+#else
+    let x0 = staged[unit];
+    return vec2<f32>(dot(bitcast<vec4<f32>>(a.codes), x0), dot(bitcast<vec4<f32>>(b.codes), x0));
+#endif
+}
+
+// The pair of outputs that is number `local` of this workgroup.
+fn pair_number(local: u32) -> u32 {
+    return local * NUM_WORKGROUPS + own_workgroup;
+}
+
+
+// Sends for the first units of a product: nothing that they depend on has to be waited for.
+fn prefetch(kind: u32, place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
+    let split = split_of(kind);
+    let row = 2u * pair_number(team / split);
+#repeat p PREFETCH
+    let unit = (p * split + team % split) * LANES + lane;
+    (*ahead)[2u * p] = fetch(kind, place, row, unit);
+    (*ahead)[2u * p + 1u] = fetch(kind, place, row + 1u, unit);
+#endrepeat
+}
+
+// Multiplies this workgroup's rows with the staged activation; sums of teams go to `partials`.
+fn multiply(kind: u32, place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
+    let split = split_of(kind);
+    let in_a_round = TEAMS / split;
+    for (var round = 0u; round < rounds_of(kind); round++) {
+        let row = 2u * pair_number(round * in_a_round + team / split);
+        let next_row = 2u * pair_number((round + 1u) * in_a_round + team / split);
+        var sums = vec2<f32>();
+        for (var step = 0u; step < steps_of(kind); step += PREFETCH) {
+            let last_of_round = step + PREFETCH >= steps_of(kind);
+            let more = !last_of_round || round + 1u < rounds_of(kind);
+            let coming_row = select(row, next_row, last_of_round);
+            let coming_step = select(step + PREFETCH, 0u, last_of_round);
+#repeat p PREFETCH
+            let a = (*ahead)[2u * p];
+            let b = (*ahead)[2u * p + 1u];
+            if more {
+                let coming = ((coming_step + p) * split + team % split) * LANES + lane;
+                (*ahead)[2u * p] = fetch(kind, place, coming_row, coming);
+                (*ahead)[2u * p + 1u] = fetch(kind, place, coming_row + 1u, coming);
+            }
+            let unit = ((step + p) * split + team % split) * LANES + lane;
+            if unit < quads_of(kind) {
+                sums += pair_product(kind, a, b, unit);
+            }
+#endrepeat
+        }
+        sums = vec2<f32>(lane_sum(sums.x), lane_sum(sums.y));
+        if lane == 0u {
+            partials[round * TEAMS + team] = sums;
+        }
+    }
+    workgroupBarrier();
+}
+
+// Pairs of outputs that this workgroup may have.
+fn pairs_of(kind: u32) -> u32 {
+    return rounds_of(kind) * (TEAMS / split_of(kind));
+}
+
+// The product's outputs of pair number `local` of this workgroup.
+fn product(kind: u32, local: u32) -> vec2<f32> {
+    let split = split_of(kind);
+    let in_a_round = TEAMS / split;
+    let first = local / in_a_round * TEAMS + local % in_a_round * split;
+    var sum = vec2<f32>();
+    for (var part = 0u; part < split; part++) {
+        sum += partials[first + part];
+    }
+    return sum;
+}
+
+// Whether this thread has a pair to finish, and which.
+fn has_pair(kind: u32) -> bool {
+    return thread < pairs_of(kind) && 2u * pair_number(thread) < outputs_of(kind);
+}
+
+// Element `element` of the activation of a product.
+fn stage(kind: u32, element: u32, value: f32) {
+    let within = element % QUAD_ELEMS;
+    staged[within / 4u * quads_of(kind) + element / QUAD_ELEMS][within % 4u] = value;
+}
+
+// Stages `count` elements from place `at` of the mail on, as an activation of product `kind`, times a norm's weight from
+// `weight_at` on unless that is NONE; leaves the teams' sums of squares. False if they do not come.
+fn stage_mail(
+    kind: u32,
+    at: u32,
+    count: u32,
+    expected: u32,
+    weight_at: u32,
+    ahead: ptr<function, array<Unit, 2u * PREFETCH>>,
+) -> bool {
+    var square = 0.0;
+    for (var first = thread; first < count; first += BATCH * WORKGROUP_SIZE) {
+        var weights: array<f32, BATCH>;
+        var elements: array<vec2<u32>, BATCH>;
+        if weight_at != NONE {
+#repeat i BATCH
+            weights[i] = norms[weight_at + min(first + i * WORKGROUP_SIZE, count - 1u)];
+#endrepeat
+        }
+        loop {
+            var is_there = true;
+#repeat i BATCH
+            if i == 0u || i * WORKGROUP_SIZE < count {
+                elements[i] = mail[at + min(first + i * WORKGROUP_SIZE, count - 1u)];
+            }
+#endrepeat
+#repeat i BATCH
+            if i == 0u || i * WORKGROUP_SIZE < count {
+                is_there = is_there && elements[i].y == expected;
+            }
+#endrepeat
+            // Compilers would move the loads to where their results are used; a poll more or less does no harm.
+#repeat p PREFETCH
+            polls += u32((*ahead)[2u * p].codes.x == elements[0].y);
+            polls += u32((*ahead)[2u * p + 1u].codes.x == elements[0].y);
+#endrepeat
+            if is_there || !keeps_waiting() {
+                break;
+            }
+        }
+#repeat i BATCH
+        if first + i * WORKGROUP_SIZE < count {
+            var value = bitcast<f32>(elements[i].x);
+            if weight_at != NONE {
+                square += value * value;
+                value *= weights[i];
+            }
+            stage(kind, first + i * WORKGROUP_SIZE, value);
+        }
+#endrepeat
+    }
+    // The last unit may have more elements than there are.
+    for (var element = count + thread; element < quads_of(kind) * QUAD_ELEMS; element += WORKGROUP_SIZE) {
+        stage(kind, element, 0.0);
+    }
+    if weight_at != NONE {
+        let sum = lane_sum(square);
+        if lane == 0u {
+            team_values[team] = sum;
+        }
+    }
+    return all_is_there();
+}
+
+// A barrier of the workgroup after all its threads have what they waited for; false if one has not.
+fn all_is_there() -> bool {
+    polls = 0u;
+    return workgroupUniformLoad(&has_failed) == 0u;
+}
+
+// What scales the sums of a normed activation; every lane of a team must call.
+fn norm_factor() -> f32 {
+    var total = 0.0;
+    for (var t = lane; t < TEAMS; t += LANES) {
+        total += team_values[t];
+    }
+    return inverseSqrt(lane_sum(total) / f32(HIDDEN_SIZE) + params.eps);
+}
+
+fn post_pair(at: u32, value: vec2<f32>) {
+    post(at, value.x, tag);
+    post(at + 1u, value.y, tag);
+}
+
+fn kv_at(step_slot: u32, key: u32, kv_head: u32, unit: u32) -> u32 {
+    let slot = step_slot + pages[kv_table + key / PAGE_SIZE] * PAGE_SIZE + key % PAGE_SIZE;
+    return ((slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + unit) * KV_QUADS;
+}
+
+#if KV_F16
+fn key_unit(at: u32) -> KvUnit {
+    return KvUnit(keys[at]);
+}
+
+fn value_unit(at: u32) -> KvUnit {
+    return KvUnit(values[at]);
+}
+
+fn unpack_kv(unit: KvUnit) -> mat2x4<f32> {
+    return mat2x4<f32>(
+        vec4<f32>(unpack2x16float(unit.packed.x), unpack2x16float(unit.packed.y)),
+        vec4<f32>(unpack2x16float(unit.packed.z), unpack2x16float(unit.packed.w)),
+    );
+}
+#else
+fn key_unit(at: u32) -> KvUnit {
+    return KvUnit(keys[at], keys[at + 1u]);
+}
+
+fn value_unit(at: u32) -> KvUnit {
+    return KvUnit(values[at], values[at + 1u]);
+}
+
+fn unpack_kv(unit: KvUnit) -> mat2x4<f32> {
+    return mat2x4<f32>(bitcast<vec4<f32>>(unit.low), bitcast<vec4<f32>>(unit.high));
+}
+#endif
+
+// Stores columns `column` and `column + 1` of the row's key or value.
+fn store_kv(is_key: bool, step_slot: u32, column: u32, value: vec2<f32>) {
+    let element = (step_slot + kv_slot) * KV_DIM + column;
+#if KV_F16
+    let word = pack2x16float(value);
+    if is_key {
+        keys[element / 8u][element / 2u % 4u] = word;
+    } else {
+        values[element / 8u][element / 2u % 4u] = word;
+    }
+#else
+    let words = bitcast<vec2<u32>>(value);
+    if is_key {
+        keys[element / 4u][element % 4u] = words.x;
+        keys[element / 4u][element % 4u + 1u] = words.y;
+    } else {
+        values[element / 4u][element % 4u] = words.x;
+        values[element / 4u][element % 4u + 1u] = words.y;
+    }
+#endif
+}
+
+// Parts that the keys are split into, each a workgroup's.
+fn num_splits() -> u32 {
+    return clamp((kv_len + SPLIT_KEYS - 1u) / SPLIT_KEYS, 1u, MAX_SPLITS);
+}
+
+struct AttentionPart {
+    head: u32,
+    split: u32,
+    start: u32,
+    end: u32,
+}
+
+fn attention_part(item: u32) -> AttentionPart {
+    let chunk = (kv_len + num_splits() - 1u) / num_splits();
+    let split = item / NUM_ATTENTION_HEADS;
+    return AttentionPart(
+        item % NUM_ATTENTION_HEADS,
+        split,
+        min(split * chunk, kv_len),
+        min(split * chunk + chunk, kv_len),
+    );
+}
+
+// Sends for keys and values of earlier tokens.
+fn prefetch_kv(
+    step_slot: u32,
+    ahead_keys: ptr<function, array<KvUnit, KEYS>>,
+    ahead_values: ptr<function, array<KvUnit, KEYS>>,
+) {
+    if own_workgroup < NUM_ATTENTION_HEADS * num_splits() {
+        let part = attention_part(own_workgroup);
+        let unit = min(lane % KEY_LANES, HEAD_UNITS - 1u);
+        let kv_head = part.head / (NUM_ATTENTION_HEADS / NUM_KEY_VALUE_HEADS);
+#repeat i KEYS
+        let key = part.start + i * SLICES + thread / KEY_LANES;
+        if key + 1u < kv_len {
+            let at = kv_at(step_slot, key, kv_head, unit);
+            (*ahead_keys)[i] = key_unit(at);
+            (*ahead_values)[i] = value_unit(at);
+        }
+#endrepeat
+    }
+}
+
+// Elements of the query, of the row's own key and of its value, as staged.
+const STAGED_KEY: u32 = HEAD_DIM / 4u;
+const STAGED_VALUE: u32 = HEAD_DIM / 2u;
+const STAGED_PARTS: u32 = 3u * HEAD_DIM / 4u;
+
+fn staged_unit(at: u32, unit: u32) -> mat2x4<f32> {
+    return mat2x4<f32>(staged[at + 2u * unit], staged[at + 2u * unit + 1u]);
+}
+
+// As the cache has it.
+fn rounded(value: f32) -> f32 {
+#if KV_F16
+    return unpack2x16float(pack2x16float(vec2<f32>(value, 0.0))).x;
+#else
+    return value;
+#endif
+}
+
+// Attention of this workgroup's heads and parts of the keys; false if queries do not come.
+fn attend(
+    step_slot: u32,
+    ahead_keys: ptr<function, array<KvUnit, KEYS>>,
+    ahead_values: ptr<function, array<KvUnit, KEYS>>,
+) -> bool {
+    let splits = num_splits();
+    let key_lane = lane % KEY_LANES;
+    let unit = min(key_lane, HEAD_UNITS - 1u);
+    let slice = thread / KEY_LANES;
+    for (var item = own_workgroup; item < NUM_ATTENTION_HEADS * splits; item += NUM_WORKGROUPS) {
+        let part = attention_part(item);
+        let kv_head = part.head / (NUM_ATTENTION_HEADS / NUM_KEY_VALUE_HEADS);
+        for (var i = thread; i < 3u * HEAD_DIM; i += WORKGROUP_SIZE) {
+            let within = i % HEAD_DIM;
+            var at = QUERY + part.head * HEAD_DIM + within;
+            if i >= 2u * HEAD_DIM {
+                at = NEW_VALUE + kv_head * HEAD_DIM + within;
+            } else if i >= HEAD_DIM {
+                at = NEW_KEY + kv_head * HEAD_DIM + within;
+            }
+            let value = collect(at, tag);
+            staged[i / 4u][i % 4u] = select(rounded(value), value * params.attention_scale, i < HEAD_DIM);
+        }
+        if !all_is_there() {
+            return false;
+        }
+        // Lanes past the head repeat its last unit and are not counted.
+        let query = staged_unit(0u, unit) * select(0.0, 1.0, key_lane < HEAD_UNITS);
+        var highest = LOWEST;
+        var sum = 0.0;
+        var out = mat2x4<f32>(vec4<f32>(), vec4<f32>());
+        for (var base = part.start; base < part.end; base += SLICES * KEYS) {
+            var scores: array<f32, KEYS>;
+            var tile_highest = highest;
+#repeat i KEYS
+            let key = base + i * SLICES + slice;
+            if (base > part.start || item > own_workgroup) && key < part.end {
+                let at = kv_at(step_slot, key, kv_head, unit);
+                (*ahead_keys)[i] = key_unit(at);
+                (*ahead_values)[i] = value_unit(at);
+            }
+#endrepeat
+#repeat i KEYS
+            let key = base + i * SLICES + slice;
+            var k = unpack_kv((*ahead_keys)[i]);
+            if key + 1u == kv_len {
+                k = staged_unit(STAGED_KEY, unit);
+            }
+            var score = dot(query[0], k[0]) + dot(query[1], k[1]);
+            for (var step = 0u; step < KEY_LANES_LOG2; step++) {
+                score += subgroupShuffleXor(score, 1u << step);
+            }
+            scores[i] = score;
+            tile_highest = select(tile_highest, max(tile_highest, score), key < part.end);
+#endrepeat
+            let kept = exp(highest - tile_highest);
+            highest = tile_highest;
+            sum *= kept;
+            out = out * kept;
+#repeat i KEYS
+            let key = base + i * SLICES + slice;
+            if key < part.end {
+                var v = unpack_kv((*ahead_values)[i]);
+                if key + 1u == kv_len {
+                    v = staged_unit(STAGED_VALUE, unit);
+                }
+                let p = exp(scores[i] - highest);
+                sum += p;
+                out = out + v * p;
+            }
+#endrepeat
+        }
+        // The slices of a team become one, relative to the maximum of all teams.
+        let team_highest = lane_max(highest);
+        if lane == 0u {
+            team_values[team] = team_highest;
+        }
+        workgroupBarrier();
+        var all_highest = LOWEST;
+        for (var t = lane; t < TEAMS; t += LANES) {
+            all_highest = max(all_highest, team_values[t]);
+        }
+        all_highest = lane_max(all_highest);
+        let weight = exp(highest - all_highest);
+        sum *= weight;
+        out = out * weight;
+        for (var step = KEY_LANES_LOG2; step < LANES_LOG2; step++) {
+            sum += subgroupShuffleXor(sum, 1u << step);
+            out = mat2x4<f32>(
+                out[0] + subgroupShuffleXor(out[0], 1u << step),
+                out[1] + subgroupShuffleXor(out[1], 1u << step),
+            );
+        }
+        if lane < HEAD_UNITS {
+            staged[STAGED_PARTS + team * (HEAD_DIM / 4u) + 2u * lane] = out[0];
+            staged[STAGED_PARTS + team * (HEAD_DIM / 4u) + 2u * lane + 1u] = out[1];
+        }
+        if lane == 0u {
+            partials[team].x = sum;
+        }
+        workgroupBarrier();
+        if thread < HEAD_DIM {
+            var all_sum = 0.0;
+            var all_out = 0.0;
+            for (var t = 0u; t < TEAMS; t++) {
+                all_sum += partials[t].x;
+                all_out += staged[STAGED_PARTS + t * (HEAD_DIM / 4u) + thread / 4u][thread % 4u];
+            }
+            let at = part.head * splits + part.split;
+            if splits == 1u {
+                all_out /= max(all_sum, 1e-30);
+            } else if thread == 0u {
+                post(STATISTICS + 2u * at, all_highest, tag + 1u);
+                post(STATISTICS + 2u * at + 1u, all_sum, tag + 1u);
+            }
+            post(ATTENTION + at * HEAD_DIM + thread, all_out, tag + 1u);
+        }
+        workgroupBarrier();
+    }
+    return true;
+}
+
+// Stages the attention of all heads, its parts merged; false if it does not come.
+fn stage_attention(ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> bool {
+    let splits = num_splits();
+    if splits == 1u {
+        return stage_mail(O, ATTENTION, Q_DIM, tag, NONE, ahead);
+    }
+    for (var element = thread; element < O_QUADS * QUAD_ELEMS; element += WORKGROUP_SIZE) {
+        var value = 0.0;
+        if element < Q_DIM {
+            let first = element / HEAD_DIM * splits;
+            var highest = LOWEST;
+            for (var s = 0u; s < splits; s++) {
+                highest = max(highest, collect(STATISTICS + 2u * (first + s), tag));
+            }
+            var mass = 0.0;
+            for (var s = 0u; s < splits; s++) {
+                let share = exp(collect(STATISTICS + 2u * (first + s), tag) - highest);
+                mass += share * collect(STATISTICS + 2u * (first + s) + 1u, tag);
+                value += share * collect(ATTENTION + (first + s) * HEAD_DIM + element % HEAD_DIM, tag);
+            }
+            value /= mass;
+        }
+        stage(O, element, value);
+    }
+    return all_is_there();
+}
+
+#if ROUTED
+// input_scale * dot(hidden, router[index]), in every thread; hidden has the tag `expected`.
+fn router_logit(index: u32, expected: u32) -> f32 {
+    var sum = 0.0;
+    for (var c = thread; c < HIDDEN_SIZE; c += WORKGROUP_SIZE) {
+        let weight = router_weight(index * HIDDEN_SIZE + c);
+        sum += collect(c, expected) * weight;
+    }
+    sum = lane_sum(sum);
+    if lane == 0u {
+        team_values[team] = sum;
+    }
+    workgroupBarrier();
+    var total = 0.0;
+    for (var t = lane; t < TEAMS; t += LANES) {
+        total += team_values[t];
+    }
+    workgroupBarrier();
+    return params.input_scale * lane_sum(total);
+}
+#endif
+
+#if EXPERT
+fn gate_of(logit: f32) -> f32 {
+#if SIGMOID
+    return params.alpha * sigmoid(logit);
+#elif TANH
+    // By exp(-2|v|), which cannot overflow; the built-in tanh may.
+    let e = exp(-2.0 * abs(logit));
+    let magnitude = (1.0 - e) / (1.0 + e);
+    return params.alpha * select(-magnitude, magnitude, logit >= 0.0);
+#else
+    return logit;
+#endif
+}
+
+// What is compared with the threshold before recursion `recursion`, and the gate.
+fn route(recursion: u32, expected: u32) -> vec2<f32> {
+    let logit = router_logit(recursion, expected);
+    if thread == 0u {
+        routed = vec2<f32>(logit, gate_of(logit));
+#if SCRIPTED
+        // As in router_expert.
+        let place = active_rows[0].sequence * params.num_recursions + recursion;
+        let bits = pcg4d(vec4<u32>(params.seed_low, params.seed_high, active_rows[0].position, place)).x;
+        routed.x = select(-1.0, 1.0, f32(bits >> 8u) * 5.9604644775390625e-8 < keep[recursion]);
+#endif
+    }
+    return workgroupUniformLoad(&routed);
+}
+#endif
+
+#if TOKEN
+// The depth, and its gate.
+fn route(expected: u32) -> vec2<f32> {
+    for (var r = 0u; r < NUM_RECURSIONS; r++) {
+        let logit = router_logit(r, expected);
+        if thread == 0u {
+            logits[r] = logit;
+        }
+    }
+    if thread == 0u {
+        choose();
+    }
+    return workgroupUniformLoad(&routed);
+}
+
+// As in router_token.
+fn choose() {
+#if SOFTMAX
+    var top = LOWEST;
+    for (var r = 0u; r < NUM_RECURSIONS; r++) {
+        top = max(top, logits[r]);
+    }
+    var total = 0.0;
+    for (var r = 0u; r < NUM_RECURSIONS; r++) {
+        total += exp(logits[r] - top);
+    }
+#endif
+    var best = LOWEST;
+    var chosen = 0u;
+    var chosen_gate = 0.0;
+    for (var r = 0u; r < NUM_RECURSIONS; r++) {
+#if SOFTMAX
+        let gate = params.alpha * (exp(logits[r] - top) / total);
+#else
+        let gate = params.alpha * sigmoid(logits[r]);
+#endif
+        var score = gate;
+#if BIAS
+        score += bias[r];
+#endif
+        score += f32(r) * params.depth_bias;
+        if r == 0u {
+            chosen_gate = gate;
+        }
+        if r < params.max_depth && score > best {
+            best = score;
+            chosen = r;
+            chosen_gate = gate;
+        }
+    }
+    routed = vec2<f32>(f32(chosen + 1u), chosen_gate);
+}
+#endif
+
+// Where the row's keys and values of a recursion are.
+fn enter_recursion(entry: ActiveRow, group: u32) {
+    let place = entry.sequence * params.num_groups + group;
+    let slot = kv_lengths[place];
+    kv_table = place * params.max_pages;
+    kv_slot = pages[kv_table + slot / PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE;
+    kv_len = slot + 1u;
+}
+
+// All layers; false if results do not come. Streams of the pair of columns that is a thread's own stay in its registers.
+fn run_layers() -> bool {
+    let entry = active_rows[0];
+    let pair = pair_number(thread);
+    var own_hidden = vec2<f32>();
+    var own_running = vec2<f32>();
+    var own_layer = vec2<f32>();
+    if has_pair(DOWN) {
+        own_hidden = hidden[pair];
+        post_pair(2u * pair, own_hidden);
+    }
+    // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
+    workgroupBarrier();
+    // Tags of the streams.
+    var hidden_tag = tag;
+    var running_tag = tag;
+    var layer_tag = tag;
+#if ROUTED
+    var is_selected = false;
+    var gate = 0.0;
+#endif
+#if TOKEN
+    var target_depth = 0u;
+#endif
+    var ahead: array<Unit, 2u * PREFETCH>;
+    var ahead_keys: array<KvUnit, KEYS>;
+    var ahead_values: array<KvUnit, KEYS>;
+    prefetch(QKV, steps[0].qkv_proj, &ahead);
+    for (var s = 0u; s < params.num_steps; s++) {
+        let step = steps[s];
+        if step.recursion == NONE {
+            kv_slot = entry.kv_slot;
+            kv_len = entry.kv_len;
+            kv_table = entry.kv_table;
+        } else if (step.flags & BLOCK_BEGIN) != 0u {
+            var runs = true;
+#if EXPERT
+            let decided = route(step.recursion, hidden_tag);
+            is_selected = (step.flags & ALWAYS) != 0u || decided.x >= params.threshold;
+            gate = decided.y;
+            runs = is_selected;
+            taken += u32(is_selected);
+#elif TOKEN
+            if step.recursion == 0u {
+                let decided = route(hidden_tag);
+                target_depth = u32(decided.x);
+                gate = decided.y;
+                taken = target_depth;
+            }
+            is_selected = target_depth == step.recursion + 1u;
+            runs = target_depth > step.recursion;
+#else
+            taken += 1u;
+#endif
+            if !runs {
+                // The rest of the shared block is left out.
+                s = params.coda - 1u;
+                if params.coda < params.num_steps {
+                    prefetch(QKV, steps[params.coda].qkv_proj, &ahead);
+                }
+                continue;
+            }
+            blocks += 1u;
+            enter_recursion(entry, step.group);
+        }
+
+        // Queries, keys and values.
+        let column = 2u * pair;
+        var angle = vec2<f32>();
+        if has_pair(QKV) && column < Q_DIM + KV_DIM {
+            angle = rope[entry.position * (HEAD_DIM / 2u) + column % HEAD_DIM / 2u];
+        }
+        var input_tag = hidden_tag;
+        var residual = own_hidden;
+        if step.input == 1u {
+            input_tag = running_tag;
+            residual = own_running;
+        } else if step.input == 2u {
+            input_tag = layer_tag;
+            residual = own_layer;
+        }
+        if !stage_mail(QKV, step.input * HIDDEN_SIZE, HIDDEN_SIZE, input_tag, 2u * step.norms * HIDDEN_SIZE, &ahead) {
+            return false;
+        }
+        let qkv_factor = norm_factor();
+        multiply(QKV, step.qkv_proj, &ahead);
+        tag += 1u;
+        if has_pair(QKV) {
+            let v = product(QKV, thread) * qkv_factor;
+            let rotated = vec2<f32>(v.x * angle.x - v.y * angle.y, v.y * angle.x + v.x * angle.y);
+            if column < Q_DIM {
+                post_pair(QUERY + column, rotated);
+            } else if column < Q_DIM + KV_DIM {
+                post_pair(NEW_KEY + column - Q_DIM, rotated);
+                store_kv(true, step.first_slot, column - Q_DIM, rotated);
+            } else {
+                post_pair(NEW_VALUE + column - Q_DIM - KV_DIM, v);
+                store_kv(false, step.first_slot, column - Q_DIM - KV_DIM, v);
+            }
+        }
+
+        workgroupBarrier();
+        prefetch(O, step.o_proj, &ahead);
+        prefetch_kv(step.first_slot, &ahead_keys, &ahead_values);
+        if !attend(step.first_slot, &ahead_keys, &ahead_values) {
+            return false;
+        }
+        tag += 1u;
+
+        if !stage_attention(&ahead) {
+            return false;
+        }
+        multiply(O, step.o_proj, &ahead);
+        tag += 1u;
+        var own_middle = vec2<f32>();
+        if has_pair(O) {
+            own_middle = residual + product(O, thread);
+            post_pair(MIDDLE + column, own_middle);
+        }
+
+        workgroupBarrier();
+        prefetch(GATE_UP, step.gate_up_proj, &ahead);
+        if !stage_mail(GATE_UP, MIDDLE, HIDDEN_SIZE, tag, (2u * step.norms + 1u) * HIDDEN_SIZE, &ahead) {
+            return false;
+        }
+        let mlp_factor = norm_factor();
+        multiply(GATE_UP, step.gate_up_proj, &ahead);
+        tag += 1u;
+        if has_pair(GATE_UP) {
+            let v = product(GATE_UP, thread) * mlp_factor;
+            post(MLP + pair, v.x / (1.0 + exp(-v.x)) * v.y, tag);
+        }
+
+        workgroupBarrier();
+        prefetch(DOWN, step.down_proj, &ahead);
+        if !stage_mail(DOWN, MLP, MLP_DIM, tag, NONE, &ahead) {
+            return false;
+        }
+        multiply(DOWN, step.down_proj, &ahead);
+        tag += 1u;
+        var y = vec2<f32>();
+        if has_pair(DOWN) {
+            y = own_middle + product(DOWN, thread);
+        }
+        var output = step.output;
+#if ROUTED
+        if (step.flags & BLOCK_END) != 0u {
+            // Token choice passes what is not yet the last recursion's on.
+            output = select(1u, 0u, is_selected);
+            if is_selected {
+                y = own_hidden + select(gate, 1.0, params.additive != 0u) * y;
+            }
+        }
+#endif
+        if output == 0u {
+            own_hidden = y;
+            hidden_tag = tag;
+        } else if output == 1u {
+            own_running = y;
+            running_tag = tag;
+        } else {
+            own_layer = y;
+            layer_tag = tag;
+        }
+        if has_pair(DOWN) {
+            post_pair(output * HIDDEN_SIZE + column, y);
+        }
+        workgroupBarrier();
+        if s + 1u < params.num_steps {
+            prefetch(QKV, steps[s + 1u].qkv_proj, &ahead);
+        }
+    }
+    if has_pair(DOWN) {
+        hidden[pair] = own_hidden;
+    }
+    return true;
+}
+
+// What the last workgroup to leave does: the next dispatch finds counts of 0 and tags that nothing has. The row's lengths and depth
+// are now as the step makes them, or as they were before it.
+fn conclude() {
+    atomicStore(&control[0], first_tag + max(5u * params.num_steps, params.trial_rounds));
+    atomicStore(&control[1], 0u);
+    if params.trial_rounds > 0u {
+        return;
+    }
+    let first_length = active_rows[0].sequence * params.num_groups;
+    if atomicLoad(&control[2]) != 0u {
+        rows[0].flags = ROW_FAILED;
+        if params.unshared_group != NONE {
+            kv_lengths[first_length + params.unshared_group] -= 1u;
+        }
+        return;
+    }
+    for (var s = 0u; s < params.num_steps; s++) {
+        let step = steps[s];
+        if (step.flags & BLOCK_BEGIN) != 0u && step.recursion < blocks {
+            atomicAdd(&control[4u + step.recursion], 1u);
+            kv_lengths[first_length + step.group] += 1u;
+        }
+    }
+    if taken > 0u {
+        depth[0] = taken;
+    }
+}
+
+// Waits for all workgroups and lets all wait for this one, so many times.
+fn try_rounds() {
+    for (var round = 0u; round < params.trial_rounds; round++) {
+        let box = round % 2u * NUM_WORKGROUPS;
+        if thread == 0u {
+            post(box + own_workgroup, 0.0, tag);
+        }
+        workgroupBarrier();
+        for (var w = thread; w < NUM_WORKGROUPS; w += WORKGROUP_SIZE) {
+            _ = collect(box + w, tag);
+        }
+        if !all_is_there() {
+            break;
+        }
+        tag += 1u;
+    }
+}
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(
+    @builtin(workgroup_id) workgroup_id: vec3<u32>,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_size) subgroup_width: u32,
+    @builtin(subgroup_invocation_id) subgroup_lane: u32,
+) {
+    own_workgroup = workgroup_id.x;
+    lane = subgroup_lane % LANES;
+    team = subgroup * (subgroup_width / LANES) + subgroup_lane / LANES;
+    thread = team * LANES + lane;
+    // Places that nobody has written have tag 0.
+    first_tag = atomicLoad(&control[0]) + 1u;
+    tag = first_tag;
+    if thread == 0u {
+        has_failed = atomicLoad(&control[2]);
+    }
+    if all_is_there() {
+        if params.trial_rounds > 0u {
+            try_rounds();
+        } else {
+            run_layers();
+        }
+    }
+    if thread == 0u && atomicAdd(&control[1], 1u) == NUM_WORKGROUPS - 1u {
+        conclude();
+    }
+}
