@@ -2,10 +2,10 @@
 // Math      v_0[w] = w mod 1024; v_r[w] = (w + sum of all v_{r-1}) mod 1024; out[w] = v_rounds[w]
 // Why       kernels whose workgroups wait for each other need all of them to run at a time, coherent storage to be coherent and 8
 //           bytes to be written at once; no query tells, a trial does
-// Shapes    out [NUM_WORKGROUPS]; mail [2, NUM_WORKGROUPS, 2]; control [3]
+// Shapes    out [num_workgroups]; mail [2, num_workgroups, 2]; control [3]
 // Bindings  0 params uniform; 1 out write; 2 mail write; 3 control write
-// Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time
-// Spec      WORKGROUP_SIZE power of two; NUM_WORKGROUPS; RESERVED vec4s of workgroup memory, so that it takes as much as the kernel
+// Grid      (params.num_workgroups, 1, 1), all of which must run at a time
+// Spec      WORKGROUP_SIZE power of two; RESERVED vec4s of workgroup memory, so that it takes as much as the kernel
 //           that is tried for
 // Limits    16 * RESERVED + 4 * WORKGROUP_SIZE + 4 bytes of workgroup memory; a value that is polled params.poll_limit times in vain
 //           ends the dispatch: control[2] = 1
@@ -15,6 +15,7 @@
 #import shared/reduce
 
 struct Params {
+    num_workgroups: u32,
     num_rounds: u32,
     poll_limit: u32,
 }
@@ -37,14 +38,14 @@ fn main(@builtin(workgroup_id) workgroup_id: vec3<u32>, @builtin(local_invocatio
     }
     var value = f32(own % 1024u);
     for (var round = 0u; round < params.num_rounds; round++) {
-        let box = round % 2u * NUM_WORKGROUPS;
+        let box = round % 2u * params.num_workgroups;
         if thread == 0u {
             post(box + own, value, first_tag + round);
         }
         // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
         workgroupBarrier();
         var sum = 0.0;
-        for (var w = thread; w < NUM_WORKGROUPS; w += WORKGROUP_SIZE) {
+        for (var w = thread; w < params.num_workgroups; w += WORKGROUP_SIZE) {
             sum += collect(box + w, first_tag + round);
         }
         let total = workgroup_sum(sum, thread);
@@ -59,7 +60,7 @@ fn main(@builtin(workgroup_id) workgroup_id: vec3<u32>, @builtin(local_invocatio
     }
     if thread == 0u {
         out[own] = value;
-        if atomicAdd(&control[1], 1u) == NUM_WORKGROUPS - 1u {
+        if atomicAdd(&control[1], 1u) == params.num_workgroups - 1u {
             atomicStore(&control[0], first_tag + params.num_rounds - 1u);
             atomicStore(&control[1], 0u);
         }

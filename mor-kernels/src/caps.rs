@@ -57,6 +57,8 @@ pub struct DeviceCaps {
     pub max_storage_buffers: u32,
     /// Alignment of uniform binding offsets, bytes.
     pub uniform_alignment: u32,
+    /// Alignment of storage binding offsets, bytes.
+    pub storage_alignment: u32,
     /// Whether the adapter is a software rasteriser, where barriers and threads are dear.
     pub is_cpu: bool,
 }

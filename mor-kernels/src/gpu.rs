@@ -331,7 +331,7 @@ impl Gpu {
 
     /// Writes `bytes` at `offset` bytes into `tensor`, before any work submitted later.
     pub fn write(&self, tensor: &Tensor, offset: u64, bytes: &[u8]) {
-        self.catch(|_, queue| queue.write_buffer(&tensor.buffer, offset, bytes));
+        self.catch(|_, queue| queue.write_buffer(&tensor.buffer, tensor.offset + offset, bytes));
     }
 
     /// Hands all writes so far to the device and waits for them, which frees their staging memory.
@@ -526,6 +526,7 @@ fn summarise(index: usize, adapter: &wgpu::Adapter, features: wgpu::Features, li
         max_workgroups: limits.max_compute_workgroups_per_dimension,
         max_storage_buffers: limits.max_storage_buffers_per_shader_stage,
         uniform_alignment: limits.min_uniform_buffer_offset_alignment,
+        storage_alignment: limits.min_storage_buffer_offset_alignment,
         is_cpu: info.device_type == wgpu::DeviceType::Cpu,
     };
     AdapterSummary {

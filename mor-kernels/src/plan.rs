@@ -227,7 +227,7 @@ enum Pending {
 /// What a [`Binding`] hands to the device.
 #[derive(Debug)]
 enum Resource {
-    Buffer(wgpu::Buffer),
+    Buffer { buffer: wgpu::Buffer, offset: u64, bytes: u64 },
     Texels(wgpu::TextureView),
 }
 
@@ -235,7 +235,11 @@ impl Binding<'_> {
     fn resource(&self) -> Resource {
         match &self.tensor.texels {
             Some(view) if self.access == Access::Texels => Resource::Texels(view.clone()),
-            _ => Resource::Buffer(self.tensor.buffer.clone()),
+            _ => Resource::Buffer {
+                buffer: self.tensor.buffer.clone(),
+                offset: self.tensor.offset,
+                bytes: self.tensor.num_bytes(),
+            },
         }
     }
 }
@@ -317,6 +321,7 @@ impl<'g> PlanBuilder<'g> {
                 let rows = set.capacity as u32;
                 self.check_grid(K::NAME, [x, rows.div_ceil(rows_per_workgroup), z])?;
                 let index = self.grid_index(K::NAME, [x, rows_per_workgroup, z, 0])?;
+                // Row sets are no parts of anything.
                 Workgroups::Indirect { buffer: set.dispatch.buffer.clone(), offset: 16 + 12 * index as u64 }
             }
         };
@@ -341,6 +346,7 @@ impl<'g> PlanBuilder<'g> {
     /// Records a copy of `bytes` bytes; it ends the compute pass, so hot plans have none.
     pub fn copy(&mut self, from: &Tensor, from_offset: u64, to: &Tensor, to_offset: u64, bytes: u64) {
         self.description.push(format!("copy {} -> {} ({bytes} bytes)", from.label(), to.label()));
+        let (from_offset, to_offset) = (from.offset + from_offset, to.offset + to_offset);
         let (from, to) = (from.buffer.clone(), to.buffer.clone());
         self.pending.push(Pending::Copy { from, from_offset, to, to_offset, bytes });
     }
@@ -381,7 +387,13 @@ impl<'g> PlanBuilder<'g> {
                     group.extend(entries.iter().map(|(binding, resource)| wgpu::BindGroupEntry {
                         binding: *binding,
                         resource: match resource {
-                            Resource::Buffer(buffer) => buffer.as_entire_binding(),
+                            Resource::Buffer { buffer, offset, bytes } => {
+                                wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                                    buffer,
+                                    offset: *offset,
+                                    size: std::num::NonZeroU64::new(*bytes),
+                                })
+                            }
                             Resource::Texels(view) => wgpu::BindingResource::TextureView(view),
                         },
                     }));

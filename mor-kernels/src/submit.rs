@@ -48,6 +48,7 @@ impl<'g> Submission<'g> {
     /// Appends a copy between tensors, in bytes.
     pub fn copy(&mut self, from: &Tensor, from_offset: u64, to: &Tensor, to_offset: u64, bytes: u64) -> &mut Self {
         let encoder = &mut self.encoder;
+        let (from_offset, to_offset) = (from.offset + from_offset, to.offset + to_offset);
         self.gpu.catch(|_, _| encoder.copy_buffer_to_buffer(&from.buffer, from_offset, &to.buffer, to_offset, bytes));
         self
     }
@@ -62,7 +63,7 @@ impl<'g> Submission<'g> {
         let state = Arc::new(AtomicU8::new(PENDING));
         let arrived = Arc::clone(&state);
         self.gpu.catch(|_, _| {
-            self.encoder.copy_buffer_to_buffer(&tensor.buffer, offset, &staging, 0, bytes);
+            self.encoder.copy_buffer_to_buffer(&tensor.buffer, tensor.offset + offset, &staging, 0, bytes);
             self.encoder.map_buffer_on_submit(&staging, wgpu::MapMode::Read, .., move |result| {
                 arrived.store(if result.is_ok() { MAPPED } else { FAILED }, Ordering::Release);
             });

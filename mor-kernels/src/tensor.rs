@@ -43,10 +43,14 @@ pub const TEXEL_ROW: u32 = 8192;
 /// A labelled buffer on the device with a shape and an element type; row-major.
 ///
 /// Cloning shares the buffer. wgpu orders dispatches by whole buffers, so tensors that should not
-/// wait for each other live in separate buffers: there is no arena of activations.
+/// wait for each other live in separate buffers: there is no arena of activations. Weights, which nobody writes, may be
+/// parts of a stack.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     pub(crate) buffer: wgpu::Buffer,
+    /// Where it starts in the buffer, and how much of it is its own, in bytes.
+    pub(crate) offset: u64,
+    num_bytes: u64,
     pub(crate) texels: Option<wgpu::TextureView>,
     label: String,
     shape: Vec<usize>,
@@ -69,7 +73,35 @@ impl Tensor {
     }
 
     pub(crate) fn from_parts(buffer: wgpu::Buffer, label: &str, dtype: DType, shape: &[usize]) -> Self {
-        Self { buffer, texels: None, label: label.to_owned(), shape: shape.to_vec(), dtype }
+        let num_bytes = buffer.size();
+        Self { buffer, offset: 0, num_bytes, texels: None, label: label.to_owned(), shape: shape.to_vec(), dtype }
+    }
+
+    /// The elements from number `first` on as a tensor of `shape`, in the same buffer; `None` where devices cannot bind it: at an
+    /// offset or of a size that is no multiple of [`DeviceCaps::storage_alignment`](crate::caps::DeviceCaps::storage_alignment).
+    ///
+    /// # Panics
+    /// If the tensor has not so many elements, or a row would be cut.
+    pub fn part(&self, gpu: &Gpu, label: &str, first: usize, shape: &[usize]) -> Option<Self> {
+        let len = *self.shape.last().expect("a tensor has a shape");
+        let elems: usize = shape.iter().product();
+        assert!(first.is_multiple_of(len) && elems.is_multiple_of(len), "{label}: rows of {len} are not cut");
+        assert!(first + elems <= self.num_elems(), "{label}: a part of {:?}", self.shape);
+        let offset = self.offset + (first / len * self.dtype.row_bytes(len)) as u64;
+        let num_bytes = (elems / len * self.dtype.row_bytes(len)) as u64;
+        let alignment = u64::from(gpu.caps().storage_alignment.max(32));
+        let is_aligned = offset.is_multiple_of(alignment) && num_bytes.is_multiple_of(alignment) && num_bytes > 0;
+        let buffer = self.buffer.clone();
+        let part = Self {
+            buffer,
+            offset,
+            num_bytes,
+            texels: None,
+            label: label.to_owned(),
+            shape: shape.to_vec(),
+            dtype: self.dtype,
+        };
+        is_aligned.then_some(part)
     }
 
     /// Allocates a tensor and fills it from host data.
@@ -125,7 +157,7 @@ impl Tensor {
             for (y, width, height) in [(0, TEXEL_ROW, rows), (rows, rest, 1)] {
                 if width > 0 && height > 0 {
                     let layout = wgpu::TexelCopyBufferLayout {
-                        offset: u64::from(y * TEXEL_ROW) * 16,
+                        offset: self.offset + u64::from(y * TEXEL_ROW) * 16,
                         bytes_per_row: Some(TEXEL_ROW * 16),
                         rows_per_image: None,
                     };
@@ -183,7 +215,7 @@ impl Tensor {
 
     /// Bytes allocated, padding included.
     pub fn num_bytes(&self) -> u64 {
-        self.buffer.size()
+        self.num_bytes
     }
 }
 

@@ -90,6 +90,7 @@ fn devices() -> Vec<(String, DeviceCaps)> {
                 max_workgroups: 65535,
                 max_storage_buffers: if webgpu_limits { WEBGPU_STORAGE_BUFFERS } else { 32 },
                 uniform_alignment: 256,
+                storage_alignment: 256,
                 is_cpu,
             };
             let name = format!(

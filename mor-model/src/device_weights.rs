@@ -9,17 +9,19 @@
 //! * Input sizes and heads are padded to a multiple of 8 and output sizes to an even number, with zeros.
 //! * A matrix larger than one storage binding is split by rows into shards.
 //! * Tied tensors are uploaded once.
+//! * Matrices of a kind lie in one buffer, layer after layer, where one binding holds them: a kernel that runs more than a layer
+//!   binds them all.
 //! * The adapters of fused projections are one adapter: their first factors are stacked, and each row of the second has
 //!   zeros for the others' ranks. Rows lie as those of the projection, so results need no order of their own.
 //! * Quantised rows stay as they are stored: their groups lie along the inputs, which none of this moves.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use half::{bf16, f16};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, Result};
 
-use crate::{Checkpoint, Dtype, KvStrategy, LayerTensor, LoraTensors, TensorId};
+use crate::{Checkpoint, Dtype, KvStrategy, LayerTensor, LayerTensors, LoraTensors, TensorId};
 
 /// Bytes converted and staged at a time.
 const PIECE_BYTES: usize = 8 << 20;
@@ -84,6 +86,23 @@ pub struct Matrix {
     pub in_features: usize,
     /// Element type.
     pub dtype: DType,
+    /// Its place in the stack of the matrices of its kind, where there is one; see [`LayerStacks`].
+    pub(crate) place: Option<u32>,
+}
+
+/// The matrices of all layers by kind, one after the other, and all norms: what a kernel binds that runs more than a layer.
+#[derive(Clone, Debug)]
+pub(crate) struct LayerStacks {
+    /// `[matrices, q and kv columns, C]`.
+    pub(crate) qkv_proj: Tensor,
+    /// `[matrices, C, q columns]`.
+    pub(crate) o_proj: Tensor,
+    /// `[matrices, 2 I, C]`.
+    pub(crate) gate_up_proj: Tensor,
+    /// `[matrices, C, I]`.
+    pub(crate) down_proj: Tensor,
+    /// `[layers, 2, C]` f32.
+    pub(crate) norms: Tensor,
 }
 
 /// The matrices of a low-rank adapter, whose product with the same input is added to a projection's.
@@ -147,6 +166,8 @@ pub struct DeviceWeights {
     pub(crate) norm: Tensor,
     /// Per effective layer; tied layers share their tensors.
     pub(crate) layers: Vec<LayerWeights>,
+    /// Where matrices of a kind have one type and fit one binding.
+    pub(crate) stacks: Option<LayerStacks>,
     pub(crate) routers: Option<Routers>,
     pub(crate) num_bytes: u64,
 }
@@ -209,8 +230,9 @@ impl DeviceWeights {
                 })
             }
         };
+        let stacks = loader.layer_stacks(&layers)?;
         gpu.wait_idle()?;
-        Ok(Self { embed_tokens, lm_head, norm, layers, routers, num_bytes: loader.uploaded })
+        Ok(Self { embed_tokens, lm_head, norm, layers, stacks, routers, num_bytes: loader.uploaded })
     }
 
     /// Bytes uploaded.
@@ -290,6 +312,8 @@ struct Loader<'a> {
     precision: Precision,
     progress: &'a mut dyn FnMut(u64),
     matrices: HashMap<(&'static str, Vec<TensorId>), Matrix>,
+    /// By label: the stack of all layers' matrices, and how many are in it.
+    stacks: HashMap<&'static str, (Tensor, u32)>,
     vectors: HashMap<TensorId, Tensor>,
     uploaded: u64,
     staged: u64,
@@ -297,8 +321,70 @@ struct Loader<'a> {
 
 impl<'a> Loader<'a> {
     fn new(gpu: &'a Gpu, checkpoint: &'a Checkpoint, precision: Precision, progress: &'a mut dyn FnMut(u64)) -> Self {
-        let (matrices, vectors) = (HashMap::new(), HashMap::new());
-        Self { gpu, checkpoint, precision, progress, matrices, vectors, uploaded: 0, staged: 0 }
+        let (matrices, stacks, vectors) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { gpu, checkpoint, precision, progress, matrices, stacks, vectors, uploaded: 0, staged: 0 }
+    }
+
+    /// Matrices of a kind that layers have, tied ones counted once; `None` for what is no matrix of a layer.
+    fn num_matrices(&self, label: &str) -> Option<usize> {
+        let ids = |layer: LayerTensors| match label {
+            "qkv_proj" => Some(vec![layer.q_proj, layer.k_proj, layer.v_proj]),
+            "o_proj" => Some(vec![layer.o_proj]),
+            "gate_up_proj" => Some(vec![layer.gate_proj, layer.up_proj]),
+            "down_proj" => Some(vec![layer.down_proj]),
+            _ => None,
+        };
+        let layers = 0..self.checkpoint.config().num_hidden_layers;
+        let distinct: Option<HashSet<_>> = layers.map(|layer| ids(self.checkpoint.layer(layer))).collect();
+        distinct.map(|distinct| distinct.len())
+    }
+
+    /// The next place in the stack of `label`, for a matrix of `shape`; `None` where it has to be a tensor of its own.
+    fn stacked(&mut self, label: &'static str, dtype: DType, shape: [usize; 2]) -> Result<Option<(Tensor, u32)>> {
+        let Some(count) = self.num_matrices(label) else { return Ok(None) };
+        if !self.stacks.contains_key(label) {
+            let caps = self.gpu.caps();
+            let bytes = (count * shape[0] * dtype.row_bytes(shape[1])) as u64;
+            if bytes > caps.max_storage_binding_bytes.min(caps.max_buffer_bytes) {
+                return Ok(None);
+            }
+            let stack = Tensor::zeros(self.gpu, label, dtype, &[count, shape[0], shape[1]])?;
+            self.stacks.insert(label, (stack, 0));
+        }
+        let (stack, used) = self.stacks.get_mut(label).expect("inserted above");
+        if stack.dtype() != dtype || stack.shape()[1..] != shape {
+            return Ok(None);
+        }
+        let first = *used as usize * shape[0] * shape[1];
+        let part = stack.part(self.gpu, label, first, &shape);
+        *used += u32::from(part.is_some());
+        Ok(part.map(|part| (part, *used - 1)))
+    }
+
+    /// The stacks, if every layer has its matrices in them, all of one type.
+    fn layer_stacks(&mut self, layers: &[LayerWeights]) -> Result<Option<LayerStacks>> {
+        let matrices = || layers.iter().flat_map(LayerWeights::projections);
+        let dtype = layers[0].o_proj.weight.dtype;
+        if matrices().any(|projection| projection.weight.place.is_none() || projection.weight.dtype != dtype) {
+            return Ok(None);
+        }
+        let width = layers[0].input_layernorm.num_elems();
+        let norms = Tensor::zeros(self.gpu, "norms", DType::F32, &[layers.len(), 2, width])?;
+        for l in 0..layers.len() {
+            let ids = self.checkpoint.layer(l);
+            for (i, id) in [ids.input_layernorm, ids.post_attention_layernorm].into_iter().enumerate() {
+                let values = self.checkpoint.to_f32(id);
+                self.gpu.write(&norms, (4 * (2 * l + i) * width) as u64, bytemuck::cast_slice(&values));
+            }
+        }
+        let stack = |label| self.stacks[label].0.clone();
+        Ok(Some(LayerStacks {
+            qkv_proj: stack("qkv_proj"),
+            o_proj: stack("o_proj"),
+            gate_up_proj: stack("gate_up_proj"),
+            down_proj: stack("down_proj"),
+            norms,
+        }))
     }
 
     /// A tensor as f32: norms and biases.
@@ -417,8 +503,13 @@ impl<'a> Loader<'a> {
         let rows_per_shard = (binding_bytes / row_bytes / 2 * 2).max(2);
         let (mut shards, mut first_row) = (Vec::new(), 0);
         let (before, after) = rows.split_at(split);
+        let stacked = if split == 0 { self.stacked(label, dtype, [rows.len(), padded])? } else { None };
+        let place = stacked.as_ref().map(|(_, place)| *place);
         for part in before.chunks(rows_per_shard).chain(after.chunks(rows_per_shard)) {
-            let tensor = Tensor::zeros(self.gpu, label, dtype, &[part.len(), padded])?;
+            let tensor = match &stacked {
+                Some((tensor, _)) => tensor.clone(),
+                None => Tensor::zeros(self.gpu, label, dtype, &[part.len(), padded])?,
+            };
             let rows_per_piece = (PIECE_BYTES / row_bytes).max(1);
             for (piece, rows) in part.chunks(rows_per_piece).enumerate() {
                 let mut bytes = Vec::with_capacity(rows.len() * row_bytes);
@@ -435,7 +526,7 @@ impl<'a> Loader<'a> {
             shards.push(Shard { tensor, first_row, num_rows: part.len() });
             first_row += part.len();
         }
-        let matrix = Matrix { shards, num_rows: rows.len(), in_features: padded, dtype };
+        let matrix = Matrix { shards, num_rows: rows.len(), in_features: padded, dtype, place };
         self.matrices.insert(key, matrix.clone());
         Ok(matrix)
     }

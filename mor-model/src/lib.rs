@@ -46,6 +46,7 @@ pub mod golden;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod kv_layout;
+mod layers;
 mod lora;
 mod model;
 #[cfg(feature = "oracle")]
@@ -62,6 +63,7 @@ pub use device_weights::{DeviceWeights, Matrix, Precision, Shard};
 pub use error::ModelError;
 pub use folder::NewFolder;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
+pub use layers::LayersTensors;
 pub use lora::{LoraFactors, lora_factors};
 pub use model::{
     Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, PARTS, Phase, Routing, SampleTensors, ScriptedRouter,

@@ -24,6 +24,7 @@ use mor_kernels::{Gpu, KernelError, Result};
 use crate::device_weights::{
     Adapter, DeviceWeights, LayerWeights, Matrix, Precision, Projection, RouterWeights, device_head_dim,
 };
+use crate::layers::LayersTensors;
 use crate::{
     Checkpoint, DepthControl, Gating, KvLayout, KvStrategy, LayerLayout, Lora, Mode, ModelError, MorConfig, RouterFunc,
     SharingStrategy, UNSHARED_GROUP, recursion_group,
@@ -131,6 +132,8 @@ pub enum LogitRows {
 pub struct KvTensors {
     /// Per K/V buffer of the [`KvLayout`]: keys and values `[num_slots, kv_dim]`.
     pub buffers: Vec<(Tensor, Tensor)>,
+    /// All of them in one, where one binding holds it: keys, values, and the slot at which each buffer starts.
+    pub whole: Option<(Tensor, Tensor, Vec<u32>)>,
     /// `[sequences, num_groups]` u32: entries stored.
     pub lengths: Tensor,
     /// `[sequences, num_groups, max_pages]` u32.
@@ -205,6 +208,8 @@ pub struct StepTensors {
     /// `[n, parts of V, 4]` u32, see [`SamplePartial`].
     partials: Tensor,
     depthwise: Option<DepthwiseTensors>,
+    /// Of decode steps of one row: runs all layers in one dispatch.
+    pub layers: Option<LayersTensors>,
 }
 
 /// What depth-wise batching keeps from tick to tick besides the streams.
@@ -383,14 +388,29 @@ impl MorModel {
     }
 
     /// What the values that expert choice decides by are compared with.
-    fn threshold(&self) -> f32 {
+    pub(crate) fn threshold(&self) -> f32 {
         // A script's values are signs.
         if self.script.is_some() { 0.0 } else { self.depth.threshold() }
     }
 
     /// Whether every token that comes as far as recursion `r` takes it.
-    fn takes_all(&self, r: usize) -> bool {
+    pub(crate) fn takes_all(&self, r: usize) -> bool {
         self.script.is_none() && self.config.capacity.get(r).is_none_or(|capacity| *capacity >= 1.0)
+    }
+
+    /// The seed and the shares of the script that routes, if one does.
+    pub(crate) fn script(&self) -> Option<(u64, &Tensor)> {
+        self.script.as_ref().map(|script| (script.seed, &script.keep))
+    }
+
+    /// Whether the first and the last layer, or of a vanilla model all, are in no recursion.
+    pub(crate) fn has_unshared_layers(&self) -> bool {
+        self.config.mode == Mode::Vanilla || self.config.sharing.is_middle()
+    }
+
+    /// Pages that a K/V table has room for.
+    pub(crate) fn max_pages(&self, kv: &KvTensors) -> u32 {
+        kv.max_positions.div_ceil(PAGE_SIZE as usize) as u32
     }
 
     /// The device.
@@ -545,6 +565,7 @@ impl MorModel {
             logits: f32s("logits", &[logit_rows, self.logits_stride()])?,
             partials: Tensor::zeros(gpu, "partials", DType::U32, &[logit_rows, self.vocab_parts(), 4])?,
             depthwise: depthwise.then(|| self.depthwise_tensors(t)).transpose()?,
+            layers: None,
         })
     }
 
@@ -657,6 +678,15 @@ impl<'a> Recorder<'a> {
         let (config, step) = (self.config(), self.step);
         let last = config.num_hidden_layers - 1;
         let middle = config.sharing.is_middle();
+        if let Some(layers) = &step.layers {
+            let selection = if config.mode == Mode::Vanilla { Selection::Fixed } else { Selection::Begin };
+            let group = self.model.has_unshared_layers().then_some(UNSHARED_GROUP);
+            self.record_set(plan, selection, 0, &step.all, group)?;
+            self.record_embedding(plan, &step.hidden)?;
+            plan.part(BLOCK);
+            layers.record(plan, self.model, step, self.kv, self.sample)?;
+            return Ok(&step.hidden);
+        }
         match config.mode {
             Mode::Vanilla => {
                 // A vanilla token takes its layers once: depth 1.
@@ -914,7 +944,7 @@ impl<'a> Recorder<'a> {
     }
 
     fn max_pages(&self) -> u32 {
-        self.kv.max_positions.div_ceil(PAGE_SIZE as usize) as u32
+        self.model.max_pages(self.kv)
     }
 
     fn record_embedding(&self, plan: &mut PlanBuilder<'_>, x: &Tensor) -> Result<()> {

@@ -31,6 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         batching: Some(Batching::Lockstep),
         pages_in_class: None,
         batch_invariant: false,
+        persistent: false,
     };
     let mut runner = Runner::new(model, &options)?;
     // The device draws too, and its choice is overwritten; so how it draws does not matter.

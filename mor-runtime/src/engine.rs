@@ -27,6 +27,7 @@ pub(crate) struct EngineOptions {
     pub(crate) batching: Option<Batching>,
     pub(crate) share_prefixes: bool,
     pub(crate) batch_invariant: bool,
+    pub(crate) persistent: bool,
     /// Number of the first sequence.
     pub(crate) first_id: SequenceId,
 }
@@ -191,6 +192,7 @@ impl Engine {
                 batching: options.batching,
                 pages_in_class: Some(options.pages_in_class.clone()),
                 batch_invariant: options.batch_invariant,
+                persistent: options.persistent,
             },
         )?;
         // A device of unknown speed starts with short submits.
@@ -317,6 +319,7 @@ impl Engine {
         if let Some(Flight { step, pending, submitted }) = self.in_flight.pop_front() {
             let num_dispatches = pending.num_dispatches() as u64;
             let reply = pending.wait()?;
+            self.runner.recover(model, &reply);
             let now = Instant::now();
             let drawn = |slot, from| reply.drawn(slot, from).collect();
             let progress = self.scheduler.complete(&step, &reply.depths, &drawn);

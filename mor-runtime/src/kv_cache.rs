@@ -86,23 +86,19 @@ impl KvCache {
         let max_positions = max_positions.next_multiple_of(PAGE_SIZE as usize);
         let max_pages = max_positions / PAGE_SIZE as usize;
         let classes = page_classes(model);
-        let buffers = (0..layout.num_buffers())
-            .map(|buffer| {
-                let class = classes.iter().position(|class| class.buffers.contains(&buffer));
-                let slots = class.map_or(0, |class| pages_in_class[class]) * PAGE_SIZE as usize;
-                let cache = |name: &str| {
-                    let label = format!("{name}.{buffer}");
-                    Tensor::zeros(gpu, &label, model.precision().kv_dtype(), &[slots, model.kv_dim()])
-                };
-                Ok((cache("k")?, cache("v")?))
-            })
-            .collect::<Result<_>>()?;
+        let slots_in = |buffer: usize| {
+            let class = classes.iter().position(|class| class.buffers.contains(&buffer));
+            class.map_or(0, |class| pages_in_class[class]) * PAGE_SIZE as usize
+        };
+        let slots: Vec<usize> = (0..layout.num_buffers()).map(slots_in).collect();
+        let (buffers, whole) = kv_buffers(model, &slots)?;
         let words = |label, shape: &[usize]| Tensor::zeros(gpu, label, DType::U32, shape);
         let slots = (config.kv == KvStrategy::Hybrid)
             .then(|| words("kv_slots", &[num_slots, num_groups, max_positions]))
             .transpose()?;
         let tensors = KvTensors {
             buffers,
+            whole,
             lengths: words("kv_lengths", &[num_slots, num_groups])?,
             pages: words("kv_pages", &[num_slots, num_groups, max_pages])?,
             slots,
@@ -175,6 +171,40 @@ impl KvCache {
         let of = |group: usize| lengths[slot * self.num_groups + group] as usize;
         Ok(model.kv_layout().layers().iter().map(|layer| layer.write_group.map_or(0, of)).collect())
     }
+}
+
+/// Keys and values of as many slots as each buffer has, in one buffer each where one binding holds all, and then that one.
+#[expect(clippy::type_complexity, reason = "the fields of KvTensors")]
+fn kv_buffers(
+    model: &MorModel,
+    slots: &[usize],
+) -> Result<(Vec<(Tensor, Tensor)>, Option<(Tensor, Tensor, Vec<u32>)>)> {
+    let (gpu, dtype, width) = (model.gpu(), model.precision().kv_dtype(), model.kv_dim());
+    let total: usize = slots.iter().sum();
+    let caps = gpu.caps();
+    if (total * dtype.row_bytes(width)) as u64 <= caps.max_storage_binding_bytes.min(caps.max_buffer_bytes) {
+        let cache = |name: &str| Tensor::zeros(gpu, name, dtype, &[total, width]);
+        let (keys, values) = (cache("k")?, cache("v")?);
+        let mut first = 0;
+        let parts: Option<Vec<_>> = (0..slots.len())
+            .map(|buffer| {
+                let part = |whole: &Tensor, name: &str| {
+                    whole.part(gpu, &format!("{name}.{buffer}"), first * width, &[slots[buffer], width])
+                };
+                let parts = Some((part(&keys, "k")?, part(&values, "v")?));
+                first += slots[buffer];
+                parts
+            })
+            .collect();
+        if let Some(parts) = parts {
+            let firsts = slots.iter().scan(0, |next, slots| Some(std::mem::replace(next, *next + *slots as u32)));
+            return Ok((parts, Some((keys, values, firsts.collect()))));
+        }
+    }
+    let cache =
+        |name: &str, buffer: usize| Tensor::zeros(gpu, &format!("{name}.{buffer}"), dtype, &[slots[buffer], width]);
+    let buffers = (0..slots.len()).map(|buffer| Ok((cache("k", buffer)?, cache("v", buffer)?)));
+    Ok((buffers.collect::<Result<_>>()?, None))
 }
 
 /// `(cos, sin)` of `position * theta^(-2i / head_dim)`, and of 0 for the padding of a head. On the host because WGSL

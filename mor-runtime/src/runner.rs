@@ -9,11 +9,12 @@ use mor_kernels::ops::{
     AttentionDecode, CrossEntropy, CrossEntropyBindings, CrossEntropyParams, GpuSampling, SampleToken, TopkSequence,
 };
 use mor_kernels::plan::{Plan, PlanBuilder};
-use mor_kernels::rows::{ActiveRow, NONE, ROW_ACTIVE, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
+use mor_kernels::rows::{ActiveRow, NONE, ROW_ACTIVE, ROW_FAILED, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
 use mor_kernels::submit::{Readback, Submission};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_model::{
-    Batching, LogitRows, MAX_FEW_ROWS, Mode, MorModel, PARTS, Phase, Precision, Routing, SampleTensors, StepTensors,
+    Batching, LayersTensors, LogitRows, MAX_FEW_ROWS, Mode, MorModel, PARTS, Phase, Precision, Routing, SampleTensors,
+    StepTensors,
 };
 
 use crate::kv_cache::KvCache;
@@ -127,6 +128,10 @@ pub struct RunnerOptions {
     /// prefill its tiles of keys and few sequences their kernels of few rows and the splitting of keys. Without it, such
     /// circumstances change the order of sums, and results by rounding: see [`Runner::rounding`].
     pub batch_invariant: bool,
+    /// Runs all layers of the decode steps of a single slot in one dispatch, whose workgroups wait for each other, where model and
+    /// device allow it ([`LayersTensors`]); decode is in lockstep then. Should a workgroup ever wait in vain, steps go on layer by
+    /// layer.
+    pub persistent: bool,
 }
 
 /// Runs steps of a model over a fixed number of slots.
@@ -194,11 +199,24 @@ impl Runner {
             results: words("results", &[num_slots, SampleToken::RESULTS as usize, 2])?,
         };
         let batching = options.batching.unwrap_or(model.batching());
-        let mut decode_tensors = model.step_tensors(num_slots, num_slots, Some(batching))?;
-        if batching == Batching::Lockstep {
-            // The drawn tokens are the next step's rows; no copy stands between.
-            decode_tensors.rows = sample.next_rows.clone();
+        let decode_tensors = |batching| -> Result<StepTensors> {
+            let mut tensors = model.step_tensors(num_slots, num_slots, Some(batching))?;
+            if batching == Batching::Lockstep {
+                // The drawn tokens are the next step's rows; no copy stands between.
+                tensors.rows = sample.next_rows.clone();
+            }
+            Ok(tensors)
+        };
+        let mut persistent = None;
+        if options.persistent && num_slots == 1 && !options.batch_invariant {
+            let mut tensors = decode_tensors(Batching::Lockstep)?;
+            tensors.layers = LayersTensors::new(model, &tensors, &kv.tensors, &sample)?;
+            persistent = Some(tensors).filter(|tensors| tensors.layers.is_some());
         }
+        let (batching, decode_tensors) = match persistent {
+            Some(tensors) => (Batching::Lockstep, tensors),
+            None => (batching, decode_tensors(batching)?),
+        };
         Ok(Self {
             kv,
             sample,
@@ -231,6 +249,22 @@ impl Runner {
     /// How decode batches run.
     pub fn batching(&self) -> Batching {
         self.batching
+    }
+
+    /// Whether decode steps run all layers in one dispatch.
+    pub fn is_persistent(&self) -> bool {
+        self.decode_tensors.layers.is_some()
+    }
+
+    /// Where `reply` says that a workgroup waited in vain: goes on layer by layer with the token whose step that was. What is in
+    /// flight does nothing until then.
+    pub fn recover(&mut self, model: &MorModel, reply: &Reply) {
+        let Some(row) = reply.next_rows.iter().find(|row| row.flags == ROW_FAILED) else { return };
+        if self.decode_tensors.layers.take().is_some() {
+            tracing::warn!("workgroups did not run at a time; decode goes on layer by layer");
+            self.decode.clear();
+            self.set_next_row(model, Row { flags: ROW_ACTIVE | ROW_SAMPLE, ..*row });
+        }
     }
 
     /// Splits the keys of every decode step into this many parts (a power of two up to
@@ -363,6 +397,9 @@ impl Runner {
                 *rows += u64::from(model.gpu().read::<u32>(&set.dispatch)?[1]);
             }
         }
+        if let Some(layers) = &self.decode_tensors.layers {
+            rows.iter_mut().zip(layers.rows_processed(model)?).for_each(|(rows, more)| *rows += more);
+        }
         Ok(rows)
     }
 
@@ -374,7 +411,7 @@ impl Runner {
         // Few sizes, so that few plans exist.
         let num_slots = num_slots.next_power_of_two().min(self.num_slots());
         let num_splits = match self.key_splits {
-            _ if num_slots > MAX_FEW_ROWS || self.batch_invariant => 1,
+            _ if num_slots > MAX_FEW_ROWS || self.batch_invariant || self.is_persistent() => 1,
             Some(splits) => splits.min(self.decode_tensors.max_key_splits(num_slots)),
             None => {
                 let (shape, caps) = (model.attention_shape(), model.gpu().caps());

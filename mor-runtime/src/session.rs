@@ -99,6 +99,8 @@ pub struct BatchOptions {
     pub prefill_rows: usize,
     /// Computes a sequence to the same bits whatever runs beside it; see [`RunnerOptions::batch_invariant`].
     pub batch_invariant: bool,
+    /// With one sequence at a time, runs all layers of a decode step in one dispatch; see [`RunnerOptions::persistent`].
+    pub persistent: bool,
 }
 
 impl Default for BatchOptions {
@@ -114,6 +116,7 @@ impl Default for BatchOptions {
             batching: None,
             prefill_rows,
             batch_invariant: false,
+            persistent: false,
         }
     }
 }
@@ -432,6 +435,7 @@ impl Session {
             batching: self.batch.batching,
             pages_in_class: None,
             batch_invariant: self.batch.batch_invariant,
+            persistent: self.batch.persistent,
         };
         Ok(Runner::new(&self.model, &options)?)
     }
@@ -747,6 +751,7 @@ impl Session {
                 batching: self.batch.batching,
                 share_prefixes: self.batch.share_prefixes,
                 batch_invariant: self.batch.batch_invariant,
+                persistent: self.batch.persistent,
                 first_id: self.next_id,
             },
         )?;

@@ -80,6 +80,7 @@ fn runner(model: &MorModel, num_slots: usize, batching: Batching, batch_invarian
         batching: Some(batching),
         pages_in_class: None,
         batch_invariant,
+        persistent: false,
     };
     Runner::new(model, &options).expect("fits")
 }

@@ -4,13 +4,16 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use common::tape::Tape;
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::{Gpu, parity};
 use mor_model::golden::{GoldenCase, GoldenTensors};
 use mor_model::oracle::Oracle;
-use mor_model::{Batching, Checkpoint, DepthControl, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, Routing};
+use mor_model::{
+    Batching, Checkpoint, DepthControl, Dtype, KvStrategy, Mode, MorConfig, MorModel, Precision, RouterType, Routing,
+};
 use mor_runtime::runner::{Feed, Runner, RunnerOptions};
 use mor_runtime::{SequenceOutput, Session};
 
@@ -144,46 +147,70 @@ fn some_cases_match_on_every_profile() {
     });
 }
 
-/// Both prompts of a case decode together, as a ragged batch, in lockstep and, where the model can, depth-wise; each must
-/// equal its golden trace, which was made alone.
+/// Both prompts of a case decode together, as a ragged batch, in lockstep and, where the model can, depth-wise; then each alone,
+/// all layers of a step in one dispatch, where the model can. Each must equal its golden trace, which was made alone.
 fn check_decodes(gpu: &Gpu, cases: Vec<GoldenCase>) -> Largest {
     let mut largest = Largest::default();
     for case in cases {
         let model = MorModel::load(gpu, &case.checkpoint, Precision::F32, &mut |_| {}).expect("loads");
-        check_decode(&case, &model, Batching::Lockstep, &mut largest);
+        let all = 0..case.prompts.len();
+        check_decode(&case, &model, How::Batch(Batching::Lockstep), all.clone(), &mut largest);
         if model.batching() == Batching::Depthwise {
-            check_decode(&case, &model, Batching::Depthwise, &mut largest);
+            check_decode(&case, &model, How::Batch(Batching::Depthwise), all.clone(), &mut largest);
+        }
+        let config = model.config();
+        // The linear routers; K/V of each recursion's own.
+        let is_linear = !config.is_routed() || config.router_type == RouterType::Linear && !config.has_aux_router();
+        let is_relaxed = config.lora.is_some() || config.recursion_encoding;
+        let is_plain =
+            config.kv == KvStrategy::RecursionWise && is_linear && !is_relaxed && !case.name.contains("sequence");
+        if is_plain && gpu.caps().coherent_storage && gpu.caps().lanes().uses_subgroups() {
+            for i in all {
+                check_decode(&case, &model, How::Persistent, i..i + 1, &mut largest);
+            }
         }
     }
     largest
 }
 
-fn check_decode(case: &GoldenCase, model: &MorModel, batching: Batching, largest: &mut Largest) {
+/// How steps run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum How {
+    Batch(Batching),
+    /// [`RunnerOptions::persistent`].
+    Persistent,
+}
+
+/// Of the prompts `chosen`.
+fn check_decode(case: &GoldenCase, model: &MorModel, how: How, chosen: Range<usize>, largest: &mut Largest) {
     let config = model.config();
-    let num_slots = case.prompts.len();
+    let (num_slots, prompts) = (chosen.len(), &case.prompts[chosen.clone()]);
     let options = RunnerOptions {
         num_slots,
         max_positions: 128,
         prefill_rows: 32,
-        batching: Some(batching),
+        batching: if let How::Batch(batching) = how { Some(batching) } else { None },
         pages_in_class: None,
         batch_invariant: false,
+        persistent: how == How::Persistent,
     };
     let mut runner = Runner::new(model, &options).expect("fits");
-    let ids = |i: usize, name: &str| case.expected.ids(&format!("decode.{i}.{name}")).expect("present");
+    assert_eq!(runner.is_persistent(), how == How::Persistent, "{}", case.name);
+    let first = chosen.start;
+    let ids = |i: usize, name: &str| case.expected.ids(&format!("decode.{}.{name}", first + i)).expect("present");
     let num_steps = ids(0, "tokens").len();
-    for (slot, prompt) in case.prompts.iter().enumerate() {
+    for (slot, prompt) in prompts.iter().enumerate() {
         let sampling = GpuSampling { limit: (prompt.len() + num_steps) as u32, ..GpuSampling::default() };
         runner.start(model, slot, &sampling, prompt.iter().copied(), None);
     }
-    let mut tape = Tape::new(&case.prompts.iter().map(Vec::len).collect::<Vec<_>>());
+    let mut tape = Tape::new(&prompts.iter().map(Vec::len).collect::<Vec<_>>());
     let mut step = |runner: &mut Runner, feeds: &[Feed<'_>]| {
         for (i, position, logits) in tape.step(runner, model, feeds) {
-            let want = case.expected.f32(&format!("decode.{i}.logits")).expect("present");
+            let want = case.expected.f32(&format!("decode.{}.logits", first + i)).expect("present");
             let recorded = want.len() / config.vocab_size;
-            let step = position + 1 - case.prompts[i].len();
+            let step = position + 1 - prompts[i].len();
             if let Some(row) = (step + recorded).checked_sub(num_steps) {
-                let what = format!("{} {batching:?} decode.{i} step {step}", case.name);
+                let what = format!("{} {how:?} decode.{} step {step}", case.name, first + i);
                 largest.check("decode logits", &what, (&logits, want), config.vocab_size, [(0, row)].into_iter());
             }
         }
@@ -195,7 +222,7 @@ fn check_decode(case: &GoldenCase, model: &MorModel, batching: Batching, largest
             let (position, end) = if last { (split, prompt.len()) } else { (0, split) };
             (sequence, position, prompt[position..end].to_vec())
         };
-        let chunks: Vec<_> = case.prompts.iter().enumerate().map(feed).collect();
+        let chunks: Vec<_> = prompts.iter().enumerate().map(feed).collect();
         let feed = |(sequence, position, tokens)| Feed { sequence, position, tokens, sample: last };
         let feeds: Vec<_> =
             chunks.iter().map(|(sequence, position, tokens)| feed((*sequence, *position, tokens))).collect();
@@ -206,8 +233,8 @@ fn check_decode(case: &GoldenCase, model: &MorModel, batching: Batching, largest
         step(&mut runner, &[]);
     }
     let mut rows_by_recursion = vec![0; config.num_recursions];
-    for (i, prompt) in case.prompts.iter().enumerate() {
-        let what = format!("{} {batching:?} decode.{i}", case.name);
+    for (i, prompt) in prompts.iter().enumerate() {
+        let what = format!("{} {how:?} decode.{}", case.name, first + i);
         assert_eq!(tape.tokens(i), ids(i, "tokens"), "{what} tokens");
         let depths = tape.depths(i);
         assert_eq!(depths.len(), prompt.len() + num_steps - 1, "{what} tokens fed");
@@ -223,15 +250,15 @@ fn check_decode(case: &GoldenCase, model: &MorModel, batching: Batching, largest
     // the first recursion's K/V run it for every token.
     if config.is_routed() {
         if config.kv != KvStrategy::RecursionWise {
-            rows_by_recursion[0] = case.prompts.iter().map(|p| (p.len() + num_steps - 1) as u64).sum();
+            rows_by_recursion[0] = prompts.iter().map(|p| (p.len() + num_steps - 1) as u64).sum();
         }
         let mut processed = runner.rows_processed(model).expect("reads");
-        if batching == Batching::Depthwise {
+        if how == How::Batch(Batching::Depthwise) {
             // Ticks count the rows of all recursions together.
             processed = vec![processed.iter().sum()];
             rows_by_recursion = vec![rows_by_recursion.iter().sum()];
         }
-        assert_eq!(processed, rows_by_recursion, "{} {batching:?} rows", case.name);
+        assert_eq!(processed, rows_by_recursion, "{} {how:?} rows", case.name);
     }
 }
 

@@ -69,6 +69,7 @@ fn check(mor: Value, keep: Option<Vec<f64>>) {
             batching: Some(batching),
             pages_in_class: None,
             batch_invariant: false,
+            persistent: false,
         };
         let mut runner = Runner::new(&model, &options).expect("fits");
         let prompts: Vec<Vec<u32>> = LENGTHS.iter().map(|(prompt, _)| (1..).take(*prompt).collect()).collect();

@@ -247,11 +247,21 @@ impl DecodeLayers {
         }
         let head_units = shape.attention.head_dim / 8;
         if head_units > caps.lanes().width() {
-            return refuse("units of a head", head_units, caps.lanes().width(), "lanes share a key, of which there are");
+            return refuse(
+                "units of a head",
+                head_units,
+                caps.lanes().width(),
+                "lanes share a key, of which there are",
+            );
         }
         let most = (shape.hidden_size / 2).min(shape.mlp_dim);
         if num_workgroups > most {
-            return refuse("workgroups", num_workgroups, most, "each has a part in what all wait for, of which there are");
+            return refuse(
+                "workgroups",
+                num_workgroups,
+                most,
+                "each has a part in what all wait for, of which there are",
+            );
         }
         for division in kernel.divisions(caps) {
             let pairs = division.rows.div_ceil(2).div_ceil(num_workgroups);
@@ -437,8 +447,7 @@ impl Kernel for DecodeLayers {
             .flag("ROUTER_F16", shape.router_dtype == DType::F16)
             .flag("ROUTER_BF16", shape.router_dtype == DType::BF16);
         if shape.weight_dtype.is_quantized() {
-            definitions =
-                definitions.u32("GROUP", quantize::GROUP as u32).u32("UNIT_CODES", self.quad_elems() / 8);
+            definitions = definitions.u32("GROUP", quantize::GROUP as u32).u32("UNIT_CODES", self.quad_elems() / 8);
         }
         if let LayerRouting::Token { num_recursions, .. } = shape.routing {
             definitions = definitions.u32("NUM_RECURSIONS", num_recursions);
@@ -525,16 +534,21 @@ mod tests {
 
     impl Case {
         /// At `position`, with as many entries in the recursions' caches as `lengths` says.
-        fn new(gpu: &Gpu, rng: &mut Rng, shape: LayersShape, position: usize, lengths: [usize; NUM_RECURSIONS]) -> Self {
+        fn new(
+            gpu: &Gpu,
+            rng: &mut Rng,
+            shape: LayersShape,
+            position: usize,
+            lengths: [usize; NUM_RECURSIONS],
+        ) -> Self {
             let (c, mlp_dim) = (shape.hidden_size as usize, shape.mlp_dim as usize);
             let head_dim = shape.attention.head_dim as usize;
             let (q_dim, kv_dim) = (
                 shape.attention.num_attention_heads as usize * head_dim,
                 shape.attention.num_key_value_heads as usize * head_dim,
             );
-            let mut matrix = |rows: usize, columns: usize| {
-                parity::upload_weight(gpu, rng, 4 * rows, columns, shape.weight_dtype)
-            };
+            let mut matrix =
+                |rows: usize, columns: usize| parity::upload_weight(gpu, rng, 4 * rows, columns, shape.weight_dtype);
             let (qkv, qkv_proj) = matrix(q_dim + 2 * kv_dim, c);
             let (o, o_proj) = matrix(c, q_dim);
             let (gate_up, gate_up_proj) = matrix(2 * mlp_dim, c);

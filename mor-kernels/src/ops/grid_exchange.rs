@@ -18,8 +18,6 @@ use crate::tensor::{DType, Tensor};
 pub struct GridExchange {
     /// Threads of a workgroup: a power of two.
     pub workgroup_size: u32,
-    /// Workgroups of the grid.
-    pub num_workgroups: u32,
     /// Bytes of workgroup memory that each takes at least, as a kernel that is tried for does.
     pub reserved_bytes: u32,
 }
@@ -28,6 +26,8 @@ pub struct GridExchange {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GridExchangeParams {
+    /// Workgroups of the grid.
+    pub num_workgroups: u32,
     /// Rounds.
     pub num_rounds: u32,
     /// Polls after which a value is given up.
@@ -54,37 +54,31 @@ impl GridExchange {
     ///
     /// # Errors
     /// As [`PlanBuilder::dispatch`].
-    pub fn record(
-        &self,
-        plan: &mut PlanBuilder<'_>,
-        b: GridExchangeBindings<'_>,
-        p: GridExchangeParams,
-    ) -> Result<()> {
-        plan.dispatch(self, &b, &p, Grid::Fixed([self.num_workgroups, 1, 1]))
+    pub fn record(&self, plan: &mut PlanBuilder<'_>, b: GridExchangeBindings<'_>, p: GridExchangeParams) -> Result<()> {
+        plan.dispatch(self, &b, &p, Grid::Fixed([p.num_workgroups, 1, 1]))
     }
 
-    /// Whether the device passes the trial: all values come, and they are right. Waits.
+    /// Whether the device passes the trial with so many workgroups: all values come, and they are right. Waits.
     ///
     /// # Errors
     /// [`KernelError`](crate::KernelError) of a device that fails otherwise.
-    pub fn passes(&self, gpu: &Gpu) -> Result<bool> {
-        let num_workgroups = self.num_workgroups as usize;
+    pub fn passes(&self, gpu: &Gpu, grid: u32) -> Result<bool> {
+        let num_workgroups = grid as usize;
         let out = Tensor::zeros(gpu, "grid_exchange.out", DType::F32, &[num_workgroups])?;
         let mail = Tensor::zeros(gpu, "grid_exchange.mail", DType::U32, &[2, num_workgroups, 2])?;
         let control = Tensor::zeros(gpu, "grid_exchange.control", DType::U32, &[3])?;
         // Many, since a stale value is a matter of luck; a grid that does not fit costs time-outs, so they are short.
-        let params = GridExchangeParams { num_rounds: 200, poll_limit: Self::POLL_LIMIT >> 4 };
+        let params = GridExchangeParams { num_workgroups: grid, num_rounds: 200, poll_limit: Self::POLL_LIMIT >> 6 };
         let mut plan = PlanBuilder::new(gpu)?;
         self.record(&mut plan, GridExchangeBindings { out: &out, mail: &mail, control: &control }, params)?;
         gpu.run(&plan.finish()?)?;
         let control: Vec<u32> = gpu.read(&control)?;
         let values: Vec<f32> = gpu.read(&out)?;
-        let same = values.iter().zip(expected(self.num_workgroups, params.num_rounds)).all(|(a, b)| *a == b as f32);
+        let same = values.iter().zip(expected(grid, params.num_rounds)).all(|(a, b)| *a == b as f32);
         Ok(control[2] == 0 && same)
     }
 
-    /// The most workgroups that pass the trial, at least 1 on a device with coherent storage. Doubles, then halves the steps,
-    /// so that few sizes are compiled.
+    /// The most workgroups that pass the trial, at least 1 on a device with coherent storage.
     ///
     /// # Errors
     /// As [`GridExchange::passes`].
@@ -93,7 +87,7 @@ impl GridExchange {
             // Workgroups take turns, and llvmpipe ends loops after 65,535 iterations.
             return Ok(1);
         }
-        let passes = |num_workgroups| Self { workgroup_size, num_workgroups, reserved_bytes }.passes(gpu);
+        let passes = |num_workgroups| Self { workgroup_size, reserved_bytes }.passes(gpu, num_workgroups);
         let (mut fits, mut step) = (0, 1);
         while fits + step <= MOST_WORKGROUPS && passes(fits + step)? {
             fits += step;
@@ -133,10 +127,7 @@ impl Kernel for GridExchange {
     type Bindings<'a> = GridExchangeBindings<'a>;
 
     fn definitions(&self, _: &DeviceCaps) -> Definitions {
-        Definitions::new()
-            .u32("WORKGROUP_SIZE", self.workgroup_size)
-            .u32("NUM_WORKGROUPS", self.num_workgroups)
-            .u32("RESERVED", self.reserved())
+        Definitions::new().u32("WORKGROUP_SIZE", self.workgroup_size).u32("RESERVED", self.reserved())
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
@@ -178,11 +169,11 @@ mod tests {
             for (num_workgroups, num_rounds, poll_limit) in
                 [(1, 5, 1), (most, 5, GridExchange::POLL_LIMIT), (20 * most + 50, 3, 1000)]
             {
-                let kernel = GridExchange { workgroup_size, num_workgroups, reserved_bytes: 1024 };
+                let kernel = GridExchange { workgroup_size, reserved_bytes: 1024 };
                 let out = parity::Output::new(gpu, num_workgroups as usize);
                 let mail = parity::Output::from_words(gpu, &vec![0; 4 * num_workgroups as usize]);
                 let control = parity::Output::from_words(gpu, &[0; 3]);
-                let params = GridExchangeParams { num_rounds, poll_limit };
+                let params = GridExchangeParams { num_workgroups, num_rounds, poll_limit };
                 let bindings = GridExchangeBindings { out: &out.tensor, mail: &mail.tensor, control: &control.tensor };
                 let fits = num_workgroups <= most;
                 for call in 1..=if fits { 2 } else { 1 } {

@@ -1,10 +1,10 @@
 //! CPU reference of `decode_layers`: the layers one after the other, sums in f64.
 
-use crate::oracle::router_expert::script;
 use crate::ops::{
     ALWAYS, BLOCK_BEGIN, BLOCK_END, DecodeLayersParams, ExpertGate, LayerRouting, LayerStep, LayersShape,
     RouterExpertParams, TokenGate,
 };
+use crate::oracle::router_expert::script;
 use crate::rows::{ActiveRow, NONE, PAGE_SIZE};
 use crate::tensor::DType;
 
@@ -69,7 +69,8 @@ pub fn decode_layers(
     let (c, mlp_dim) = (shape.hidden_size as usize, shape.mlp_dim as usize);
     let heads = shape.attention;
     let head_dim = heads.head_dim as usize;
-    let (q_dim, kv_dim) = (heads.num_attention_heads as usize * head_dim, heads.num_key_value_heads as usize * head_dim);
+    let (q_dim, kv_dim) =
+        (heads.num_attention_heads as usize * head_dim, heads.num_key_value_heads as usize * head_dim);
     let rounded = |v: f64| if heads.kv_dtype == DType::F16 { half::f16::from_f64(v).to_f32() } else { v as f32 };
     let logit = |state: &LayersState, hidden: &[f64], r: usize| {
         let weights = &state.router[r * c..][..c];
@@ -132,7 +133,8 @@ pub fn decode_layers(
                             let bias = if bias { f64::from(state.bias_or_keep[r]) } else { 0.0 };
                             gates[r] + bias + r as f64 * f64::from(p.depth_bias)
                         };
-                        let best = (1..p.max_depth as usize).fold(0, |best, r| if score(r) > score(best) { r } else { best });
+                        let best =
+                            (1..p.max_depth as usize).fold(0, |best, r| if score(r) > score(best) { r } else { best });
                         (target_depth, gate) = (best as u32 + 1, gates[best]);
                         taken = target_depth;
                     }

@@ -178,6 +178,7 @@ fn check_decode(
         batching: Some(batching),
         pages_in_class: None,
         batch_invariant: false,
+        persistent: false,
     };
     let mut runner = Runner::new(model, &options).expect("fits");
     runner.set_key_splits(Some(num_splits));

@@ -1,0 +1,261 @@
+//! [`LayersTensors`]: all layers of a decode step of one sequence in one dispatch, where model and device allow it.
+
+use mor_kernels::ops::{
+    ALWAYS, BLOCK_BEGIN, BLOCK_END, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, ExpertGate, GridExchange,
+    LayerRouting, LayerStep, LayersShape, TokenGate,
+};
+use mor_kernels::plan::{Grid, PlanBuilder};
+use mor_kernels::rows::NONE;
+use mor_kernels::tensor::{DType, Tensor};
+use mor_kernels::{KernelError, Result};
+
+use crate::model::{KvTensors, MorModel, SampleTensors, StepTensors};
+use crate::{Gating, Mode, RouterFunc, UNSHARED_GROUP};
+
+/// Streams of [`LayerStep`].
+const HIDDEN: u32 = 0;
+const RUNNING: u32 = 1;
+const LAYER: u32 = 2;
+
+/// Rounds of a trial of the kernel itself.
+const TRIAL_ROUNDS: u32 = 100;
+
+/// What a step needs whose layers are one dispatch, [`DecodeLayers`].
+#[derive(Clone, Debug)]
+pub struct LayersTensors {
+    kernel: DecodeLayers,
+    params: DecodeLayersParams,
+    steps: Tensor,
+    mail: Tensor,
+    control: Tensor,
+}
+
+impl LayersTensors {
+    /// For steps of `step`, which has room for one row, over the caches `kv`; `None` where the model has what the kernel has not
+    /// (adapters, encodings, K/V that recursions share, routers of two matrices or with an auxiliary one, matrices of different
+    /// types), or the device cannot run it. Waits for trials of how many workgroups run at a time.
+    ///
+    /// # Errors
+    /// [`KernelError`] of a device that fails otherwise.
+    pub fn new(model: &MorModel, step: &StepTensors, kv: &KvTensors, sample: &SampleTensors) -> Result<Option<Self>> {
+        let (Some(shape), Some(steps)) = (shape(model), steps(model, kv)) else { return Ok(None) };
+        if step.capacity != 1 {
+            return Ok(None);
+        }
+        let gpu = model.gpu();
+        let (num_steps, config) = (steps.len() as u32, model.config());
+        let most = (shape.hidden_size / 2).min(shape.mlp_dim);
+        let largest = match DecodeLayers::new(gpu.caps(), shape, num_steps, most) {
+            Ok(kernel) => kernel,
+            Err(KernelError::Limit { .. }) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let table = Tensor::zeros_uniform(gpu, "layers", size_of_val(&steps[..]) as u64)?;
+        gpu.write(&table, 0, bytemuck::cast_slice(&steps));
+        let seed = model.script().map_or(0, |(seed, _)| seed);
+        let params = DecodeLayersParams {
+            num_steps,
+            trial_rounds: 0,
+            poll_limit: GridExchange::POLL_LIMIT,
+            num_groups: model.kv_layout().num_groups() as u32,
+            max_pages: model.max_pages(kv),
+            unshared_group: if model.has_unshared_layers() { UNSHARED_GROUP as u32 } else { NONE },
+            additive: (config.gating == Gating::Additive).into(),
+            max_depth: model.max_depth() as u32,
+            num_recursions: config.num_recursions as u32,
+            coda: steps.iter().rposition(|step| step.recursion != NONE).map_or(0, |last| last as u32 + 1),
+            seed_low: seed as u32,
+            seed_high: (seed >> 32) as u32,
+            eps: config.rms_norm_eps as f32,
+            attention_scale: (config.head_dim as f64).sqrt().recip() as f32,
+            input_scale: config.temp.recip() as f32,
+            alpha: config.alpha as f32,
+            threshold: model.threshold(),
+            depth_bias: model.depth_control().router_bias,
+        };
+        let mut num_workgroups = largest.most_workgroups(gpu)?.min(most);
+        while let Ok(kernel) = DecodeLayers::new(gpu.caps(), shape, num_steps, num_workgroups) {
+            let layers = Self {
+                kernel,
+                params,
+                steps: table.clone(),
+                mail: Tensor::zeros(gpu, "mail", DType::U32, &[kernel.mail_elems(), 2])?,
+                control: Tensor::zeros(gpu, "control", DType::U32, &[4 + config.num_recursions])?,
+            };
+            if layers.passes_trial(model, step, kv, sample)? {
+                tracing::debug!(num_workgroups, layers = num_steps, "decode steps run their layers in one dispatch");
+                return Ok(Some(layers));
+            }
+            num_workgroups /= 2;
+        }
+        Ok(None)
+    }
+
+    /// Whether the kernel's workgroups run at a time.
+    fn passes_trial(
+        &self,
+        model: &MorModel,
+        step: &StepTensors,
+        kv: &KvTensors,
+        sample: &SampleTensors,
+    ) -> Result<bool> {
+        let gpu = model.gpu();
+        let mut plan = PlanBuilder::new(gpu)?;
+        let params = DecodeLayersParams { trial_rounds: TRIAL_ROUNDS, ..self.params };
+        let grid = Grid::Fixed([self.kernel.num_workgroups, 1, 1]);
+        plan.dispatch(&self.kernel, &self.bindings(model, step, kv, sample), &params, grid)?;
+        gpu.run(&plan.finish()?)?;
+        let control: Vec<u32> = gpu.read(&self.control)?;
+        Ok(control[2] == 0)
+    }
+
+    /// Records the layers over the row of the step, from `step.hidden` to `step.hidden`.
+    ///
+    /// # Errors
+    /// As [`PlanBuilder::dispatch`].
+    pub(crate) fn record(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        model: &MorModel,
+        step: &StepTensors,
+        kv: &KvTensors,
+        sample: &SampleTensors,
+    ) -> Result<()> {
+        self.kernel.record(plan, self.bindings(model, step, kv, sample), self.params)
+    }
+
+    fn bindings<'a>(
+        &'a self,
+        model: &'a MorModel,
+        step: &'a StepTensors,
+        kv: &'a KvTensors,
+        sample: &'a SampleTensors,
+    ) -> DecodeLayersBindings<'a> {
+        let weights = model.weights();
+        let stacks = weights.stacks.as_ref().expect("shape() asks for them");
+        let (keys, values, _) = kv.whole.as_ref().expect("steps() asks for them");
+        let routers = weights.routers.as_ref();
+        DecodeLayersBindings {
+            steps: &self.steps,
+            rows: &step.all,
+            qkv_proj: &stacks.qkv_proj,
+            o_proj: &stacks.o_proj,
+            gate_up_proj: &stacks.gate_up_proj,
+            down_proj: &stacks.down_proj,
+            norms: &stacks.norms,
+            rope: &kv.rope,
+            pages: &kv.pages,
+            kv_lengths: &kv.lengths,
+            next_rows: &sample.next_rows,
+            depth: &step.depth,
+            keys,
+            values,
+            hidden: &step.hidden,
+            mail: &self.mail,
+            control: &self.control,
+            router: routers.map(|routers| &routers.router.output),
+            bias_or_keep: model.script().map(|(_, keep)| keep).or(routers.and_then(|routers| routers.bias.as_ref())),
+        }
+    }
+
+    /// Rows that took each recursion since these tensors were made; waits.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn rows_processed(&self, model: &MorModel) -> Result<Vec<u64>> {
+        let control: Vec<u32> = model.gpu().read(&self.control)?;
+        Ok(control[4..].iter().map(|rows| u64::from(*rows)).collect())
+    }
+
+    /// Workgroups that run at a time and wait for each other.
+    pub fn num_workgroups(&self) -> u32 {
+        self.kernel.num_workgroups
+    }
+}
+
+/// The kernel's sizes, where it has all that the model needs.
+fn shape(model: &MorModel) -> Option<LayersShape> {
+    let (config, weights) = (model.config(), model.weights());
+    weights.stacks.as_ref()?;
+    let plain = weights.layers.iter().all(|layer| {
+        layer.encoding.is_none() && layer.projections().iter().all(|projection| projection.adapter.is_none())
+    });
+    let linear =
+        weights.routers.as_ref().is_none_or(|routers| routers.router.hidden.is_empty() && routers.aux.is_none());
+    if !plain || !linear || config.is_routed() != weights.routers.is_some() {
+        return None;
+    }
+    let routing = match config.mode {
+        Mode::Vanilla | Mode::Recursive => LayerRouting::Fixed,
+        Mode::Expert => LayerRouting::Expert {
+            gate: match config.router_func {
+                RouterFunc::Sigmoid => ExpertGate::Sigmoid,
+                RouterFunc::Tanh => ExpertGate::Tanh,
+                _ => ExpertGate::None,
+            },
+            scripted: model.script().is_some(),
+        },
+        Mode::Token => LayerRouting::Token {
+            gate: if config.router_func == RouterFunc::Sigmoid { TokenGate::Sigmoid } else { TokenGate::Softmax },
+            bias: weights.routers.as_ref().is_some_and(|routers| routers.bias.is_some()),
+            num_recursions: config.num_recursions as u32,
+        },
+    };
+    Some(LayersShape {
+        hidden_size: config.hidden_size as u32,
+        mlp_dim: weights.layers[0].down_proj.weight.in_features as u32,
+        attention: model.attention_shape(),
+        weight_dtype: weights.layers[0].o_proj.weight.dtype,
+        router_dtype: weights.routers.as_ref().map_or(DType::F32, |routers| routers.router.output.dtype()),
+        routing,
+    })
+}
+
+/// The layers in the order in which they run, where every recursion stores keys and values of its own and its layers follow
+/// one another.
+fn steps(model: &MorModel, kv: &KvTensors) -> Option<Vec<LayerStep>> {
+    let (config, layout, weights) = (model.config(), model.layout(), model.weights());
+    let (_, _, first_slots) = kv.whole.as_ref()?;
+    let mut steps = Vec::new();
+    let mut before = None;
+    for l in 0..config.num_hidden_layers {
+        let recursion = layout.recursion(l);
+        let place = model.kv_layout().layer(l);
+        if place.write_group != Some(place.read_group) || place.fallback_group.is_some() {
+            return None;
+        }
+        if recursion.is_some_and(|r| r as usize >= model.max_depth()) {
+            continue;
+        }
+        let block = recursion.map_or(Vec::new(), |r| layout.block_layers(r));
+        let (begins, ends) = (block.first() == Some(&l), block.last() == Some(&l));
+        if recursion.is_some() && !begins && before != recursion {
+            return None;
+        }
+        before = recursion;
+        let is_routed = config.is_routed() && recursion.is_some();
+        let input = match config.mode {
+            _ if !is_routed => HIDDEN,
+            _ if !begins => LAYER,
+            Mode::Token if recursion > Some(0) => RUNNING,
+            _ => HIDDEN,
+        };
+        let always = begins && config.mode == Mode::Expert && model.takes_all(recursion? as usize);
+        let layer = &weights.layers[l];
+        steps.push(LayerStep {
+            qkv_proj: layer.qkv_proj.weight.place?,
+            o_proj: layer.o_proj.weight.place?,
+            gate_up_proj: layer.gate_up_proj.weight.place?,
+            down_proj: layer.down_proj.weight.place?,
+            norms: l as u32,
+            first_slot: first_slots[place.buffer],
+            input,
+            output: if is_routed { LAYER } else { HIDDEN },
+            recursion: recursion.unwrap_or(NONE),
+            flags: (u32::from(begins) * BLOCK_BEGIN) | (u32::from(ends) * BLOCK_END) | (u32::from(always) * ALWAYS),
+            group: place.read_group as u32,
+            reserved: 0,
+        });
+    }
+    Some(steps)
+}
