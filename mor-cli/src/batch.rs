@@ -18,7 +18,6 @@ use serde_json::Value;
 
 use crate::args::BatchArgs;
 use crate::failure::{BAD_INPUT, INTERRUPTED as INTERRUPTED_CODE, bad_input, sentence};
-use crate::model::Model;
 use crate::note;
 
 /// Without `max_new_tokens`, as `mor generate`.
@@ -98,10 +97,7 @@ pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
     let mut input = &input[..];
     check_output(args)?;
 
-    let model = match &args.random_weights {
-        Some(config) => Model::Random(config.clone()),
-        None => Model::named(args.model.as_deref())?,
-    };
+    let model = args.model.named(args.random_weights.as_deref())?;
     let kv = args.kv.map(|kv| kv.strategy());
     let config = model.config()?;
     if let Some(kv) = kv {
