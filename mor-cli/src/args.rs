@@ -203,6 +203,9 @@ pub(crate) struct ForwardArgs {
     pub(crate) quantize: QuantizeArg,
     #[command(flatten)]
     pub(crate) depth: DepthArgs,
+    /// Which recursions store keys and values [default: as the model's config says]
+    #[arg(long, value_enum)]
+    pub(crate) kv: Option<KvArg>,
     #[command(flatten)]
     pub(crate) device: DeviceArg,
 }
@@ -227,6 +230,9 @@ pub(crate) struct EvalArgs {
     pub(crate) quantize: QuantizeArg,
     #[command(flatten)]
     pub(crate) depth: DepthArgs,
+    /// Which recursions store keys and values [default: as the model's config says]
+    #[arg(long, value_enum)]
+    pub(crate) kv: Option<KvArg>,
     /// Score once for each value of --max-depth or --router-bias, both ends included: max-depth=A..B, where B may be R, the
     /// recursions of the model, or router-bias=A..B[:STEP]; may be given several times
     #[arg(long, value_name = "NAME=A..B[:STEP]", value_parser = Sweep::parse)]

@@ -235,9 +235,13 @@ impl Lines {
         let Ok(text) = std::str::from_utf8(&bytes) else {
             return Ok(bad("not UTF-8, expected a JSON object".to_owned()));
         };
-        let request: Line = match serde_json::from_str(text) {
+        let request: Line = match serde_json::from_str(text.trim_end()) {
             Ok(request) => request,
-            Err(error) => return Ok(bad(format!("not a request: {error}; expected a JSON object with a prompt"))),
+            Err(error) => {
+                // It counts lines of its own, of which there is one.
+                let problem = error.to_string().replace(" at line 1 column ", " at column ");
+                return Ok(bad(format!("not a request: {problem}; expected a JSON object with a prompt")));
+            }
         };
         // Without an id of its own, a request is known by its line.
         let id = request.id.clone().filter(|id| !id.is_null()).unwrap_or_else(|| Value::from(line));

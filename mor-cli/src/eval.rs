@@ -8,7 +8,7 @@ use mor_model::{MorConfig, Quantization};
 use mor_runtime::{DepthControl, Routing, Score, Session, SessionOptions, Tokenizer};
 use serde::Serialize;
 
-use crate::args::EvalArgs;
+use crate::args::{EvalArgs, KvArg};
 use crate::failure::bad_input;
 use crate::input::read_text;
 use crate::model::storage;
@@ -63,6 +63,10 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let origin = args.text.display().to_string();
     let text = read_text(&args.text)?;
     let documents = chosen(split_documents(&text), args.documents.clone(), &origin)?;
+    let kv = args.kv.map(KvArg::strategy);
+    if let Some(kv) = kv {
+        config.with_kv(kv)?;
+    }
     let depth = args.depth.control(&config)?;
     let settings = swept(args, depth, &config)?;
     args.plot.iter().try_for_each(|path| check_target("--plot", path))?;
@@ -70,6 +74,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let options = SessionOptions {
         precision: args.dtype.precision(),
         quantize: args.quantize.quantization(),
+        kv,
         depth,
         ..SessionOptions::default()
     };
