@@ -177,6 +177,9 @@ pub(crate) struct BatchArgs {
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
+    /// Print one JSON object of what was done
+    #[arg(long)]
+    pub(crate) json: bool,
     /// Random weights of the shape in a config.json; requests then give `prompt_tokens` or no prompt
     #[arg(long, value_name = "CONFIG", help_heading = "Benchmarks", conflicts_with = "model")]
     pub(crate) random_weights: Option<PathBuf>,
