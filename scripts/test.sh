@@ -15,6 +15,8 @@ run() {
 
 run cargo fmt --all --check
 run cargo clippy --workspace --all-targets --locked -- -D warnings
+# The program without what is optional, and the libraries with little else.
+run cargo clippy --package mor-cli --no-default-features --locked -- -D warnings
 # --bench by name: the workspace's features and artefacts stay those of the tests below.
 run cargo test --workspace --locked --bench kernels
 run env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked

@@ -1,23 +1,21 @@
 //! The command line. Names and outputs are fixed: scripts rely on them.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
-use mor_runtime::{DeviceSelector, KvStrategy, Precision, Quantization, Routing, SamplingParams};
-
-use crate::chat::ChatArgs;
-use crate::generate::random_seed;
-use crate::help::{CompletionsArgs, ManArgs};
-
-use crate::depth::DepthArgs;
-use crate::sweep::Sweep;
-use crate::trace::TraceArgs;
+use mor_runtime::{DeviceSelector, KvStrategy, Precision, Quantization, Routing, SamplingParams, SessionOptions};
 
 use crate::bench::BenchArgs;
-use crate::profile::ProfileArgs;
-
+use crate::chat::ChatArgs;
 use crate::convert::ConvertArgs;
+use crate::depth::DepthArgs;
+use crate::generate::random_seed;
+use crate::help::{CompletionsArgs, ManArgs};
+use crate::model::Model;
+use crate::profile::ProfileArgs;
+use crate::sweep::Sweep;
+use crate::trace::TraceArgs;
 
 /// Run Mixture-of-Recursions language models on any GPU.
 #[derive(Debug, Parser)]
@@ -65,9 +63,8 @@ pub(crate) struct GenerateArgs {
     /// Text to continue; `-` reads standard input; without any prompt, starts from the end-of-text token
     #[arg(group = "input")]
     pub(crate) prompt: Option<String>,
-    /// Model folder in Hugging Face layout, or hf:owner/name[@revision] [default: the embedded tinystories-mor-expert-5m]
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) model: ModelArg,
     /// Read the prompt from a UTF-8 file; one newline at its end is dropped
     #[arg(long, value_name = "FILE", group = "input")]
     pub(crate) prompt_file: Option<PathBuf>,
@@ -86,12 +83,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     pub(crate) ignore_eos: bool,
     #[command(flatten)]
-    pub(crate) device: DeviceArg,
-    /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
-    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
-    pub(crate) dtype: DtypeArg,
-    #[command(flatten)]
-    pub(crate) quantize: QuantizeArg,
+    pub(crate) load: LoadArgs,
     #[command(flatten)]
     pub(crate) depth: DepthArgs,
     /// Which recursions store keys and values [default: as the model's config says]
@@ -161,9 +153,8 @@ pub(crate) struct BatchArgs {
     /// Replace an output that exists
     #[arg(long)]
     pub(crate) force: bool,
-    /// Model folder in Hugging Face layout, or hf:owner/name[@revision] [default: the embedded tinystories-mor-expert-5m]
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) model: ModelArg,
     /// Sequences that decode at a time on each device
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one, allow_negative_numbers = true)]
     pub(crate) concurrency: usize,
@@ -186,6 +177,9 @@ pub(crate) struct BatchArgs {
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     pub(crate) kv: Option<KvArg>,
+    /// Print one JSON object of what was done
+    #[arg(long)]
+    pub(crate) json: bool,
     /// Random weights of the shape in a config.json; requests then give `prompt_tokens` or no prompt
     #[arg(long, value_name = "CONFIG", help_heading = "Benchmarks", conflicts_with = "model")]
     pub(crate) random_weights: Option<PathBuf>,
@@ -212,15 +206,17 @@ pub(crate) struct ForwardArgs {
     pub(crate) quantize: QuantizeArg,
     #[command(flatten)]
     pub(crate) depth: DepthArgs,
+    /// Which recursions store keys and values [default: as the model's config says]
+    #[arg(long, value_enum)]
+    pub(crate) kv: Option<KvArg>,
     #[command(flatten)]
     pub(crate) device: DeviceArg,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct EvalArgs {
-    /// Model folder in Hugging Face layout, or hf:owner/name[@revision] [default: the embedded tinystories-mor-expert-5m]
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) model: ModelArg,
     /// UTF-8 file of documents separated by lines <|endoftext|>
     #[arg(long, value_name = "FILE")]
     pub(crate) text: PathBuf,
@@ -237,6 +233,9 @@ pub(crate) struct EvalArgs {
     pub(crate) quantize: QuantizeArg,
     #[command(flatten)]
     pub(crate) depth: DepthArgs,
+    /// Which recursions store keys and values [default: as the model's config says]
+    #[arg(long, value_enum)]
+    pub(crate) kv: Option<KvArg>,
     /// Score once for each value of --max-depth or --router-bias, both ends included: max-depth=A..B, where B may be R, the
     /// recursions of the model, or router-bias=A..B[:STEP]; may be given several times
     #[arg(long, value_name = "NAME=A..B[:STEP]", value_parser = Sweep::parse)]
@@ -354,6 +353,50 @@ pub(crate) enum DepthsArg {
 pub(crate) enum FormatArg {
     Md,
     Json,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ModelArg {
+    /// Model folder in Hugging Face layout, or hf:owner/name[@revision] [default: the embedded tinystories-mor-expert-5m]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+}
+
+impl ModelArg {
+    /// The model that was named: random weights of a shape, a folder, or the embedded one.
+    pub(crate) fn named(&self, random_weights: Option<&Path>) -> anyhow::Result<Model> {
+        match random_weights {
+            Some(config) => Ok(Model::Random(config.to_owned())),
+            None => Model::named(self.model.as_deref()),
+        }
+    }
+}
+
+/// Where a model runs, and in which numbers.
+#[derive(Debug, clap::Args)]
+pub(crate) struct LoadArgs {
+    #[command(flatten)]
+    device: DeviceArg,
+    /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    dtype: DtypeArg,
+    #[command(flatten)]
+    quantize: QuantizeArg,
+}
+
+impl LoadArgs {
+    pub(crate) fn selector(&self) -> DeviceSelector {
+        self.device.selector()
+    }
+
+    pub(crate) fn quantization(&self) -> Option<Quantization> {
+        self.quantize.quantization()
+    }
+
+    /// What else there is to choose is the default.
+    pub(crate) fn options(&self) -> SessionOptions {
+        SessionOptions { precision: self.dtype.precision(), quantize: self.quantization(), ..SessionOptions::default() }
+    }
 }
 
 #[derive(Debug, clap::Args)]

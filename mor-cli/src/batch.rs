@@ -18,8 +18,7 @@ use serde_json::Value;
 
 use crate::args::BatchArgs;
 use crate::failure::{BAD_INPUT, INTERRUPTED as INTERRUPTED_CODE, bad_input, sentence};
-use crate::model::Model;
-use crate::note;
+use crate::{note, print_json};
 
 /// Without `max_new_tokens`, as `mor generate`.
 const DEFAULT_NEW_TOKENS: usize = 128;
@@ -98,10 +97,7 @@ pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
     let mut input = &input[..];
     check_output(args)?;
 
-    let model = match &args.random_weights {
-        Some(config) => Model::Random(config.clone()),
-        None => Model::named(args.model.as_deref())?,
-    };
+    let model = args.model.named(args.random_weights.as_deref())?;
     let kv = args.kv.map(|kv| kv.strategy());
     let config = model.config()?;
     if let Some(kv) = kv {
@@ -176,7 +172,7 @@ pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
                     .map_err(|error| anyhow::anyhow!("{}: {error}; go on with --resume", args.output.display()))?;
                 tally.answers += 1;
                 bar.inc(1);
-                bar.set_message(tally.rates(&fleet.statistics()));
+                bar.set_message(tally.done(&fleet.statistics()).rates());
             }
             Report::Refused(error) => {
                 let of = asked.remove(&number).ok_or_else(|| anyhow::anyhow!("request {number} ended twice"))?;
@@ -190,10 +186,14 @@ pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
     }
     output.sync_data().or_else(ignore_unsupported)?;
     bar.finish_and_clear();
-    note(&tally.line(&fleet.statistics()));
+    let done = tally.done(&fleet.statistics());
+    note(&done.line());
+    if args.json {
+        print_json(&done)?;
+    }
     Ok(match () {
-        () if INTERRUPTED.load(Ordering::Relaxed) => ExitCode::from(INTERRUPTED_CODE),
-        () if tally.bad > 0 => ExitCode::from(BAD_INPUT),
+        () if done.interrupted => ExitCode::from(INTERRUPTED_CODE),
+        () if done.refused > 0 => ExitCode::from(BAD_INPUT),
         () => ExitCode::SUCCESS,
     })
 }
@@ -239,9 +239,13 @@ impl Lines {
         let Ok(text) = std::str::from_utf8(&bytes) else {
             return Ok(bad("not UTF-8, expected a JSON object".to_owned()));
         };
-        let request: Line = match serde_json::from_str(text) {
+        let request: Line = match serde_json::from_str(text.trim_end()) {
             Ok(request) => request,
-            Err(error) => return Ok(bad(format!("not a request: {error}; expected a JSON object with a prompt"))),
+            Err(error) => {
+                // It counts lines of its own, of which there is one.
+                let problem = error.to_string().replace(" at line 1 column ", " at column ");
+                return Ok(bad(format!("not a request: {problem}; expected a JSON object with a prompt")));
+            }
         };
         // Without an id of its own, a request is known by its line.
         let id = request.id.clone().filter(|id| !id.is_null()).unwrap_or_else(|| Value::from(line));
@@ -404,26 +408,58 @@ struct Tally {
     bad: usize,
 }
 
+/// What has been done so far; what `--json` prints at the end.
+#[derive(Debug, Serialize)]
+struct Done {
+    answered: usize,
+    /// By an earlier run.
+    answered_before: usize,
+    refused: usize,
+    interrupted: bool,
+    seconds: f64,
+    new_tokens: u64,
+    tokens_per_s: f64,
+    mean_depth: f64,
+    /// Part of the slots' time that was spent on tokens.
+    occupancy: f64,
+}
+
 impl Tally {
-    fn rates(&self, statistics: &[Statistics]) -> String {
-        let sum = |value: fn(&Statistics) -> f64| statistics.iter().map(value).sum::<f64>();
-        let tokens = sum(|statistics| statistics.new_tokens as f64);
-        let weighted = sum(|statistics| statistics.mean_depth() * statistics.new_tokens as f64);
+    fn done(&self, statistics: &[Statistics]) -> Done {
+        let new_tokens: u64 = statistics.iter().map(|statistics| statistics.new_tokens).sum();
+        let weighted = |statistics: &Statistics| statistics.mean_depth() * statistics.new_tokens as f64;
+        let seconds = self.start.elapsed().as_secs_f64();
+        Done {
+            answered: self.answers,
+            answered_before: self.skipped,
+            refused: self.bad,
+            interrupted: INTERRUPTED.load(Ordering::Relaxed),
+            seconds,
+            new_tokens,
+            tokens_per_s: new_tokens as f64 / seconds.max(1e-9),
+            mean_depth: statistics.iter().map(weighted).sum::<f64>() / new_tokens.max(1) as f64,
+            occupancy: statistics.iter().map(Statistics::occupancy).sum::<f64>() / statistics.len() as f64,
+        }
+    }
+}
+
+impl Done {
+    fn rates(&self) -> String {
         format!(
             "{:.0} tokens/s, mean depth {:.2}, occupancy {:.0} %",
-            tokens / self.start.elapsed().as_secs_f64().max(1e-9),
-            weighted / tokens.max(1.0),
-            100.0 * sum(Statistics::occupancy) / statistics.len() as f64
+            self.tokens_per_s,
+            self.mean_depth,
+            100.0 * self.occupancy
         )
     }
 
-    fn line(&self, statistics: &[Statistics]) -> String {
-        let mut line = format!("{} answered, {}", self.answers, self.rates(statistics));
-        if self.skipped > 0 {
-            line.push_str(&format!(", {} answered before", self.skipped));
+    fn line(&self) -> String {
+        let mut line = format!("{} answered, {}", self.answered, self.rates());
+        if self.answered_before > 0 {
+            line.push_str(&format!(", {} answered before", self.answered_before));
         }
-        if self.bad > 0 {
-            line.push_str(&format!(", {} refused", self.bad));
+        if self.refused > 0 {
+            line.push_str(&format!(", {} refused", self.refused));
         }
         line
     }

@@ -6,18 +6,21 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use etcetera::BaseStrategy;
+use mor_model::ModelError;
 use mor_runtime::chat::{Conversation, Message, Role};
 use mor_runtime::{
-    BatchOptions, Event, GenerateRequest, RuntimeError, SamplingParams, Session, SessionOptions, Summary, Tokenizer,
+    BatchOptions, DepthControl, Event, GenerateRequest, RuntimeError, SamplingParams, Session, SessionOptions, Summary,
+    Tokenizer,
 };
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use serde::Serialize;
 
-use crate::args::{DeviceArg, DtypeArg, KvArg, QuantizeArg, SamplingArgs, at_least_one};
+use crate::args::{KvArg, LoadArgs, ModelArg, SamplingArgs, at_least_one};
+use crate::depth::DepthArgs;
 use crate::failure::{BAD_INPUT, INTERRUPTED, bad_input, sentence};
 use crate::generate::{Output, SMALL_HIDDEN_SIZE, Show, count, place};
-use crate::model::{Model, spare_threads_of_llvmpipe};
+use crate::model::spare_threads_of_llvmpipe;
 use crate::{interrupt, note, print, style};
 
 /// Longest conversation where `--context` is not given: K/V memory for all that some models can take would be a waste.
@@ -29,15 +32,15 @@ const HELP: &str = "\
 /set              show how tokens are drawn
 /set NAME=VALUE   change it: temperature, top-k, top-p, min-p, repeat-penalty, seed, max-new-tokens
 /depth            colour tokens by depth, or no longer; show the depths of the last answer
+/depth N          take tokens through at most N recursions from the next answer on
 /save FILE        write the conversation as JSON
 /quit             leave, as Ctrl-D and two times Ctrl-C do
 Ctrl-C ends an answer. A line that begins with two slashes is said with one.";
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ChatArgs {
-    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArg,
     /// What the conversation is about, said before everything else
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -53,12 +56,9 @@ pub(crate) struct ChatArgs {
     #[arg(long, value_name = "STR", allow_hyphen_values = true)]
     stop: Vec<String>,
     #[command(flatten)]
-    device: DeviceArg,
-    /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
-    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
-    dtype: DtypeArg,
+    load: LoadArgs,
     #[command(flatten)]
-    quantize: QuantizeArg,
+    depth: DepthArgs,
     /// Which recursions store keys and values [default: as the model's config says]
     #[arg(long, value_enum)]
     kv: Option<KvArg>,
@@ -95,11 +95,12 @@ pub(crate) fn run(args: &ChatArgs) -> anyhow::Result<ExitCode> {
     if args.stop.iter().any(String::is_empty) {
         return Err(bad_input!("--stop is an empty text, expected at least one character"));
     }
-    let model = Model::named(args.model.as_deref())?;
+    let model = args.model.named(None)?;
     let config = model.config()?;
     if let Some(kv) = args.kv {
         config.with_kv(kv.strategy())?;
     }
+    let depth = args.depth.control(&config)?;
     if !model.has_tokenizer() {
         return Err(bad_input!("{} has no tokenizer.json, and a conversation is text", model.name()));
     }
@@ -115,13 +116,12 @@ pub(crate) fn run(args: &ChatArgs) -> anyhow::Result<ExitCode> {
 
     let context = args.context.unwrap_or(limit.min(DEFAULT_CONTEXT));
     let options = SessionOptions {
-        precision: args.dtype.precision(),
-        quantize: args.quantize.quantization(),
         kv: args.kv.map(|kv| kv.strategy()),
+        depth,
         batch: BatchOptions { max_context: Some(context), ..BatchOptions::default() },
-        ..SessionOptions::default()
+        ..args.load.options()
     };
-    let mut session = model.load(args.device.selector(), options)?;
+    let mut session = model.load(args.load.selector(), options)?;
     // Memory for the whole conversation, so that none of it is ever read again.
     session.prepare_decode(context)?;
     let Some(tokenizer) = session.tokenizer().cloned() else { return Err(RuntimeError::NoTokenizer.into()) };
@@ -212,6 +212,7 @@ impl Chat {
             ("set", "") => note(&self.settings()),
             ("set", assignment) => self.set(assignment)?,
             ("depth", "") => self.toggle_depth(),
+            ("depth", depth) => self.limit_depth(depth)?,
             ("save", "") => return Err(bad_input!("/save names no file, expected /save FILE")),
             ("save", path) => self.save(Path::new(path))?,
             ("quit", "") => return Ok(Next::Leave),
@@ -307,6 +308,20 @@ impl Chat {
         }
     }
 
+    fn limit_depth(&mut self, depth: &str) -> anyhow::Result<()> {
+        let num_recursions = self.session.config().num_recursions;
+        let parsed = depth.parse();
+        let depth = parsed.map_err(|_| bad_input!("/depth {depth} is no depth, expected 1 to {num_recursions}"))?;
+        self.session
+            .set_depth_control(DepthControl { max_depth: Some(depth), ..self.session.model().depth_control() })?;
+        // As at the start, but empty: what was read stood for other depths.
+        self.session.prepare_decode(self.context)?;
+        let has_answers = self.conversation.messages().iter().any(|message| message.role == Role::Assistant);
+        let again = if has_answers { "; the next answer reads the conversation again" } else { "" };
+        note(&format!("tokens take at most {depth} of {num_recursions} recursions{again}"));
+        Ok(())
+    }
+
     fn settings(&self) -> String {
         let SamplingParams { temperature, top_k, top_p, min_p, repetition_penalty, seed } = &self.sampling;
         format!(
@@ -360,7 +375,12 @@ fn is_of_the_line(error: &anyhow::Error) -> bool {
     error.is::<crate::failure::BadInput>()
         || matches!(
             error.downcast_ref(),
-            Some(RuntimeError::Parameter { .. } | RuntimeError::Conversation { .. } | RuntimeError::Tokenizer { .. })
+            Some(
+                RuntimeError::Parameter { .. }
+                    | RuntimeError::Conversation { .. }
+                    | RuntimeError::Tokenizer { .. }
+                    | RuntimeError::Model(ModelError::DepthControl { .. })
+            )
         )
 }
 

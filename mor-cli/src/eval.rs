@@ -8,13 +8,14 @@ use mor_model::{MorConfig, Quantization};
 use mor_runtime::{DepthControl, Routing, Score, Session, SessionOptions, Tokenizer};
 use serde::Serialize;
 
-use crate::args::EvalArgs;
+use crate::args::{EvalArgs, KvArg};
 use crate::failure::bad_input;
 use crate::input::read_text;
-use crate::model::{Model, storage};
+use crate::model::storage;
 use crate::output::{check_target, write_atomically};
+use crate::plot::lines;
 use crate::sweep::{self, Point};
-use crate::{plot, print, print_json};
+use crate::{print, print_json};
 
 /// What stands on the line between two documents.
 const SEPARATOR: &str = "<|endoftext|>";
@@ -53,7 +54,7 @@ pub(crate) struct Quality {
 }
 
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let model = Model::named(args.model.as_deref())?;
+    let model = args.model.named(None)?;
     let config = model.config()?;
     if !model.has_tokenizer() {
         return Err(bad_input!("{}: there is no tokenizer.json, so text cannot be encoded", model.name()));
@@ -62,6 +63,10 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let origin = args.text.display().to_string();
     let text = read_text(&args.text)?;
     let documents = chosen(split_documents(&text), args.documents.clone(), &origin)?;
+    let kv = args.kv.map(KvArg::strategy);
+    if let Some(kv) = kv {
+        config.with_kv(kv)?;
+    }
     let depth = args.depth.control(&config)?;
     let settings = swept(args, depth, &config)?;
     args.plot.iter().try_for_each(|path| check_target("--plot", path))?;
@@ -69,6 +74,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let options = SessionOptions {
         precision: args.dtype.precision(),
         quantize: args.quantize.quantization(),
+        kv,
         depth,
         ..SessionOptions::default()
     };
@@ -96,7 +102,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         let mut points = Vec::with_capacity(settings.len());
         let longest = encoded.iter().max_by_key(|tokens| tokens.len()).map_or(&[][..], Vec::as_slice);
         for (sweep, control) in settings {
-            session = session.with_depth_control(control)?;
+            session.set_depth_control(control)?;
             // Settings are compared by their speed, so nothing is compiled while it is taken.
             session.score(longest, routing)?;
             points.push(Point { sweep, quality: score(&mut session, &encoded, routing, &bar)? });
@@ -117,7 +123,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         backend: &session.device().backend,
     };
     if let (Some(path), Results::Sweep { points }) = (&args.plot, &report.results) {
-        let svg = plot::svg(&report.model, &sweep::charts(points));
+        let svg = lines::svg(&report.model, &sweep::charts(points));
         write_atomically(path, |partial| std::fs::write(partial, svg))?;
     }
     if args.json {

@@ -8,7 +8,7 @@ use mor_model::{Mode, MorConfig};
 use mor_runtime::{RuntimeError, SequenceOutput, SessionOptions};
 use safetensors::{Dtype, SafeTensors, View};
 
-use crate::args::ForwardArgs;
+use crate::args::{ForwardArgs, KvArg};
 use crate::failure::bad_input;
 use crate::model::{Model, storage};
 use crate::note;
@@ -17,6 +17,10 @@ use crate::output::{check_target, write_atomically};
 pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
     let model = Model::named(Some(&args.model))?;
     let config = model.config()?;
+    let kv = args.kv.map(KvArg::strategy);
+    if let Some(kv) = kv {
+        config.with_kv(kv)?;
+    }
     let batch = Batch::read(&args.tokens, &config)?;
     check_target("--out", &args.out)?;
     let depth = args.depth.control(&config)?;
@@ -24,6 +28,7 @@ pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
     let options = SessionOptions {
         precision: args.dtype.precision(),
         quantize: args.quantize.quantization(),
+        kv,
         depth,
         ..SessionOptions::default()
     };

@@ -77,14 +77,6 @@ pub(crate) struct Prepared {
     pub(crate) request: GenerateRequest,
 }
 
-/// The model that the arguments name.
-pub(crate) fn named_model(args: &GenerateArgs) -> anyhow::Result<Model> {
-    match &args.random_weights {
-        Some(config) => Ok(Model::Random(config.clone())),
-        None => Model::named(args.model.as_deref()),
-    }
-}
-
 /// Checks the arguments and loads the model.
 pub(crate) fn prepare(args: &GenerateArgs) -> anyhow::Result<Prepared> {
     // Everything that can be refused is refused before anything large is read or a device is opened.
@@ -93,7 +85,7 @@ pub(crate) fn prepare(args: &GenerateArgs) -> anyhow::Result<Prepared> {
     if args.stop.iter().any(String::is_empty) {
         return Err(bad_input!("--stop is an empty text, expected at least one character"));
     }
-    let model = named_model(args)?;
+    let model = args.model.named(args.random_weights.as_deref())?;
     let config = model.config()?;
     if let Some(kv) = args.kv {
         config.with_kv(kv.strategy())?;
@@ -107,15 +99,8 @@ pub(crate) fn prepare(args: &GenerateArgs) -> anyhow::Result<Prepared> {
 
     let kv = args.kv.map(|kv| kv.strategy());
     let batch = BatchOptions { batch_invariant: args.batch_invariant, ..BatchOptions::default() };
-    let options = SessionOptions {
-        precision: args.dtype.precision(),
-        quantize: args.quantize.quantization(),
-        kv,
-        depth,
-        batch,
-        ..SessionOptions::default()
-    };
-    let session = model.load(args.device.selector(), options)?;
+    let options = SessionOptions { kv, depth, batch, ..args.load.options() };
+    let session = model.load(args.load.selector(), options)?;
     let tokens = match (prompt, session.tokenizer()) {
         (Prompt::Tokens(tokens), _) => tokens,
         (Prompt::Text(text), _) if text.is_empty() => Vec::new(),

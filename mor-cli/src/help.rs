@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap_complete::Shell;
 
 use crate::failure::bad_input;
-use crate::{print, settings};
+use crate::{note, print, settings};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct CompletionsArgs {
@@ -30,5 +30,7 @@ pub(crate) fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
 pub(crate) fn man(args: &ManArgs) -> anyhow::Result<()> {
     let written =
         std::fs::create_dir_all(&args.dir).and_then(|()| clap_mangen::generate_to(settings::command(), &args.dir));
-    written.map_err(|error| bad_input!("cannot write to {}: {error}", args.dir.display()))
+    written.map_err(|error| bad_input!("cannot write to {}: {error}", args.dir.display()))?;
+    note(&format!("wrote mor.1 and a page a command; man -l {} shows the first", args.dir.join("mor.1").display()));
+    Ok(())
 }

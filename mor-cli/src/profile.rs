@@ -8,7 +8,7 @@ use mor_runtime::{BatchOptions, Session, SessionOptions, StepProfile};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::args::{DeviceArg, DtypeArg, QuantizeArg, at_least_one};
+use crate::args::{LoadArgs, ModelArg, at_least_one};
 use crate::failure::bad_input;
 use crate::model::{Model, storage};
 use crate::output::{check_target, write_atomically};
@@ -16,9 +16,8 @@ use crate::{print, print_json};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ProfileArgs {
-    /// Model folder in Hugging Face layout [default: the embedded tinystories-mor-expert-5m]
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArg,
     /// config.json of a model that gets random weights
     #[arg(long, value_name = "CONFIG", conflicts_with = "model")]
     config: Option<PathBuf>,
@@ -31,13 +30,8 @@ pub(crate) struct ProfileArgs {
     /// Sequences at a time
     #[arg(short, long, value_name = "N", value_parser = at_least_one, default_value_t = 1)]
     batch: usize,
-    /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
-    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
-    dtype: DtypeArg,
     #[command(flatten)]
-    quantize: QuantizeArg,
-    #[command(flatten)]
-    device: DeviceArg,
+    load: LoadArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -105,10 +99,7 @@ struct KernelTime {
 
 pub(crate) fn run(args: &ProfileArgs) -> anyhow::Result<()> {
     args.trace.iter().try_for_each(|path| check_target("--trace", path))?;
-    let model = match &args.config {
-        Some(config) => Model::Random(config.clone()),
-        None => Model::named(args.model.as_deref())?,
-    };
+    let model = args.model.named(args.config.as_deref())?;
     let batch = BatchOptions { max_sequences: args.batch, ..BatchOptions::default() };
     let limit = model.config()?.max_position_embeddings;
     if args.context > limit {
@@ -121,13 +112,7 @@ pub(crate) fn run(args: &ProfileArgs) -> anyhow::Result<()> {
             batch.prefill_rows
         ));
     }
-    let options = SessionOptions {
-        precision: args.dtype.precision(),
-        quantize: args.quantize.quantization(),
-        batch,
-        ..SessionOptions::default()
-    };
-    let mut session = model.load(args.device.selector(), options)?;
+    let mut session = model.load(args.load.selector(), SessionOptions { batch, ..args.load.options() })?;
     let profile = match args.phase {
         Phase::Decode => session.profile_decode(args.batch, args.context)?,
         Phase::Prefill => session.profile_prefill(args.batch, args.context)?,

@@ -310,7 +310,7 @@ mod tests {
     fn generate(arguments: &[&str], file: &str, variables: &[(&str, &str)]) -> String {
         match parse(&[&["generate"], arguments].concat(), file, variables) {
             Ok(Chosen::Generate(args)) => {
-                let model = args.model.map(|model| model.display().to_string());
+                let model = args.model.model.map(|model| model.display().to_string());
                 format!("{:?} {:?} {}", model, args.max_new_tokens, args.json)
             }
             Ok(other) => panic!("{other:?}"),

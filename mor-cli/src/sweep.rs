@@ -5,7 +5,7 @@ use mor_runtime::DepthControl;
 use serde::Serialize;
 
 use crate::eval::Quality;
-use crate::plot::{Chart, Point as PlotPoint, Series};
+use crate::plot::lines::{Chart, Point as PlotPoint, Series};
 
 /// Most points of a sweep; each scores the whole text.
 const MOST_POINTS: usize = 100;

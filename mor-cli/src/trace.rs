@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::args::GenerateArgs;
 use crate::failure::bad_input;
-use crate::generate::{Prepared, named_model, pieces, prepare};
+use crate::generate::{Prepared, pieces, prepare};
 use crate::model::storage;
 use crate::output::{check_target, write_atomically};
 use crate::{note, print, print_json, style};
@@ -104,7 +104,7 @@ struct KindTrace {
 
 pub(crate) fn run(args: &TraceArgs) -> anyhow::Result<()> {
     args.html.iter().try_for_each(|path| check_target("--html", path))?;
-    let model = named_model(&args.generate)?;
+    let model = args.generate.model.named(args.generate.random_weights.as_deref())?;
     let mode = match model.config()?.mode {
         Mode::Expert => "expert",
         Mode::Token => "token",

@@ -148,7 +148,7 @@ fn bad_lines_are_named_and_stop_nothing() {
     assert_eq!(result.status.code(), Some(2), "{message}");
     assert_eq!(answers(&output).keys().collect::<Vec<_>>(), ["\"a\"", "77"]);
     for expected in [
-        "line 2: not a request",
+        "line 2: not a request: EOF while parsing an object at column 17; expected",
         "line 4: id \"a\" was used by line 1 already",
         "line 5: not a request: unknown field `temprature`",
         "line 6: both prompt and prompt_tokens",

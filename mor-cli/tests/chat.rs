@@ -156,6 +156,44 @@ fn commands_change_the_conversation() {
     assert!(stdout(&output).contains(")") && stdout(&output).ends_with('\n'), "{}", stdout(&output));
 }
 
+/// Fewer recursions from the next answer on, and all of them again: each answer is the one that a program gives which was
+/// started so, and the conversation was read again for it.
+#[test]
+fn depths_can_be_limited_between_turns() {
+    if !gpu() {
+        return;
+    }
+    let first = "Once upon a time, there was a little girl who had a big red ball and a small dog that liked to run";
+    let options = ["--temperature", "0", "--max-new-tokens", "20"];
+    let (output, answers) = chat(&options, &format!("{first}\n/depth 1\nThe next day\nThen\n/depth 3\nAt last\n"));
+    let message = stderr(&output);
+    assert!(output.status.success(), "{message}");
+    assert!(message.contains("tokens take at most 1 of 3 recursions; the next answer reads the conversation again"));
+    let number = |answer: &Value, name: &str| answer[name].as_u64().unwrap();
+    assert_eq!([0, 1, 3].map(|turn| number(&answers[turn], "reused_tokens")), [0; 3]);
+    assert!(number(&answers[2], "reused_tokens") >= BLOCK, "nothing has changed between the second and the third");
+    let mut said = String::new();
+    for (turn, (line, depth)) in
+        [(first, "3"), ("The next day", "1"), ("Then", "1"), ("At last", "3")].iter().enumerate()
+    {
+        said += if turn == 0 { "" } else { "\n" };
+        said += line;
+        let whole = [&["generate", &said, "--json", "--dtype", "f32", "--max-depth", depth], &options[..]].concat();
+        let whole: Value = serde_json::from_str(&common::accepted(&whole)).unwrap();
+        assert_eq!(
+            (&whole["tokens"], &whole["text"]),
+            (&answers[turn]["tokens"], &answers[turn]["text"]),
+            "turn {turn}"
+        );
+        let deepest = answers[turn]["depths"].as_array().unwrap().iter().filter_map(Value::as_u64).max();
+        assert!(deepest <= depth.parse().ok(), "turn {turn}: {deepest:?}");
+        said += answers[turn]["text"].as_str().unwrap();
+    }
+    let (output, answers) = chat(&[&options[..], &["--max-depth", "1"]].concat(), "Once upon a time\n");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(answers[0]["mean_depth"], 1.0);
+}
+
 #[test]
 fn lines_that_cannot_be_taken_stop_nothing() {
     if !gpu() {
@@ -163,7 +201,7 @@ fn lines_that_cannot_be_taken_stop_nothing() {
     }
     let long = "word ".repeat(80);
     let input = format!(
-        "/set temperature=-1\n/set top-k=many\n/set colour=red\n/set top-p\n/dance\n/save\n/set min-p=2\n{long}\nOnce\n"
+        "/set temperature=-1\n/set top-k=many\n/set colour=red\n/set top-p\n/dance\n/save\n/set min-p=2\n/depth 4\n/depth deep\n{long}\nOnce\n"
     );
     let (output, answers) = chat(&["--context", "64", "--max-new-tokens", "100"], &input);
     let message = stderr(&output);
@@ -176,6 +214,8 @@ fn lines_that_cannot_be_taken_stop_nothing() {
         "error: /dance is no command; /help",
         "error: /save names no file",
         "error: min-p is 2, expected a number from 0 to 1",
+        "error: max-depth is 4, expected 1 to 3, the recursions of the model",
+        "error: /depth deep is no depth, expected 1 to 3",
         "its context holds 64, so there is no room for an answer; /reset starts a new one",
     ] {
         assert!(message.contains(words), "{words:?} is not in: {message}");

@@ -165,7 +165,10 @@ fn text_without_a_tokenizer() {
 #[test]
 fn options_that_contradict_the_model_or_each_other() {
     let token = model("tinystories-mor-token-5m");
-    refused(&["generate", "--kv", "hybrid", "--model", &token], &["hybrid", "expert choice"]);
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/valid-40.txt");
+    for command in [&["generate"][..], &["eval", "--text", fixture]] {
+        refused(&[command, &["--kv", "hybrid", "--model", &token]].concat(), &["hybrid", "expert choice"]);
+    }
     let config = root().join("models/tinystories-mor-token-5m/config.json");
     refused(&["generate", "--random-weights", text(&config), "--model", &token], &["cannot be used with"]);
     refused(&["generate", "--random-weights", text(&config), "Once"], &["no tokenizer.json"]);

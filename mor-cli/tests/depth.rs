@@ -43,6 +43,7 @@ fn depths_that_no_token_can_take() {
     let out = folder.path().join("out");
     for command in [
         &["generate"][..],
+        &["chat"],
         &["trace"],
         &["eval", "--text", TEXT],
         &["batch", "--input", TEXT, "--output", text(&out)],

@@ -102,6 +102,25 @@ fn trained_models_score_as_the_reference() {
     }
 }
 
+/// A model that says otherwise computes as the reference does with the strategy that is asked for.
+#[test]
+fn forward_takes_another_kv_strategy() {
+    if !gpu() {
+        return;
+    }
+    let case = GoldenCase::load(fixtures_dir().join("expert_middle_cycle_r3_share")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (config, weights) = (folder.path().join("config.json"), folder.path().join("model.safetensors"));
+    let text_of_case = std::fs::read_to_string(case.dir.join("config.json")).unwrap();
+    assert!(text_of_case.contains("\"sharing\",") && !text_of_case.contains("recursion_wise"));
+    std::fs::write(config, text_of_case.replace("\"sharing\",", "\"recursion_wise\",")).unwrap();
+    std::fs::copy(case.dir.join("model.safetensors"), weights).unwrap();
+    let (tokens, out) = (case.dir.join("tokens.safetensors"), folder.path().join("out.safetensors"));
+    let files = ["--model", text(folder.path()), "--tokens", text(&tokens), "--out", text(&out)];
+    run(&[&["forward", "--kv", "sharing"], &files[..]].concat());
+    check_tensor(&case, &GoldenTensors::load(&out).unwrap(), "causal.logits", "logits");
+}
+
 #[test]
 fn forward_writes_what_the_reference_computed() {
     if !gpu() {

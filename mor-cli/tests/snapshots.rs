@@ -194,16 +194,19 @@ fn shapes_of_json() {
     check("json_trace", &schema(&accepted(&trace)));
     let chat = run(command(&["chat", "--json", "--max-new-tokens", "4"]), "Once\n");
     check("json_chat", &schema(stdout(&chat)));
-    check("json_batch", &schema(&answers(folder.path())));
+    let (answers, done) = answers(folder.path());
+    check("json_batch", &schema(&answers));
+    check("json_batch_done", &schema(&done));
     check("json_devices", &schema(&accepted(&["devices", "--json"])));
 }
 
-/// The answers to a file of requests, good and bad.
-fn answers(folder: &Path) -> String {
+/// The answers to a file of requests, good and bad, and what is said of them.
+fn answers(folder: &Path) -> (String, String) {
     let (input, output) = (folder.join("requests.jsonl"), folder.join("answers.jsonl"));
     fs::write(&input, "{\"id\": \"a\", \"prompt\": \"Once\", \"max_new_tokens\": 4}\n{\"prompt_tokens\": [99999]}\n")
         .unwrap();
-    let batch = run(command(&["batch", "--input", common::text(&input), "--output", common::text(&output)]), "");
+    let files = ["--input", common::text(&input), "--output", common::text(&output)];
+    let batch = run(command(&[&["batch", "--json"], &files[..]].concat()), "");
     assert_eq!(batch.status.code(), Some(2), "{}", stderr(&batch));
-    fs::read_to_string(output).unwrap()
+    (fs::read_to_string(output).unwrap(), stdout(&batch).to_owned())
 }

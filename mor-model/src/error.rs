@@ -102,7 +102,7 @@ pub enum ModelError {
     /// A model directory holds no weights in a supported format.
     #[error(
         "{}: found neither model.safetensors nor model.safetensors.index.json; `mor convert` makes a model folder of \
-         a pytorch_model.bin",
+         pytorch_model.bin or its shards",
         dir.display()
     )]
     NoWeights {

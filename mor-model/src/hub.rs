@@ -78,7 +78,7 @@ impl HubModel {
     /// Fetches what is not in the cache yet, and returns the folder of the model there.
     ///
     /// Taken are `config.json`, tokenizer files and `model.safetensors` or its shards; where there are none of these,
-    /// `pytorch_model.bin` and YAML files. Interrupted downloads go on where they stopped, also in a later call. When the Hub
+    /// `pytorch_model.bin` or its shards, and YAML files. Interrupted downloads go on where they stopped, also in a later call. When the Hub
     /// cannot be reached, a model that the cache has whole is used as it is there.
     ///
     /// # Errors
@@ -207,23 +207,37 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.trim().is_empty())
 }
 
+/// Beginning and end of the names of weight files, those that are loaded as they are first.
+const FORMS: [(&str, &str); 2] = [("model", ".safetensors"), ("pytorch_model", ".bin")];
+
+/// The index of the shards of a weight file.
+fn index_of(weights: &str) -> String {
+    format!("{weights}.index.json")
+}
+
 /// The files of a model among those of a repository.
 fn wanted<'a>(names: &[&'a str]) -> Vec<&'a str> {
-    const INDEX: &str = "model.safetensors.index.json";
     // A name from the network must be that of a file in the folder.
     let is_plain = |name: &str| !name.contains(['/', '\\', ':']) && !name.starts_with('.');
     let is_description = |name: &str| {
         let starts = ["tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab.", "merges."];
         name == "config.json" || name == "generation_config.json" || starts.iter().any(|start| name.starts_with(start))
     };
-    let is_weight: Box<dyn Fn(&str) -> bool> = if names.contains(&"model.safetensors") {
-        Box::new(|name| name == "model.safetensors")
-    } else if names.contains(&INDEX) {
-        Box::new(|name| name == INDEX || (name.starts_with("model-") && name.ends_with(".safetensors")))
-    } else {
-        Box::new(|name| name == "pytorch_model.bin" || name.ends_with(".yaml") || name.ends_with(".yml"))
+    let has = |name: &str| names.contains(&name);
+    let form = FORMS.into_iter().find(|(stem, end)| {
+        let whole = format!("{stem}{end}");
+        has(&whole) || has(&index_of(&whole))
+    });
+    let is_weight = |name: &str| {
+        form.is_some_and(|(stem, end)| {
+            let whole = format!("{stem}{end}");
+            let is_shard = || name.starts_with(&format!("{stem}-")) && name.ends_with(end);
+            if has(&whole) { name == whole } else { name == index_of(&whole) || is_shard() }
+        })
     };
-    let is_wanted = |name: &&str| is_plain(name) && (is_description(name) || is_weight(name));
+    // What a run was started with matters to a conversion alone.
+    let is_run = |name: &str| form != Some(FORMS[0]) && (name.ends_with(".yaml") || name.ends_with(".yml"));
+    let is_wanted = |name: &&str| is_plain(name) && (is_description(name) || is_weight(name) || is_run(name));
     names.iter().copied().filter(is_wanted).collect()
 }
 
@@ -237,14 +251,16 @@ fn cached_folder(at_revision: &CacheRepo, cache: &Cache, model: &HubModel) -> Op
     })?;
     let folder = config.parent()?;
     let is_there = |name: &str| folder.join(name).is_file();
-    let is_whole = match std::fs::read(folder.join("model.safetensors.index.json")) {
-        _ if is_there("model.safetensors") || is_there("pytorch_model.bin") => true,
-        Ok(index) => serde_json::from_slice::<serde_json::Value>(&index).is_ok_and(|index| {
-            let shards = index["weight_map"].as_object();
-            shards.is_some_and(|map| map.values().all(|shard| shard.as_str().is_some_and(is_there)))
-        }),
-        Err(_) => false,
+    let has_shards = |index: &str| {
+        let index = std::fs::read(folder.join(index)).ok();
+        let index = index.and_then(|index| serde_json::from_slice::<serde_json::Value>(&index).ok());
+        let shards = index.as_ref().and_then(|index| index["weight_map"].as_object());
+        shards.is_some_and(|map| map.values().all(|shard| shard.as_str().is_some_and(is_there)))
     };
+    let is_whole = FORMS.iter().any(|(stem, end)| {
+        let whole = format!("{stem}{end}");
+        is_there(&whole) || has_shards(&index_of(&whole))
+    });
     is_whole.then(|| folder.to_owned())
 }
 
@@ -320,5 +336,8 @@ mod tests {
         let shards = ["model.safetensors.index.json", "model-00001-of-00001.safetensors"];
         assert_eq!(of(&[&shards[..], &["pytorch_model.bin"]].concat()), shards);
         assert_eq!(of(&["pytorch_model.bin", "run.yaml", "optimizer.bin"]), ["pytorch_model.bin", "run.yaml"]);
+        let shards = ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "run.yml"];
+        assert_eq!(of(&[&shards[..], &["training_args.bin"]].concat()), shards);
+        assert!(of(&["training_args.bin"]).is_empty());
     }
 }

@@ -351,9 +351,18 @@ impl MorModel {
     /// # Errors
     /// [`ModelError::DepthControl`] as [`DepthControl::validate`].
     pub fn with_depth_control(mut self, depth: DepthControl) -> Result<Self, ModelError> {
+        self.set_depth_control(depth)?;
+        Ok(self)
+    }
+
+    /// Changes the depths, from the steps on that are recorded then.
+    ///
+    /// # Errors
+    /// [`ModelError::DepthControl`] as [`DepthControl::validate`]; nothing is changed then.
+    pub fn set_depth_control(&mut self, depth: DepthControl) -> Result<(), ModelError> {
         depth.validate(&self.config)?;
         self.depth = depth;
-        Ok(self)
+        Ok(())
     }
 
     /// How far tokens go, other than their routers alone would have it.

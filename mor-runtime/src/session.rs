@@ -266,16 +266,25 @@ impl Session {
         Ok(self)
     }
 
-    /// The session with other depths. Caches and kept beginnings are given up, for they hold what tokens computed at the depths
-    /// they had.
+    /// The session with other depths, as [`Session::set_depth_control`] makes it.
     ///
     /// # Errors
     /// [`RuntimeError::Model`] as [`DepthControl::validate`].
     pub fn with_depth_control(mut self, depth: DepthControl) -> Result<Self> {
+        self.set_depth_control(depth)?;
+        Ok(self)
+    }
+
+    /// Changes the depths of what is computed from now on; the weights stay where they are. Caches and kept beginnings are given
+    /// up, for they hold what tokens computed at the depths they had, and so are sequences under way.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Model`] as [`DepthControl::validate`]; nothing is changed or given up then.
+    pub fn set_depth_control(&mut self, depth: DepthControl) -> Result<()> {
+        self.model.set_depth_control(depth)?;
         self.forget_engine();
         self.evaluator = None;
-        self.model = self.model.with_depth_control(depth)?;
-        Ok(self)
+        Ok(())
     }
 
     /// The session with depths that are drawn from a script, for measurements.

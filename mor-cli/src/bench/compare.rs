@@ -3,7 +3,6 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use super::plot;
 use super::report::{self, Row, Series};
 use crate::failure::bad_input;
 use crate::input::read_text;
@@ -26,7 +25,7 @@ pub(crate) fn run(args: &CompareArgs) -> anyhow::Result<()> {
     let all = name(&files);
     print(&markdown(&all))?;
     match &args.plot {
-        Some(path) => plot::write(path, &report::plot("mor bench compare", &all)),
+        Some(path) => report::write_plot(path, "mor bench compare", &all),
         None => Ok(()),
     }
 }

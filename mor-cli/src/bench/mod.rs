@@ -2,7 +2,6 @@
 //! reading prompts, generating, both.
 
 mod compare;
-mod plot;
 mod report;
 mod speed;
 mod throughput;
@@ -36,7 +35,7 @@ pub(crate) enum BenchCommand {
 /// What is measured.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ModelArgs {
-    /// Model folder in Hugging Face layout; may be given several times [default: the embedded
+    /// Model folder in Hugging Face layout, or hf:owner/name[@revision]; may be given several times [default: the embedded
     /// tinystories-mor-expert-5m]
     #[arg(long, value_name = "DIR")]
     model: Vec<PathBuf>,

@@ -1,14 +1,16 @@
 //! [`Row`]: what `mor bench` says of a test, and the forms in which it says it.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::plot::{Bar, Panel, Plot};
 use super::speed::Sample;
 use crate::inspect::bytes_text;
+use crate::output::write_atomically;
+use crate::plot::bars::{Bar, Bars, Panel};
 
 /// One test of a model on a device; the columns of all forms but Markdown. Times are in milliseconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -320,8 +322,8 @@ pub(super) fn test_names(all: &[Series<'_>]) -> Vec<String> {
     names
 }
 
-/// A panel a test with a bar a series.
-pub(super) fn plot(title: &str, all: &[Series<'_>]) -> Plot {
+/// Draws a panel a test with a bar a series.
+pub(super) fn write_plot(path: &Path, title: &str, all: &[Series<'_>]) -> anyhow::Result<()> {
     let panel = |test: String| {
         let bar = |(index, series): (usize, &Series<'_>)| {
             let row = series.rows.iter().find(|row| row.test_name() == test)?;
@@ -329,12 +331,13 @@ pub(super) fn plot(title: &str, all: &[Series<'_>]) -> Plot {
         };
         Panel { bars: all.iter().enumerate().filter_map(bar).collect(), title: test }
     };
-    Plot {
+    let bars = Bars {
         title: title.to_owned(),
         unit: "tokens/s",
         series: all.iter().map(|series| series.name.clone()).collect(),
         panels: test_names(all).into_iter().map(panel).collect(),
-    }
+    };
+    write_atomically(path, |partial| std::fs::write(partial, bars.svg()))
 }
 
 #[cfg(test)]

@@ -11,12 +11,12 @@ use mor_model::oracle::Oracle;
 use mor_model::{Checkpoint, Mode, MorConfig, Quantization};
 use mor_runtime::{
     BatchOptions, Batching, DeviceSelector, Event, GenerateRequest, Precision, Routing, RuntimeError, SamplingParams,
-    ScriptedRouter, Session, SessionOptions, Summary,
+    ScriptedRouter, Session, Summary,
 };
 
 use super::report::{self, Format, Row};
-use super::{ModelArgs, is_without_timestamps, plot};
-use crate::args::{DeviceArg, DtypeArg, QuantizeArg, at_least_one};
+use super::{ModelArgs, is_without_timestamps};
+use crate::args::{LoadArgs, at_least_one};
 use crate::failure::{bad_input, sentence};
 use crate::model::Model;
 use crate::output::check_target;
@@ -51,13 +51,8 @@ pub(crate) struct SpeedArgs {
     /// Timed runs of a test; what runs before them is not counted [default: 5, or 2 on software rasterisers]
     #[arg(short, long, value_name = "N", value_parser = at_least_one)]
     repetitions: Option<usize>,
-    /// How numbers are stored; auto is f16 on GPUs and f32 on software rasterisers
-    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
-    dtype: DtypeArg,
     #[command(flatten)]
-    quantize: QuantizeArg,
-    #[command(flatten)]
-    device: DeviceArg,
+    load: LoadArgs,
     /// Run on every adapter of the machine, one after the other
     #[arg(long)]
     all_devices: bool,
@@ -178,7 +173,7 @@ pub(crate) fn run(args: &SpeedArgs) -> anyhow::Result<()> {
     let devices: Vec<_> = if args.all_devices {
         Gpu::adapters().iter().map(|adapter| DeviceSelector::Index(adapter.index)).collect()
     } else {
-        vec![args.device.selector()]
+        vec![args.load.selector()]
     };
     let mut rows = Vec::new();
     let mut failure = None;
@@ -204,16 +199,14 @@ pub(crate) fn run(args: &SpeedArgs) -> anyhow::Result<()> {
         return Err(failure.unwrap_or_else(|| bad_input!("no adapter found; install a Vulkan, Metal or DX12 driver")));
     }
     if let Some(path) = &args.plot {
-        plot::write(path, &report::plot("mor bench", &report::by_series(&rows)))?;
+        report::write_plot(path, "mor bench", &report::by_series(&rows))?;
     }
     if args.output == Format::Md { Ok(()) } else { Ok(print(&report::text(&rows, args.output)?)?) }
 }
 
 /// All rows of a model on a device.
 fn measure(args: &SpeedArgs, model: &Model, device: DeviceSelector, tests: &[Test]) -> anyhow::Result<Vec<Row>> {
-    let precision = args.dtype.precision();
-    let options = SessionOptions { precision, quantize: args.quantize.quantization(), ..SessionOptions::default() };
-    let mut session = model.load(device, options)?;
+    let mut session = model.load(device, args.load.options())?;
     let gpu = session.model().gpu().clone();
     let peaks = match Peaks::measure(&gpu, session.precision() == Precision::F16).map_err(RuntimeError::from) {
         Ok(peaks) => Some(peaks),
@@ -225,7 +218,7 @@ fn measure(args: &SpeedArgs, model: &Model, device: DeviceSelector, tests: &[Tes
     };
     let compiled_before = gpu.compile_time();
     let mut checkpoint = model.checkpoint()?;
-    if let Some(quantization) = args.quantize.quantization() {
+    if let Some(quantization) = args.load.quantization() {
         checkpoint = checkpoint.quantize(quantization)?;
     }
     let mut row = describe(&session, &checkpoint, model, peaks);

@@ -154,10 +154,9 @@ pub fn convert(src: &Path, out: &Path, options: &ConvertOptions) -> Result<Conve
     }
     let is_official = options.layout == Layout::Official;
     let config = checkpoint.config();
-    if is_official && (config.lora.is_some() || config.recursion_encoding) {
+    if is_official && config.lora.is_some() && config.recursion_encoding {
         let problem =
-            "has adapters or recursion encodings, expected a model without them for the official layout; convert \
-                       to this program's"
+            "has adapters and recursion encodings, of which official runs have one; convert to this program's layout"
                 .to_owned();
         return Err(ModelError::Convert { origin: src.display().to_string(), problem });
     }

@@ -21,6 +21,11 @@ const SHAPES: [(&str, [usize; 5]); 3] = [
     ("SmolLM-1.7B", [2048, 8192, 24, 32, 32]),
 ];
 
+/// Methods of relaxation that are converted.
+const RELAXATIONS: [&str; 2] = [LORA, RECURSION_ENCODING];
+const LORA: &str = "lora";
+const RECURSION_ENCODING: &str = "recursion_encoding";
+
 /// The YAML file of a folder; `None` where there is none and a config.json says what the folder is.
 pub(super) fn find_run_config(dir: &Path) -> Result<Option<PathBuf>, ModelError> {
     let unreadable = |source| ModelError::Io { path: dir.to_owned(), source };
@@ -115,10 +120,6 @@ fn routing_fields(run: &Fields<'_>, config: &mut Map<String, Value>) -> Result<M
     let (mor, is_routed) = section("mor.", "mor")?;
     let (kv, shares_kv) = section("kv_sharing.", "kv_sharing")?;
     let (relaxation, is_relaxed) = section("relaxation.", "relaxation")?;
-    if is_relaxed {
-        return Err(relaxation.value("enable", "false; relaxed sharing is not converted"));
-    }
-
     let mut fields = Map::new();
     if !is_recursive && !is_routed {
         fields.insert("mode".to_owned(), Value::from(Mode::Vanilla.as_str()));
@@ -142,6 +143,9 @@ fn routing_fields(run: &Fields<'_>, config: &mut Map<String, Value>) -> Result<M
     } else {
         Mode::Recursive
     };
+    if is_relaxed {
+        fields = relaxation_fields(&relaxation)?;
+    }
     let mut set = |name: &str, value: Value| drop(fields.insert(name.to_owned(), value));
     set("mode", Value::from(mode.as_str()));
     set("sharing", Value::from(sharing.as_str()));
@@ -196,6 +200,31 @@ fn routing_fields(run: &Fields<'_>, config: &mut Map<String, Value>) -> Result<M
     Ok(fields)
 }
 
+/// What gives tied layers weights of their own, as keys of the `mor` object.
+fn relaxation_fields(relaxation: &Fields<'_>) -> Result<Map<String, Value>, ModelError> {
+    let relaxed = match relaxation.required_name("method", &RELAXATIONS, |method| method)? {
+        RECURSION_ENCODING => json!({ "recursion_encoding": true }),
+        _ => {
+            let lora =
+                relaxation.object("lora")?.ok_or_else(|| relaxation.missing("lora", "the settings of adapters"))?;
+            let lora = Fields { prefix: "relaxation.lora.", map: lora, ..*relaxation };
+            if lora.get("rank_pattern").is_some() {
+                return Err(lora.value("rank_pattern", "null; adapters of several ranks are not converted"));
+            }
+            let rank = lora.size("r", u32::MAX as usize)?;
+            // A pattern is the factor itself.
+            let alpha = match lora.get("alpha_pattern") {
+                Some(_) => lora.positive("alpha_pattern", None)? * rank as f64,
+                None => lora.positive("alpha", None)?,
+            };
+            let targets =
+                lora.get("target_modules").ok_or_else(|| lora.missing("target_modules", "a list of names"))?;
+            json!({ "lora": { "rank": rank, "alpha": alpha, "targets": targets } })
+        }
+    };
+    Ok(relaxed.as_object().cloned().unwrap_or_default())
+}
+
 fn required_or_null(fields: &Fields<'_>, name: &str, expected: &str) -> Result<Value, ModelError> {
     fields.map.get(name).cloned().ok_or_else(|| fields.missing(name, expected))
 }
@@ -228,6 +257,8 @@ pub(super) fn run_config(config: &MorConfig) -> String {
     let nullable = |name: &str| if name == "null" { Value::Null } else { Value::from(name) };
     let is_recursive = config.mode != Mode::Vanilla;
     let mut run = json!({
+        // Its name for the classes of Llamas.
+        "model": "smollm",
         "max_length": config.max_position_embeddings,
         "use_pretrained_weights": false,
         "model_config": {
@@ -249,6 +280,13 @@ pub(super) fn run_config(config: &MorConfig) -> String {
     if config.head_dim * config.num_attention_heads != config.hidden_size {
         // Else the official code derives it, and this one too.
         run["model_config"]["head_dim"] = Value::from(config.head_dim);
+    }
+    if let Some(lora) = &config.lora {
+        let targets: Vec<_> = lora.targets.iter().map(|target| target.name()).collect();
+        let lora = json!({ "r": lora.rank, "alpha": lora.alpha, "dropout": 0.0, "target_modules": targets });
+        run["relaxation"] = json!({ "enable": true, "method": LORA, "lora": lora });
+    } else if config.recursion_encoding {
+        run["relaxation"] = json!({ "enable": true, "method": RECURSION_ENCODING });
     }
     if is_recursive {
         let (sharing, num_recursions) = (config.sharing.as_str(), config.num_recursions);

@@ -46,27 +46,62 @@ impl WeightFiles {
     pub(super) fn open(dir: &Path) -> Result<Self, ModelError> {
         let single = dir.join("model.safetensors");
         if single.is_file() {
-            return Self::from_safetensors(vec![map_file(&single)?]);
+            return Self::from_safetensors(map_file(&single)?);
         }
         let index = dir.join("model.safetensors.index.json");
         if !index.is_file() {
             return Err(ModelError::NoWeights { dir: dir.to_owned() });
         }
-        Self::from_safetensors(open_shards(dir, &index)?)
+        Self::open_shards(dir, &index, Self::from_safetensors)
     }
 
-    /// As `open`; without safetensors files, `pytorch_model.bin`.
+    /// As `open`; without safetensors files, those that `torch.save` wrote.
     pub(crate) fn open_any(dir: &Path) -> Result<Self, ModelError> {
-        let pickled = dir.join("pytorch_model.bin");
+        let (pickled, index) = (dir.join("pytorch_model.bin"), dir.join("pytorch_model.bin.index.json"));
         match Self::open(dir) {
             Err(ModelError::NoWeights { .. }) if pickled.is_file() => torch::read(map_file(&pickled)?),
+            Err(ModelError::NoWeights { .. }) if index.is_file() => Self::open_shards(dir, &index, torch::read),
             opened => opened,
         }
     }
 
-    pub(super) fn from_safetensors(files: Vec<WeightFile>) -> Result<Self, ModelError> {
-        let stored = read_headers(&files)?;
-        Ok(Self { files, stored })
+    /// Opens the shards that an index names, each of which must hold what the index places there.
+    fn open_shards(
+        dir: &Path,
+        index: &Path,
+        read: fn(WeightFile) -> Result<Self, ModelError>,
+    ) -> Result<Self, ModelError> {
+        let mut all = Self { files: Vec::new(), stored: HashMap::new() };
+        for (shard, names) in read_index(index)? {
+            let path = dir.join(shard);
+            let read = read(map_file(&path)?)?;
+            if let Some(name) = names.into_iter().find(|name| !read.stored.contains_key(name)) {
+                return Err(ModelError::ShardTensorMissing { file: path.display().to_string(), name });
+            }
+            all.add(read)?;
+        }
+        Ok(all)
+    }
+
+    pub(super) fn from_safetensors(file: WeightFile) -> Result<Self, ModelError> {
+        let stored = read_header(&file)?;
+        Ok(Self { files: vec![file], stored })
+    }
+
+    /// Adds the tensors of other files.
+    fn add(&mut self, other: Self) -> Result<(), ModelError> {
+        let before = self.files.len();
+        self.files.extend(other.files);
+        // Sorted, so that the first duplicate reported does not depend on hashing.
+        for (name, tensor) in other.stored.into_iter().collect::<BTreeMap<_, _>>() {
+            let tensor = Stored { file: before + tensor.file, ..tensor };
+            let second = tensor.file;
+            if let Some(earlier) = self.stored.insert(name.clone(), tensor) {
+                let [first, second] = [earlier.file, second].map(|file| self.files[file].name.clone());
+                return Err(ModelError::DuplicateTensor { name, first, second });
+            }
+        }
+        Ok(())
     }
 
     /// Names of the tensors, in no order.
@@ -75,7 +110,8 @@ impl WeightFiles {
     }
 }
 
-fn open_shards(dir: &Path, index: &Path) -> Result<Vec<WeightFile>, ModelError> {
+/// What the index of a sharded model places in which file; sorted, so that messages do not depend on the order of the index.
+fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> {
     let origin = index.display().to_string();
     let text = fs::read_to_string(index).map_err(|source| ModelError::Io { path: index.to_owned(), source })?;
     let root: Map<String, Value> =
@@ -84,27 +120,16 @@ fn open_shards(dir: &Path, index: &Path) -> Result<Vec<WeightFile>, ModelError> 
         let found = root.get("weight_map").map_or("missing", json_kind).to_owned();
         return Err(ModelError::ShardIndex { file: origin, found });
     };
-    // Sorted, so that messages do not depend on the order of the index.
-    let mut names_of_shard: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut names_of_shard: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (name, shard) in weight_map {
         let plain = shard.as_str().filter(|shard| is_plain_file_name(shard));
         let Some(shard) = plain else {
             let shard = shard.as_str().map_or_else(|| shard.to_string(), str::to_owned);
             return Err(ModelError::ShardPath { file: origin, name: name.clone(), shard });
         };
-        names_of_shard.entry(shard).or_default().push(name);
+        names_of_shard.entry(shard.to_owned()).or_default().push(name.clone());
     }
-    names_of_shard
-        .into_iter()
-        .map(|(shard, names)| {
-            let file = map_file(&dir.join(shard))?;
-            let (_, header) = read_header(&file)?;
-            match names.into_iter().find(|name| header.info(name).is_none()) {
-                Some(name) => Err(ModelError::ShardTensorMissing { file: file.name, name: name.to_owned() }),
-                None => Ok(file),
-            }
-        })
-        .collect()
+    Ok(names_of_shard)
 }
 
 fn is_plain_file_name(shard: &str) -> bool {
@@ -179,45 +204,25 @@ impl Stored {
     }
 }
 
-fn read_headers(files: &[WeightFile]) -> Result<HashMap<String, Stored>, ModelError> {
-    let mut stored: HashMap<String, Stored> = HashMap::new();
-    for (index, file) in files.iter().enumerate() {
-        let (data_start, header) = read_header(file)?;
-        // In file order, so that the first duplicate reported does not depend on hashing.
-        for name in header.offset_keys() {
-            let Some(info) = header.info(&name) else {
-                continue;
-            };
-            let bytes = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
-            let tensor = Stored { file: index, dtype: info.dtype, shape: info.shape.clone(), bytes };
-            if let Some(earlier) = stored.insert(name.clone(), tensor) {
-                let first = files[earlier.file].name.clone();
-                return Err(ModelError::DuplicateTensor { name, first, second: file.name.clone() });
-            }
-        }
-    }
-    Ok(stored)
-}
-
-/// Parses a header; the offset is where tensor data starts.
-fn read_header(file: &WeightFile) -> Result<(usize, safetensors::tensor::Metadata), ModelError> {
+/// Finds the tensors of a safetensors file.
+fn read_header(file: &WeightFile) -> Result<HashMap<String, Stored>, ModelError> {
     let bytes = file.bytes.as_slice();
-    match SafeTensors::read_metadata(bytes) {
-        Ok((header_bytes, metadata)) => Ok((8 + header_bytes, metadata)),
-        Err(source) => {
-            let length = ModelError::FileLength {
-                file: file.name.clone(),
-                found_bytes: bytes.len() as u64,
-                expected_bytes: described_bytes(bytes),
-            };
-            match source {
-                SafeTensorError::HeaderTooSmall
-                | SafeTensorError::InvalidHeaderLength
-                | SafeTensorError::MetadataIncompleteBuffer => Err(length),
-                source => Err(ModelError::SafetensorsHeader { file: file.name.clone(), source }),
-            }
-        }
-    }
+    let (header_bytes, header) = SafeTensors::read_metadata(bytes).map_err(|source| match source {
+        SafeTensorError::HeaderTooSmall
+        | SafeTensorError::InvalidHeaderLength
+        | SafeTensorError::MetadataIncompleteBuffer => ModelError::FileLength {
+            file: file.name.clone(),
+            found_bytes: bytes.len() as u64,
+            expected_bytes: described_bytes(bytes),
+        },
+        source => ModelError::SafetensorsHeader { file: file.name.clone(), source },
+    })?;
+    let data_start = 8 + header_bytes;
+    let stored = header.tensors().into_iter().map(|(name, info)| {
+        let bytes = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
+        (name, Stored { file: 0, dtype: info.dtype, shape: info.shape.clone(), bytes })
+    });
+    Ok(stored.collect())
 }
 
 /// Least file length the readable part of a header asks for.

@@ -43,7 +43,7 @@ impl Checkpoint {
     ) -> Result<Self, ModelError> {
         let config = MorConfig::from_json_str(config_json, origin)?;
         let file = WeightFile { name: origin.to_owned(), bytes: Bytes::Memory(safetensors.into()) };
-        Self::from_files(config, WeightFiles::from_safetensors(vec![file])?, origin)
+        Self::from_files(config, WeightFiles::from_safetensors(file)?, origin)
     }
 
     /// Checks the tensors of `files` against the table of expected ones and resolves ties.

@@ -1,14 +1,14 @@
 //! Checkpoints as files.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use super::dtype::{decode_row, encode};
-use super::names::{TensorName, expected_tensors, tied_to};
+use super::names::{Expected, TensorName, expected_tensors, tied_to};
 use super::{Checkpoint, Dtype, TensorId};
 use crate::ModelError;
 
@@ -101,10 +101,11 @@ impl Checkpoint {
         let owner = |key: &TensorName| tied_to(key, &self.layout, self.config.tie_word_embeddings);
         let is_copy = |key: &TensorName| owner(key).is_some_and(|owner| self.ids[&owner] == self.ids[key]);
         // Where one copy of a tied tensor differs, the others must say that they do not.
-        let differ = self.ids.keys().any(|key| owner(key).is_some() && !is_copy(key));
+        let differing: HashSet<TensorName> = self.ids.keys().filter(|key| !is_copy(key)).filter_map(owner).collect();
+        let says_so = |key: &TensorName| owner(key).is_some_and(|owner| differing.contains(&owner));
         expected_tensors(&self.config, &self.layout)
             .into_iter()
-            .filter(|expected| options.all_names || differ || !is_copy(&expected.key))
+            .filter(|Expected { key, .. }| options.all_names || !is_copy(key) || says_so(key))
             .map(|expected| (expected.name, StoredView::new(self, self.ids[&expected.key], options.dtype)))
             .collect()
     }
