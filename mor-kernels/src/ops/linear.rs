@@ -17,17 +17,28 @@ const FRAGMENT: u32 = 16;
 
 /// Fields of [`LinearTile::Cooperative`] in their order, and the workgroups an output must have to be worth the tile, which
 /// is to say the GPU filled: measured on an H200 and an H100, see `benches/runs`.
-const COOPERATIVE_TILES: [([u32; 7], u32); 11] = [
+const COOPERATIVE_TILES: [([u32; 7], u32); 22] = [
+    ([128, 128, 32, 2, 2, 1, 1], 400),
+    ([128, 256, 32, 2, 4, 1, 1], 5000),
     ([128, 128, 64, 4, 2, 1, 1], 264),
     ([128, 192, 32, 2, 4, 1, 1], 96),
     ([128, 64, 64, 4, 2, 1, 1], 110),
-    ([64, 128, 64, 2, 2, 2, 1], 96),
+    ([64, 128, 64, 2, 4, 1, 1], 96),
+    ([64, 128, 64, 2, 2, 2, 1], 5000),
     ([64, 96, 64, 2, 2, 2, 1], 96),
-    ([64, 64, 64, 2, 2, 2, 1], 96),
-    ([32, 64, 128, 1, 2, 4, 1], 96),
+    ([64, 64, 64, 2, 2, 1, 1], 96),
+    ([64, 64, 64, 2, 1, 2, 1], 5000),
+    ([64, 64, 64, 2, 2, 2, 1], 5000),
+    ([32, 64, 64, 1, 2, 2, 1], 96),
+    ([32, 64, 64, 1, 1, 4, 1], 5000),
+    ([32, 64, 128, 1, 2, 4, 1], 5000),
+    ([32, 64, 128, 1, 2, 2, 1], 5000),
+    ([32, 32, 128, 1, 1, 4, 1], 5000),
     ([32, 32, 256, 1, 2, 4, 1], 96),
     ([16, 32, 128, 1, 2, 4, 4], 160),
+    ([16, 32, 256, 1, 2, 4, 1], 5000),
     ([16, 32, 256, 1, 1, 8, 2], 96),
+    ([16, 32, 256, 1, 1, 8, 1], 5000),
     ([16, 16, 512, 1, 1, 8, 1], 0),
 ];
 /// As [`COOPERATIVE_TILES`], for [`LinearTile::Staged`]. Tiles that WebGPU's default limits exclude have a smaller one
@@ -123,6 +134,24 @@ pub struct LinearBindings<'a> {
     pub epilogue: Epilogue<'a>,
 }
 
+/// [`COOPERATIVE_TILES`].
+fn cooperative_tiles() -> impl Iterator<Item = (LinearTile, u32)> {
+    COOPERATIVE_TILES.iter().map(|&(tile, min_workgroups)| {
+        let [tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead] = tile;
+        let tile = LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead };
+        (tile, min_workgroups)
+    })
+}
+
+/// [`STAGED_TILES`].
+fn staged_tiles() -> impl Iterator<Item = (LinearTile, u32)> {
+    STAGED_TILES.iter().map(|&(tile, min_workgroups)| {
+        let [tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead] = tile;
+        let tile = LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead };
+        (tile, min_workgroups)
+    })
+}
+
 /// Size of all subgroups, where matrices are multiplied.
 fn subgroup_width(caps: &DeviceCaps) -> u32 {
     caps.subgroup_sizes.map_or(1, |(min, _)| min)
@@ -148,19 +177,9 @@ impl LinearTile {
                 && tile.is_valid(caps)
                 && tile.storage_bytes(true) <= caps.max_workgroup_storage_bytes
         };
-        let cooperative = COOPERATIVE_TILES.iter().map(|&(tile, min_workgroups)| {
-            let [tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead] = tile;
-            let tile = LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead };
-            (tile, min_workgroups)
-        });
-        let staged = STAGED_TILES.iter().map(|&(tile, min_workgroups)| {
-            let [tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead] = tile;
-            let tile = LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead };
-            (tile, min_workgroups)
-        });
-        cooperative
+        cooperative_tiles()
             .filter(|_| half_products && caps.cooperative_matrices)
-            .chain(staged)
+            .chain(staged_tiles())
             .find(|&(tile, min_workgroups)| fits(tile, min_workgroups))
             .expect("the last tile fits every device within WebGPU's limits")
             .0
@@ -253,7 +272,7 @@ impl LinearTile {
         factors
             + match self {
                 LinearTile::Cooperative { subgroups_m, subgroups_n, split_k, .. } => {
-                    let results = 4 * split_k * subgroups_m * subgroups_n * FRAGMENT * (FRAGMENT + 4);
+                    let results = 4 * split_k * subgroups_m * subgroups_n * FRAGMENT * FRAGMENT;
                     8 * (tile_m + tile_n) * (tile_k / 4 + 2) + results.max(squares)
                 }
                 _ => 16 * (tile_m + tile_n) * (tile_k / 4 + 1) + squares,
@@ -349,6 +368,7 @@ impl Kernel for Linear {
                 .u32("STEPS", tile_k / split_k / FRAGMENT)
                 .u32("SUBGROUP_WIDTH", subgroup_width(caps))
                 .u32("SPLIT_K", split_k)
+                .flag("SLICED", split_k > 1)
                 .flag("STAGED", true)
                 .flag("COOPERATIVE", true),
             LinearTile::Direct { thread_n, .. } => definitions
@@ -386,20 +406,11 @@ mod tests {
         if !gpu.caps().cooperative_matrices {
             println!("\"{}\" has no cooperative matrices: their tiles are not run", gpu.summary().name);
         }
-        let mut tiles = Vec::new();
-        for (is_cpu, half_products) in [(true, false), (false, false), (false, true)] {
-            let caps = DeviceCaps { is_cpu, ..gpu.caps().clone() };
-            for max_rows in [1, 8, 16, 32, 64, 128, 256, 512, 4096] {
-                for num_outputs in [64, 960, 4096, 49152] {
-                    let tile = LinearTile::for_shape(&caps, max_rows, num_outputs, half_products);
-                    assert!(tile.is_valid(&caps), "{tile:?}");
-                    if !tiles.contains(&tile) {
-                        tiles.push(tile);
-                    }
-                }
-            }
-        }
-        tiles
+        let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, 64, 64, false);
+        let cooperative = cooperative_tiles().filter(|_| gpu.caps().cooperative_matrices);
+        let fits = |tile: &LinearTile| tile.storage_bytes(true) <= gpu.caps().max_workgroup_storage_bytes;
+        let others = staged_tiles().chain(cooperative).map(|(tile, _)| tile);
+        std::iter::once(on_cpu).chain(others.filter(|tile| tile.is_valid(gpu.caps()) && fits(tile))).collect()
     }
 
     fn dispatch(gpu: &Gpu, kernel: Linear, bindings: &LinearBindings<'_>, params: &LinearParams, num_active: usize) {
