@@ -6,8 +6,8 @@
 //           which fills a GPU whose output has few tiles; COOPERATIVE: matrix units multiply. Otherwise, for software
 //           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads one
 //           row of x for all
-// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32; w [O, K] units of 8 or quantised
-//           rows; norm_weight [K] f32; outputs as the epilogue says; row-major
+// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32, compact f16 (X_F16); w [O, K] units of 8
+//           or quantised rows; norm_weight [K] f32; outputs as the epilogue says; row-major
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
@@ -20,7 +20,7 @@
 //           SPLIT_K slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a
 //           slice's sums no more than the memory of the tiles; COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N
 //           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, SLICED
-//           if SPLIT_K > 1; NORM, of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M,
+//           if SPLIT_K > 1, X_F16 and OUT_F16 as their producers and readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M,
 //           SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED:
 //           WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV,
 //           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV:
@@ -96,13 +96,22 @@ fn unpack(u: LoadUnit) -> mat2x4<f32> {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
 @group(0) @binding(2) var<storage, read> w: array<StoredUnit>;
-@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
+#if X_F16
+alias XUnit = vec4<u32>;
+// Elements of a unit of x.
+const X_UNIT: u32 = 8u;
+#else
+alias XUnit = vec4<f32>;
+const X_UNIT: u32 = 4u;
+#endif
+@group(0) @binding(3) var<storage, read> x: array<XUnit>;
 #if NORM
 @group(0) @binding(5) var<storage, read> norm_weight: array<vec4<f32>>;
 #endif
 #import shared/epilogue
 
 const UNITS: u32 = IN_FEATURES / 8u;
+const X_UNITS: u32 = IN_FEATURES / X_UNIT;
 #if COOPERATIVE
 const SUBGROUPS_M: u32 = TILE_M / (FRAGMENTS_M * 16u);
 const SUBGROUPS_N: u32 = TILE_N / (FRAGMENTS_N * 16u);
@@ -127,9 +136,9 @@ fn multiply_add(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
 const WHOLE_TILES: bool = IN_FEATURES % TILE_K == 0u;
 
 // Past the end of a row x is zero and w any weight.
-fn load_x(start: u32, c: u32) -> vec4<f32> {
-    var value = vec4<f32>();
-    if WHOLE_TILES || c < 2u * UNITS {
+fn load_x(start: u32, c: u32) -> XUnit {
+    var value = XUnit();
+    if WHOLE_TILES || c < X_UNITS {
         value = x[start + c];
     }
     return value;
@@ -157,7 +166,8 @@ fn source_row(first: u32, i: u32) -> u32 {
 }
 
 #if STAGED
-const X_LOADS: u32 = TILE_M * TILE_K / 4u / THREADS;
+const X_COLUMNS: u32 = TILE_K / X_UNIT;
+const X_LOADS: u32 = TILE_M * X_COLUMNS / THREADS;
 const W_LOADS: u32 = TILE_N * TILE_K / 8u / THREADS;
 // First unit of the last tiles.
 const LAST: u32 = (UNITS - 1u) / (TILE_K / 8u) * (TILE_K / 8u);
@@ -179,9 +189,16 @@ const W_TILE: u32 = TILE_M * STRIDE;
 // The tile of x, then that of w.
 var<workgroup> tiles: array<vec4<f16>, (TILE_M + TILE_N) * STRIDE>;
 
-fn stage_x(m: u32, c: u32, value: vec4<f32>) {
+#if X_F16
+fn stage_x(m: u32, c: u32, value: XUnit) {
+    tiles[m * STRIDE + 2u * c] = vec4<f16>(vec4<f32>(unpack2x16float(value.x), unpack2x16float(value.y)));
+    tiles[m * STRIDE + 2u * c + 1u] = vec4<f16>(vec4<f32>(unpack2x16float(value.z), unpack2x16float(value.w)));
+}
+#else
+fn stage_x(m: u32, c: u32, value: XUnit) {
     tiles[m * STRIDE + c] = vec4<f16>(value);
 }
+#endif
 
 fn stage_w(n: u32, unit: u32, value: LoadUnit) {
     let weights = unpack(value);
@@ -203,7 +220,7 @@ const W_TILE: u32 = TILE_M * STRIDE;
 // The tile of x, then that of w: even columns first, then odd ones, so that neighbouring lanes read neighbouring rows.
 var<workgroup> tiles: array<vec4<f32>, (TILE_M + TILE_N) * STRIDE>;
 
-fn stage_x(m: u32, c: u32, value: vec4<f32>) {
+fn stage_x(m: u32, c: u32, value: XUnit) {
     tiles[m * STRIDE + c] = value;
 }
 
@@ -279,15 +296,15 @@ fn main(
 #if STAGED
     var x_from: array<u32, X_LOADS>;
     for (var l = 0u; l < X_LOADS; l++) {
-        let m = tile_row(thread + l * THREADS, TILE_K / 4u);
-        x_from[l] = source_row(first_entry, first_entry + m) * UNITS * 2u;
+        let m = tile_row(thread + l * THREADS, X_COLUMNS);
+        x_from[l] = source_row(first_entry, first_entry + m) * X_UNITS;
     }
     var w_from: array<u32, W_LOADS>;
     for (var l = 0u; l < W_LOADS; l++) {
         let n = tile_row(thread + l * THREADS, TILE_K / 8u);
         w_from[l] = row_start(min(first_column + n, last_column));
     }
-    var x_ahead: array<vec4<f32>, AHEAD * X_LOADS>;
+    var x_ahead: array<XUnit, AHEAD * X_LOADS>;
     var w_ahead: array<LoadUnit, AHEAD * W_LOADS>;
 #if NORM
     // A thread loads one column of each tile of x.
@@ -301,7 +318,7 @@ fn main(
 #repeat a AHEAD
     if a * TILE_K < IN_FEATURES {
         for (var l = 0u; l < X_LOADS; l++) {
-            x_ahead[a * X_LOADS + l] = load_x(x_from[l], a * (TILE_K / 4u) + (thread + l * THREADS) % (TILE_K / 4u));
+            x_ahead[a * X_LOADS + l] = load_x(x_from[l], a * X_COLUMNS + (thread + l * THREADS) % X_COLUMNS);
         }
         for (var l = 0u; l < W_LOADS; l++) {
             w_ahead[a * W_LOADS + l] = load_w(w_from[l], a * (TILE_K / 8u) + (thread + l * THREADS) % (TILE_K / 8u));
@@ -321,9 +338,9 @@ fn main(
             let value = x_ahead[a * X_LOADS + l];
 #if NORM
             square[l] += dot(value, value);
-            stage_x(tile_row(at, TILE_K / 4u), column, value * norm_ahead[a]);
+            stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[a]);
 #else
-            stage_x(tile_row(at, TILE_K / 4u), at % (TILE_K / 4u), value);
+            stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
 #endif
         }
         for (var l = 0u; l < W_LOADS; l++) {
@@ -337,7 +354,8 @@ fn main(
         var next = min(base + (a + AHEAD) * (TILE_K / 8u), LAST);
         loop {
             for (var l = 0u; l < X_LOADS; l++) {
-                x_ahead[a * X_LOADS + l] = load_x(x_from[l], next * 2u + (thread + l * THREADS) % (TILE_K / 4u));
+                let c = next * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS;
+                x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);
             }
             for (var l = 0u; l < W_LOADS; l++) {
                 w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % (TILE_K / 8u));
