@@ -3,8 +3,8 @@
 // Why       BLOCK_Q rows share every key they read; scores never leave the workgroup. COOPERATIVE: matrix units multiply,
 //           16 rows a subgroup. Nobody can scale rows of a matrix in their registers, so weights refer to a maximum that
 //           may lag behind by a factor of 2^LAG: sums move through workgroup memory when it is exceeded, not every tile
-// Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32; out [n, H, D] f32;
-//           row-major, D a multiple of 8
+// Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32; out [n, H, D] f32, or
+//           f16 (OUT_F16); row-major, D a multiple of 8
 // Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 out write
 // Grid      (H, ceil(n / BLOCK_Q), 1) workgroups; a thread has 4 rows, and of each tile 4 keys, then every
 //           COLUMNS-th unit of 8 elements; COOPERATIVE: SUBGROUP_WIDTH / 16 lanes have a row
@@ -13,8 +13,8 @@
 //           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, GROUP_SIZE = H / G, HEAD_UNITS = D / 8; KV_F16; KV_SLOTS:
 //           kv_table lists keys, not pages; SUBGROUP: COLUMNS lanes exchange by subgroup operations; COOPERATIVE, with KV_F16:
 //           FRAGMENTS_D * 16 = D, FRAGMENTS_K * 16 = BLOCK_K, WORKGROUP_SIZE = BLOCK_Q / 16 * SUBGROUP_WIDTH, results move in
-//           PASSES of PASS <= FRAGMENTS_K fragments, PASSES * PASS = FRAGMENTS_D; workgroup memory: see
-//           workgroup_storage_bytes of the wrapper
+//           PASSES of PASS <= FRAGMENTS_K fragments, PASSES * PASS = FRAGMENTS_D; OUT_F16, of COOPERATIVE: for a `linear`
+//           that multiplies halves; workgroup memory: see workgroup_storage_bytes of the wrapper
 // Limits    D <= 256, COOPERATIVE: a multiple of 16; rows with one kv_table lie together and ascend in kv_len;
 //           BLOCK_Q <= ROW_PADDING
 // Numerics  f32 throughout; running maximum per row. COOPERATIVE: scaled queries and weights are rounded to f16, exact
@@ -34,15 +34,12 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
 @group(0) @binding(2) var<storage, read> q: array<mat2x4<f32>>;
-#if COOPERATIVE
-@group(0) @binding(3) var<storage, read> keys: array<mat2x4<f16>>;
-@group(0) @binding(4) var<storage, read> values: array<mat2x4<f16>>;
-#else
 @group(0) @binding(3) var<storage, read> keys: array<KvUnit>;
 @group(0) @binding(4) var<storage, read> values: array<KvUnit>;
-#endif
 @group(0) @binding(5) var<storage, read> kv_table: array<u32>;
-#if COOPERATIVE
+#if OUT_F16
+@group(0) @binding(6) var<storage, read_write> out: array<vec4<f16>>;
+#elif COOPERATIVE
 @group(0) @binding(6) var<storage, read_write> out: array<vec4<f32>>;
 #else
 @group(0) @binding(6) var<storage, read_write> out: array<mat2x4<f32>>;
@@ -101,8 +98,8 @@ var<workgroup> s_tile: array<vec4<f32>, BLOCK_Q * S_STRIDE>;
 var<workgroup> exceeded: u32;
 
 struct Ahead {
-    keys: array<mat2x4<f16>, KV_STEPS>,
-    values: array<mat2x4<f16>, KV_STEPS>,
+    keys: array<KvUnit, KV_STEPS>,
+    values: array<KvUnit, KV_STEPS>,
 }
 
 // A thread's units of the tile at `tile`; keys past the end repeat the last one and get no weight.
@@ -179,10 +176,12 @@ fn main(
                 let i = thread + step * WORKGROUP_SIZE;
                 if KV_UNITS % WORKGROUP_SIZE == 0u || i < KV_UNITS {
                     let to = i / HEAD_UNITS * KV_STRIDE + 2u * (i % HEAD_UNITS);
-                    k_tile[to] = ahead.keys[step][0];
-                    k_tile[to + 1u] = ahead.keys[step][1];
-                    v_tile[to] = ahead.values[step][0];
-                    v_tile[to + 1u] = ahead.values[step][1];
+                    let key = unpack_kv(ahead.keys[step]);
+                    k_tile[to] = vec4<f16>(key[0]);
+                    k_tile[to + 1u] = vec4<f16>(key[1]);
+                    let value = unpack_kv(ahead.values[step]);
+                    v_tile[to] = vec4<f16>(value[0]);
+                    v_tile[to + 1u] = vec4<f16>(value[1]);
                 }
             }
             workgroupBarrier();
@@ -284,7 +283,11 @@ fn main(
     if own_row < num_rows {
         let first = ((first_row + own_row) * NUM_ATTENTION_HEADS + head) * 2u * HEAD_UNITS + part * PASS * 4u;
         for (var quad = own_lane; quad < PASS * 4u; quad += ROW_LANES) {
+#if OUT_F16
+            out[first + quad] = vec4<f16>(s_tile[own_row * S_STRIDE + quad] * inverse);
+#else
             out[first + quad] = s_tile[own_row * S_STRIDE + quad] * inverse;
+#endif
         }
     }
     workgroupBarrier();

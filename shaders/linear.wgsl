@@ -6,8 +6,8 @@
 //           which fills a GPU whose output has few tiles; COOPERATIVE: matrix units multiply. Otherwise, for software
 //           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads one
 //           row of x for all
-// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32; w [O, K] units of 8 or quantised
-//           rows; norm_weight [K] f32; outputs as the epilogue says; row-major
+// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32, compact f16 (X_F16); w [O, K] units of 8
+//           or quantised rows; norm_weight [K] f32; outputs as the epilogue says; row-major
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
@@ -19,15 +19,15 @@
 //           multiple of 8, tiles of x and w whole numbers of vec4s and units for every thread, AHEAD tiles in flight,
 //           SPLIT_K slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a
 //           slice's sums no more than the memory of the tiles; COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N
-//           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups; NORM,
-//           of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST:
-//           TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in
-//           groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN:
-//           the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the
-//           block ends: multiplied with what the layer adds up to
+//           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, SLICED
+//           if SPLIT_K > 1, X_F16 and OUT_F16 as their producers and readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M,
+//           SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED:
+//           WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV,
+//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV:
+//           added to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
-//           1280 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
+//           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
 //           4 * TILE_M more
 // Numerics  f32; sums in ascending k, slices added in ascending order. NORM: the product of x * norm_weight is divided
 //           by the root mean square. COOPERATIVE: x, or x * norm_weight, and w are rounded to f16, infinite above
@@ -55,25 +55,8 @@ struct Params {
     delta_start: u32,
 }
 
-#if COOPERATIVE
-#if WEIGHT_F16
-// Bound as what it is, to go to workgroup memory unchanged.
-alias LoadUnit = mat2x4<f16>;
-fn half_weights(u: LoadUnit) -> mat2x4<f16> {
-    return u;
-}
-#else
-alias LoadUnit = UnpackedUnit;
-fn half_weights(u: LoadUnit) -> mat2x4<f16> {
-    let weights = unpack(u);
-    return mat2x4<f16>(vec4<f16>(weights[0]), vec4<f16>(weights[1]));
-}
-#endif
-#else
-alias LoadUnit = UnpackedUnit;
-#endif
 #if QUANTISED
-alias UnpackedUnit = QuantisedUnit;
+alias LoadUnit = QuantisedUnit;
 // The parts of a unit lie apart.
 alias StoredUnit = u32;
 
@@ -89,12 +72,13 @@ fn fetch(start: u32, unit: u32) -> LoadUnit {
     return load_unit(start, unit, IN_FEATURES);
 }
 
-fn unpack(u: UnpackedUnit) -> mat2x4<f32> {
+fn unpack(u: LoadUnit) -> mat2x4<f32> {
     return dequantise(u);
 }
 #else
-alias UnpackedUnit = WeightUnit;
-alias StoredUnit = LoadUnit;
+// Halves too are loaded as integers: a load of 16 bytes, which of f16 vectors would be two.
+alias LoadUnit = WeightUnit;
+alias StoredUnit = WeightUnit;
 
 fn row_start(n: u32) -> u32 {
     return n * UNITS;
@@ -104,7 +88,7 @@ fn fetch(start: u32, unit: u32) -> LoadUnit {
     return w[start + unit];
 }
 
-fn unpack(u: UnpackedUnit) -> mat2x4<f32> {
+fn unpack(u: LoadUnit) -> mat2x4<f32> {
     return unpack_weights(u);
 }
 #endif
@@ -112,13 +96,22 @@ fn unpack(u: UnpackedUnit) -> mat2x4<f32> {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
 @group(0) @binding(2) var<storage, read> w: array<StoredUnit>;
-@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
+#if X_F16
+alias XUnit = vec4<u32>;
+// Elements of a unit of x.
+const X_UNIT: u32 = 8u;
+#else
+alias XUnit = vec4<f32>;
+const X_UNIT: u32 = 4u;
+#endif
+@group(0) @binding(3) var<storage, read> x: array<XUnit>;
 #if NORM
 @group(0) @binding(5) var<storage, read> norm_weight: array<vec4<f32>>;
 #endif
 #import shared/epilogue
 
 const UNITS: u32 = IN_FEATURES / 8u;
+const X_UNITS: u32 = IN_FEATURES / X_UNIT;
 #if COOPERATIVE
 const SUBGROUPS_M: u32 = TILE_M / (FRAGMENTS_M * 16u);
 const SUBGROUPS_N: u32 = TILE_N / (FRAGMENTS_N * 16u);
@@ -143,9 +136,9 @@ fn multiply_add(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
 const WHOLE_TILES: bool = IN_FEATURES % TILE_K == 0u;
 
 // Past the end of a row x is zero and w any weight.
-fn load_x(start: u32, c: u32) -> vec4<f32> {
-    var value = vec4<f32>();
-    if WHOLE_TILES || c < 2u * UNITS {
+fn load_x(start: u32, c: u32) -> XUnit {
+    var value = XUnit();
+    if WHOLE_TILES || c < X_UNITS {
         value = x[start + c];
     }
     return value;
@@ -173,38 +166,61 @@ fn source_row(first: u32, i: u32) -> u32 {
 }
 
 #if STAGED
-const X_LOADS: u32 = TILE_M * TILE_K / 4u / THREADS;
+const X_COLUMNS: u32 = TILE_K / X_UNIT;
+const X_LOADS: u32 = TILE_M * X_COLUMNS / THREADS;
 const W_LOADS: u32 = TILE_N * TILE_K / 8u / THREADS;
+// First unit of the last tiles.
+const LAST: u32 = (UNITS - 1u) / (TILE_K / 8u) * (TILE_K / 8u);
 
 // 16 bytes of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
 #if COOPERATIVE
+// Rows that together are as wide as all banks, which is what lanes write at once. Rows next to each other would overlap by
+// their padding; these do not.
+const WRITTEN: u32 = max(64u / TILE_K, 1u);
+
+// Row of a tile of `columns` loads a row that load `i` of the tile belongs to.
+fn tile_row(i: u32, columns: u32) -> u32 {
+    let in_8 = i % (8u * columns);
+    return i / (8u * columns) * 8u + in_8 / (WRITTEN * columns) + in_8 / columns % WRITTEN * (8u / WRITTEN);
+}
+
 const STRIDE: u32 = TILE_K / 4u + 2u;
 const W_TILE: u32 = TILE_M * STRIDE;
 // The tile of x, then that of w.
 var<workgroup> tiles: array<vec4<f16>, (TILE_M + TILE_N) * STRIDE>;
 
-fn stage_x(m: u32, c: u32, value: vec4<f32>) {
+#if X_F16
+fn stage_x(m: u32, c: u32, value: XUnit) {
+    tiles[m * STRIDE + 2u * c] = vec4<f16>(vec4<f32>(unpack2x16float(value.x), unpack2x16float(value.y)));
+    tiles[m * STRIDE + 2u * c + 1u] = vec4<f16>(vec4<f32>(unpack2x16float(value.z), unpack2x16float(value.w)));
+}
+#else
+fn stage_x(m: u32, c: u32, value: XUnit) {
     tiles[m * STRIDE + c] = vec4<f16>(value);
 }
+#endif
 
 fn stage_w(n: u32, unit: u32, value: LoadUnit) {
-    let weights = half_weights(value);
-    tiles[W_TILE + n * STRIDE + 2u * unit] = weights[0];
-    tiles[W_TILE + n * STRIDE + 2u * unit + 1u] = weights[1];
+    let weights = unpack(value);
+    tiles[W_TILE + n * STRIDE + 2u * unit] = vec4<f16>(weights[0]);
+    tiles[W_TILE + n * STRIDE + 2u * unit + 1u] = vec4<f16>(weights[1]);
 }
 
 // Who holds which element of a matrix is the driver's secret: sums reach the epilogue through workgroup memory, one
 // fragment of each subgroup at a time.
-const RESULT_STRIDE: u32 = 20u;
-const RESULT: u32 = 16u * RESULT_STRIDE;
+const RESULT: u32 = 256u;
 const RESULTS: u32 = SPLIT_K * SLICE * RESULT;
 #else
+fn tile_row(i: u32, columns: u32) -> u32 {
+    return i / columns;
+}
+
 const STRIDE: u32 = TILE_K / 4u + 1u;
 const W_TILE: u32 = TILE_M * STRIDE;
 // The tile of x, then that of w: even columns first, then odd ones, so that neighbouring lanes read neighbouring rows.
 var<workgroup> tiles: array<vec4<f32>, (TILE_M + TILE_N) * STRIDE>;
 
-fn stage_x(m: u32, c: u32, value: vec4<f32>) {
+fn stage_x(m: u32, c: u32, value: XUnit) {
     tiles[m * STRIDE + c] = value;
 }
 
@@ -246,6 +262,7 @@ fn main(
     @builtin(local_invocation_index) thread: u32,
 #if COOPERATIVE
     @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
 #endif
 #if BROADCAST
     @builtin(subgroup_invocation_id) lane: u32,
@@ -279,15 +296,15 @@ fn main(
 #if STAGED
     var x_from: array<u32, X_LOADS>;
     for (var l = 0u; l < X_LOADS; l++) {
-        let m = (thread + l * THREADS) / (TILE_K / 4u);
-        x_from[l] = source_row(first_entry, first_entry + m) * UNITS * 2u;
+        let m = tile_row(thread + l * THREADS, X_COLUMNS);
+        x_from[l] = source_row(first_entry, first_entry + m) * X_UNITS;
     }
     var w_from: array<u32, W_LOADS>;
     for (var l = 0u; l < W_LOADS; l++) {
-        let n = (thread + l * THREADS) / (TILE_K / 8u);
+        let n = tile_row(thread + l * THREADS, TILE_K / 8u);
         w_from[l] = row_start(min(first_column + n, last_column));
     }
-    var x_ahead: array<vec4<f32>, AHEAD * X_LOADS>;
+    var x_ahead: array<XUnit, AHEAD * X_LOADS>;
     var w_ahead: array<LoadUnit, AHEAD * W_LOADS>;
 #if NORM
     // A thread loads one column of each tile of x.
@@ -301,7 +318,7 @@ fn main(
 #repeat a AHEAD
     if a * TILE_K < IN_FEATURES {
         for (var l = 0u; l < X_LOADS; l++) {
-            x_ahead[a * X_LOADS + l] = load_x(x_from[l], a * (TILE_K / 4u) + (thread + l * THREADS) % (TILE_K / 4u));
+            x_ahead[a * X_LOADS + l] = load_x(x_from[l], a * X_COLUMNS + (thread + l * THREADS) % X_COLUMNS);
         }
         for (var l = 0u; l < W_LOADS; l++) {
             w_ahead[a * W_LOADS + l] = load_w(w_from[l], a * (TILE_K / 8u) + (thread + l * THREADS) % (TILE_K / 8u));
@@ -321,20 +338,24 @@ fn main(
             let value = x_ahead[a * X_LOADS + l];
 #if NORM
             square[l] += dot(value, value);
-            stage_x(at / (TILE_K / 4u), column, value * norm_ahead[a]);
+            stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[a]);
 #else
-            stage_x(at / (TILE_K / 4u), at % (TILE_K / 4u), value);
+            stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
 #endif
         }
         for (var l = 0u; l < W_LOADS; l++) {
             let at = thread + l * THREADS;
-            stage_w(at / (TILE_K / 8u), at % (TILE_K / 8u), w_ahead[a * W_LOADS + l]);
+            stage_w(tile_row(at, TILE_K / 8u), at % (TILE_K / 8u), w_ahead[a * W_LOADS + l]);
         }
         workgroupBarrier();
-        let next = base + (a + AHEAD) * (TILE_K / 8u);
-        if next < UNITS {
+        // The last tiles are loaded once more in place of those past the end. This loop ends after its first turn, which no
+        // compiler can know: one that did would move the loads to where their values are used, and the products would not
+        // hide how long they take.
+        var next = min(base + (a + AHEAD) * (TILE_K / 8u), LAST);
+        loop {
             for (var l = 0u; l < X_LOADS; l++) {
-                x_ahead[a * X_LOADS + l] = load_x(x_from[l], next * 2u + (thread + l * THREADS) % (TILE_K / 4u));
+                let c = next * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS;
+                x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);
             }
             for (var l = 0u; l < W_LOADS; l++) {
                 w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % (TILE_K / 8u));
@@ -342,6 +363,10 @@ fn main(
 #if NORM
             norm_ahead[a] = load_norm_weight(next * 2u + column);
 #endif
+            if next != params.in_features {
+                break;
+            }
+            next ^= 1u;
         }
 #if COOPERATIVE
 #repeat step STEPS
@@ -381,7 +406,7 @@ fn main(
     }
 #if NORM
     for (var l = 0u; l < X_LOADS; l++) {
-        scratch[(thread + l * THREADS) / (TILE_K / 4u) * SQUARES_STRIDE + column] = square[l];
+        scratch[tile_row(thread + l * THREADS, TILE_K / 4u) * SQUARES_STRIDE + column] = square[l];
     }
     workgroupBarrier();
     for (var m = thread; m < TILE_M; m += THREADS) {
@@ -437,9 +462,14 @@ fn main(
 #repeat m FRAGMENTS_M
 #repeat j FRAGMENTS_N
     let to = subgroup * RESULT;
-    coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[to], RESULT_STRIDE);
+    coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[to], 16u);
+#if SLICED
     workgroupBarrier();
     for (var at = thread; at < SLICE * 128u; at += THREADS) {
+#else
+    subgroupBarrier();
+    for (var at = subgroup * 128u + lane; at < (subgroup + 1u) * 128u; at += SUBGROUP_WIDTH) {
+#endif
         let fragment = at / 128u;
         let row = at % 128u / 8u;
         let tile_row = (fragment / SUBGROUPS_N * FRAGMENTS_M + m) * 16u + row;
@@ -448,7 +478,7 @@ fn main(
         if entry.row != NONE && first_column + n < params.num_outputs {
             var v = vec2<f32>();
             for (var s = 0u; s < SPLIT_K; s++) {
-                let start = (s * SLICE + fragment) * RESULT + row * RESULT_STRIDE + at % 8u * 2u;
+                let start = (s * SLICE + fragment) * RESULT + row * 16u + at % 8u * 2u;
                 v += vec2<f32>(scratch[start], scratch[start + 1u]);
             }
 #if NORM
@@ -459,7 +489,11 @@ fn main(
         }
     }
     // The next fragment overwrites the results.
+#if SLICED
     workgroupBarrier();
+#else
+    subgroupBarrier();
+#endif
 #endrepeat
 #endrepeat
 #else

@@ -66,7 +66,8 @@ pub enum Epilogue<'a> {
     },
     /// `out = silu(gate) * up` of interleaved gate and up columns, compact.
     SwiGlu {
-        /// `[n, out_stride]` f32; with `delta`, then `[n, 2 * out_stride]` from [`LinearParams::delta_start`] on.
+        /// `[n, out_stride]` f32; with `delta`, then `[n, 2 * out_stride]` from [`LinearParams::delta_start`] on. Without,
+        /// f16 is possible where [`Linear`](crate::ops::Linear) multiplies halves.
         out: &'a Tensor,
         /// Whether the latter is added to the product.
         delta: bool,
@@ -125,6 +126,8 @@ pub enum EpilogueKind {
     Encoded,
     /// [`Epilogue::SwiGlu`].
     SwiGlu,
+    /// [`Epilogue::SwiGlu`] into f16.
+    SwiGluF16,
     /// [`Epilogue::SwiGlu`] with `delta`.
     SwiGluDelta,
     /// [`Epilogue::Qkv`] with f32 caches.
@@ -146,7 +149,7 @@ pub enum EpilogueKind {
 }
 
 impl EpilogueKind {
-    /// Every kind, for tests that translate all specialisations.
+    /// Every kind but [`EpilogueKind::SwiGluF16`], which few kernels have: for tests that translate all specialisations.
     pub const ALL: [Self; 15] = [
         Self::Store,
         Self::Gelu,
@@ -181,7 +184,7 @@ impl EpilogueKind {
             Self::Store => "STORE",
             Self::Gelu => "GELU",
             Self::Residual | Self::ResidualCopy | Self::Encoded => "RESIDUAL",
-            Self::SwiGlu | Self::SwiGluDelta => "SWIGLU",
+            Self::SwiGlu | Self::SwiGluF16 | Self::SwiGluDelta => "SWIGLU",
             Self::QkvF32 | Self::QkvF16 | Self::QkvF32Delta | Self::QkvF16Delta => "QKV",
             Self::BlockEndExpert | Self::BlockEndExpertEncoded => "BLOCK_END_EXPERT",
             Self::BlockEndToken | Self::BlockEndTokenEncoded => "BLOCK_END_TOKEN",
@@ -189,6 +192,7 @@ impl EpilogueKind {
         definitions
             .flag(name, true)
             .flag("RESIDUAL_COPY", self == Self::ResidualCopy)
+            .flag("OUT_F16", self == Self::SwiGluF16)
             .flag("KV_F16", matches!(self, Self::QkvF16 | Self::QkvF16Delta))
             .flag("DELTA", self.has_delta())
             .flag("ENCODED", self.is_encoded())
@@ -204,6 +208,7 @@ impl<'a> Epilogue<'a> {
             Epilogue::Residual { copy: None, .. } => EpilogueKind::Residual,
             Epilogue::Residual { .. } => EpilogueKind::ResidualCopy,
             Epilogue::Encoded { .. } => EpilogueKind::Encoded,
+            Epilogue::SwiGlu { delta: false, out } if out.dtype() == DType::F16 => EpilogueKind::SwiGluF16,
             Epilogue::SwiGlu { delta: false, .. } => EpilogueKind::SwiGlu,
             Epilogue::SwiGlu { delta: true, .. } => EpilogueKind::SwiGluDelta,
             Epilogue::Qkv { k_cache, delta, .. } => match (k_cache.dtype() == DType::F16, delta) {

@@ -431,7 +431,9 @@ fn kind(info: &wgpu::AdapterInfo) -> AdapterKind {
 }
 
 /// What a kernel with cooperative matrices needs beside subgroups.
-const COOPERATIVE: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16);
+const COOPERATIVE: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+    .union(wgpu::Features::SHADER_F16)
+    .union(wgpu::Features::SUBGROUP_BARRIER);
 
 /// Whether subgroups of `adapter` multiply 16x16 matrices of f16 into f32. Where subgroups vary in size, how many a
 /// workgroup has is unknown, and with it who multiplies what.

@@ -346,7 +346,7 @@ impl EpilogueCase {
         }
         let (out_rows, out_stride) = match kind {
             E::Store | E::Gelu => (num_active, num_columns),
-            E::SwiGlu | E::SwiGluDelta => (num_active, num_columns / 2),
+            E::SwiGlu | E::SwiGluF16 | E::SwiGluDelta => (num_active, num_columns / 2),
             E::QkvF32 | E::QkvF16 | E::QkvF32Delta | E::QkvF16Delta => (num_active, Self::Q_DIM),
             E::Residual | E::ResidualCopy | E::BlockEndExpert | E::BlockEndToken => (num_rows, num_columns),
             E::Encoded | E::BlockEndExpertEncoded | E::BlockEndTokenEncoded => (num_rows, num_columns),
@@ -420,7 +420,9 @@ impl EpilogueCase {
             EpilogueKind::Residual => Epilogue::Residual { residual, out, copy: None },
             EpilogueKind::ResidualCopy => Epilogue::Residual { residual, out, copy: Some(running) },
             EpilogueKind::Encoded => Epilogue::Encoded { residual, out, encoding: &self.encoding },
-            EpilogueKind::SwiGlu | EpilogueKind::SwiGluDelta => Epilogue::SwiGlu { out, delta },
+            EpilogueKind::SwiGlu | EpilogueKind::SwiGluF16 | EpilogueKind::SwiGluDelta => {
+                Epilogue::SwiGlu { out, delta }
+            }
             EpilogueKind::QkvF32 | EpilogueKind::QkvF16 | EpilogueKind::QkvF32Delta | EpilogueKind::QkvF16Delta => {
                 let (k_cache, v_cache) = (&self.k_cache.tensor, &self.v_cache.tensor);
                 Epilogue::Qkv { rope: &self.rope, q: out, k_cache, v_cache, delta }

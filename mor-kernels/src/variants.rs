@@ -140,7 +140,9 @@ pub fn all() -> Vec<Variant> {
         add_tokens_compact(&mut list);
         add_slots_compact(&mut list);
         list.add(&CrossEntropy::default());
-        list.add(&RmsNorm::default());
+        for half_output in [false, true] {
+            list.add(&RmsNorm { half_output, ..RmsNorm::default() });
+        }
         list.add(&SamplePartial::new(&list.caps));
         list.add(&SampleToken::new(&list.caps));
         for dtype in WEIGHT_DTYPES {
@@ -160,7 +162,11 @@ fn add_attention(list: &mut List) {
             for kv_table in [KvTable::Pages, KvTable::Slots] {
                 let shape = AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table };
                 for half_products in [false, true] {
-                    list.add(&AttentionPrefill::new(shape, half_products));
+                    let kernel = AttentionPrefill::new(shape, half_products);
+                    list.add(&kernel);
+                    if kernel.can_write_halves(&list.caps) {
+                        list.add(&AttentionPrefill { half_output: true, ..kernel });
+                    }
                 }
                 for num_splits in [1, 2, 8] {
                     list.add(&AttentionDecode::new(shape, num_splits, &list.caps));
@@ -194,6 +200,14 @@ fn add_linear(list: &mut List) {
         let prologues = [P::Compact, P::Stream, P::Norm];
         for prologue in prologues.into_iter().filter(|prologue| *prologue != P::Norm || tile.fuses_norm()) {
             for epilogue in epilogues(prologue) {
+                for weight_dtype in WEIGHT_DTYPES {
+                    list.add(&Linear { in_features: 960, weight_dtype, prologue, epilogue, tile });
+                }
+            }
+        }
+        if tile.multiplies_halves() {
+            for (prologue, epilogue) in [(P::CompactF16, EpilogueKind::Residual), (P::Compact, EpilogueKind::SwiGluF16)]
+            {
                 for weight_dtype in WEIGHT_DTYPES {
                     list.add(&Linear { in_features: 960, weight_dtype, prologue, epilogue, tile });
                 }

@@ -207,9 +207,21 @@ pub struct StepTensors {
     pub logits: Tensor,
     /// `[n, parts of V, 4]` u32, see [`SamplePartial`].
     partials: Tensor,
+    halves: Option<HalfTensors>,
     depthwise: Option<DepthwiseTensors>,
     /// Of decode steps of one row: runs all layers in one dispatch.
     pub layers: Option<LayersTensors>,
+}
+
+/// What the projections of prefill read, where they would round it to f16 in any case: half the bytes, the same products.
+#[derive(Clone, Debug)]
+struct HalfTensors {
+    /// As [`StepTensors::normed`], of layers.
+    normed: Tensor,
+    /// `[n, q columns]`, if attention can write it so.
+    attention: Option<Tensor>,
+    /// `[n, inner columns]`.
+    mlp: Tensor,
 }
 
 /// What depth-wise batching keeps from tick to tick besides the streams.
@@ -573,9 +585,26 @@ impl MorModel {
             router_hidden: router_width.map(|width| f32s("router_hidden", &[t, width])).transpose()?,
             logits: f32s("logits", &[logit_rows, self.logits_stride()])?,
             partials: Tensor::zeros(gpu, "partials", DType::U32, &[logit_rows, self.vocab_parts(), 4])?,
+            halves: self.half_tensors(t, decode)?,
             depthwise: depthwise.then(|| self.depthwise_tensors(t)).transpose()?,
             layers: None,
         })
+    }
+
+    /// Of a step of `capacity` rows, if its projections multiply halves. Adapters add to what they read, in f32.
+    fn half_tensors(&self, capacity: usize, decode: Option<Batching>) -> Result<Option<HalfTensors>> {
+        let (gpu, caps) = (&self.gpu, self.gpu.caps());
+        let adapts = self.weights.layers.iter().any(|layer| layer.projections().iter().any(|p| p.adapter.is_some()));
+        if decode.is_some() || self.precision != Precision::F16 || !caps.cooperative_matrices || adapts {
+            return Ok(None);
+        }
+        let halves = |label, columns: usize| Tensor::zeros(gpu, label, DType::F16, &[capacity, columns]);
+        let attention = AttentionPrefill::new(self.attention_shape(), true).can_write_halves(caps);
+        Ok(Some(HalfTensors {
+            normed: halves("normed.half", self.config.hidden_size)?,
+            attention: attention.then(|| halves("attention.half", self.q_dim())).transpose()?,
+            mlp: halves("mlp.half", self.mlp_dim())?,
+        }))
     }
 
     fn depthwise_tensors(&self, capacity: usize) -> Result<DepthwiseTensors> {
@@ -604,6 +633,9 @@ impl MorModel {
     pub fn step_bytes(&self, capacity: usize, logit_rows: usize) -> u64 {
         let config = &self.config;
         let mut per_row = 6 * config.hidden_size + 2 * self.q_dim() + config.intermediate_size + 64;
+        if self.precision == Precision::F16 {
+            per_row += (config.hidden_size + self.q_dim() + config.intermediate_size) / 2;
+        }
         if self.adapts(|layer| &layer.qkv_proj) {
             per_row += self.q_dim() + 2 * self.kv_dim();
         }
@@ -1022,7 +1054,8 @@ impl<'a> Recorder<'a> {
         self.record_projection(plan, rows, attended, all(&weights.o_proj), o, base)?;
 
         let mlp_dim = self.model.mlp_dim() as u32;
-        let swiglu = Epilogue::SwiGlu { out: &step.mlp, delta: false };
+        let mlp = self.halves().map_or(&step.mlp, |halves| &halves.mlp);
+        let swiglu = Epilogue::SwiGlu { out: mlp, delta: false };
         let behind_mlp =
             LinearParams { out_stride: mlp_dim, delta_start: step.mlp.shape()[0] as u32 * mlp_dim, ..base };
         self.record_projection(plan, rows, norm(&step.middle), all(&weights.gate_up_proj), swiglu, behind_mlp)?;
@@ -1046,7 +1079,7 @@ impl<'a> Recorder<'a> {
                 }
             },
         };
-        self.record_projection(plan, rows, Input::Compact { x: &step.mlp }, all(&weights.down_proj), down, base)
+        self.record_projection(plan, rows, Input::Compact { x: mlp }, all(&weights.down_proj), down, base)
     }
 
     /// Records attention of the queries in `step.q`; returns what `o_proj` reads.
@@ -1091,10 +1124,16 @@ impl<'a> Recorder<'a> {
                 })
             }
             None => {
-                let bindings = AttentionPrefillBindings { rows, q, keys, values, kv_table, out: &step.attention };
-                let half_products = self.model.precision == Precision::F16;
-                AttentionPrefill::new(shape, half_products).record(plan, bindings, AttentionPrefillParams { scale })?;
-                Ok(Input::Compact { x: &step.attention })
+                let half_output = self.halves().and_then(|halves| halves.attention.as_ref());
+                let out = half_output.unwrap_or(&step.attention);
+                let bindings = AttentionPrefillBindings { rows, q, keys, values, kv_table, out };
+                let kernel = AttentionPrefill::new(shape, self.model.precision == Precision::F16);
+                AttentionPrefill { half_output: half_output.is_some(), ..kernel }.record(
+                    plan,
+                    bindings,
+                    AttentionPrefillParams { scale },
+                )?;
+                Ok(Input::Compact { x: out })
             }
         }
     }
@@ -1116,7 +1155,7 @@ impl<'a> Recorder<'a> {
         };
         let input = match self.product(rows, columns.end - columns.start, weight) {
             // Both factors' norms are one.
-            Product::ManyRows { .. } => self.record_norm(plan, rows, input, params.eps)?,
+            Product::ManyRows { .. } => self.record_norm(plan, rows, input, params.eps, &step.normed)?,
             Product::FewRows { .. } => input,
         };
         let ranks = a.num_rows as u32;
@@ -1165,21 +1204,24 @@ impl<'a> Recorder<'a> {
         self.phase.product(self.model.gpu.caps(), self.model.precision, max_rows, outputs)
     }
 
-    /// Normalises `input` into the step's dense batch, if a norm is to come first.
+    /// The tensors in f16 between the kernels of prefill.
+    fn halves(&self) -> Option<&'a HalfTensors> {
+        self.step.halves.as_ref().filter(|_| self.phase == Phase::Prefill)
+    }
+
+    /// Normalises `input` into the dense batch `y`, if a norm is to come first.
     fn record_norm<'i>(
         &self,
         plan: &mut PlanBuilder<'_>,
         rows: &RowSet,
         input: Input<'i>,
         eps: f32,
-    ) -> Result<Input<'i>>
-    where
-        'a: 'i,
-    {
+        y: &'i Tensor,
+    ) -> Result<Input<'i>> {
         let Input::Norm { x, weight } = input else { return Ok(input) };
         let norm = RmsNormParams { hidden_size: weight.num_elems() as u32, eps };
-        let y = &self.step.normed;
-        RmsNorm::default().record(plan, RmsNormBindings { rows, x, weight, y }, norm)?;
+        let kernel = RmsNorm { half_output: y.dtype() == DType::F16, ..RmsNorm::default() };
+        kernel.record(plan, RmsNormBindings { rows, x, weight, y }, norm)?;
         Ok(Input::Compact { x: y })
     }
 
@@ -1196,8 +1238,11 @@ impl<'a> Recorder<'a> {
     ) -> Result<()> {
         let in_features = weight.in_features as u32;
         let product = self.product(rows, columns.end - columns.start, weight);
+        // The final hidden states, which the head reads, are a result in f32.
+        let halves = self.halves().filter(|_| !matches!(epilogue, Epilogue::Store { .. }));
+        let normed = halves.map_or(&self.step.normed, |halves| &halves.normed);
         let x = match product {
-            Product::ManyRows { norm_apart: true, .. } => self.record_norm(plan, rows, input, params.eps)?,
+            Product::ManyRows { norm_apart: true, .. } => self.record_norm(plan, rows, input, params.eps, normed)?,
             _ => input,
         };
         for shard in &weight.shards {

@@ -358,7 +358,7 @@ impl Engine {
             sequence: chunk.slot,
             position: chunk.position,
             tokens: &self.scheduler.tokens(chunk.id)[chunk.position..chunk.position + chunk.len],
-            sample: false,
+            sample: chunk.draws,
         };
         let feeds: Vec<_> = step.chunks.iter().map(feed).collect();
         let work = Work {
@@ -435,8 +435,9 @@ impl Engine {
         if end.is_some() {
             live.tell_prompt();
         }
-        for outcome in progress.outcomes {
+        for (i, outcome) in progress.outcomes.into_iter().enumerate() {
             let passes = match self.runner.batching() {
+                _ if i == 0 && progress.drew_reading => 0,
                 Batching::Lockstep => 1,
                 Batching::Depthwise => outcome.depth.max(1),
             };

@@ -2,12 +2,12 @@
 //! [`Step`]s ahead of their results from what it can know, and is told the results in order.
 //!
 //! A sequence waits, is admitted to a slot with the pages of its prompt, reads all of the prompt but its last token in
-//! chunks, and enters the decode batch with that one. From then on the device feeds itself, and the host knows bounds: a tick
-//! draws at most one token a slot, so pages are taken for as many tokens as ticks are under way, and given back where tokens
-//! turn out to leave recursions early. When pages run out, beginnings that nobody uses go first, then the youngest
-//! sequence: it gives up its slot and reads its tokens again later. Sequences are admitted in the order of their
-//! arrival and the oldest is never displaced, so each one ends. Plans depend on the order of arrivals and on results, not on
-//! the clock.
+//! chunks, and enters the decode batch with that one; where nobody decodes yet, the last chunk has that one too, and its step
+//! draws the first token. From then on the device feeds itself, and the host knows bounds: a tick draws at most one token a
+//! slot, so pages are taken for as many tokens as ticks are under way, and given back where tokens turn out to leave
+//! recursions early. When pages run out, beginnings that nobody uses go first, then the youngest sequence: it gives up its
+//! slot and reads its tokens again later. Sequences are admitted in the order of their arrival and the oldest is never
+//! displaced, so each one ends. Plans depend on the order of arrivals and on results, not on the clock.
 
 use std::collections::BTreeMap;
 
@@ -22,6 +22,10 @@ pub(crate) type SequenceId = u64;
 
 /// Most rows of a prefill step while other sequences decode: a long prompt must not hold them up.
 pub(crate) const ROWS_BESIDE_DECODING: usize = 512;
+
+/// Most sequences whose first tokens a prefill step draws. It computes the logits of each with a matrix-vector product; for
+/// many, the ticks' product of all is the cheaper one.
+const MOST_FIRST_DRAWS: usize = 8;
 
 /// What a scheduler needs to know of the model and the device's memory.
 #[derive(Clone, Debug)]
@@ -81,6 +85,8 @@ pub(crate) struct Chunk {
     pub(crate) id: SequenceId,
     pub(crate) position: usize,
     pub(crate) len: usize,
+    /// Whether the token after them is drawn: they are the last of the sequence.
+    pub(crate) draws: bool,
 }
 
 /// A token that a slot's decoding starts from.
@@ -130,10 +136,12 @@ pub(crate) struct Progress {
     pub(crate) id: SequenceId,
     /// Position of the first of `depths`.
     pub(crate) position: usize,
-    /// Recursions of tokens that were read.
+    /// Recursions of tokens that were read, but for one that a token was drawn after.
     pub(crate) depths: Vec<u32>,
     /// Tokens drawn, ascending.
     pub(crate) outcomes: Vec<Outcome>,
+    /// Whether a prefill step drew the first of them.
+    pub(crate) drew_reading: bool,
 }
 
 /// K/V pages and entries, by class of pages.
@@ -177,6 +185,8 @@ struct Running {
     decodes: bool,
     /// Ticks planned for it whose results have not arrived.
     ticks_ahead: usize,
+    /// Whether a prefill step is under way that draws a token for it.
+    draw_ahead: bool,
     /// Entries of the tokens with known depths, per group.
     entries: Vec<usize>,
     /// Per group, in the order of entries.
@@ -365,8 +375,15 @@ impl Scheduler {
             let Some(running) = staying(&mut self.slots, chunk.slot, *admission) else { continue };
             running.count(layout, own);
             of_slot[chunk.slot] = Some(progress.len());
+            let (mut depths, mut outcomes) = (own.to_vec(), Vec::new());
+            if chunk.draws {
+                depths.pop();
+                running.draw_ahead = false;
+                outcomes = drawn(chunk.slot, chunk.position + depths.len());
+                running.sequence.tokens.extend(outcomes.iter().map(|outcome| outcome.next_token));
+            }
             let (id, position) = (chunk.id, chunk.position);
-            progress.push(Progress { id, position, depths: own.to_vec(), outcomes: Vec::new() });
+            progress.push(Progress { id, position, depths, outcomes, drew_reading: chunk.draws });
         }
         for (slot, id, admission) in &step.decoding {
             let Some(running) = staying(&mut self.slots, *slot, *admission) else { continue };
@@ -381,7 +398,8 @@ impl Scheduler {
                 None if outcomes.is_empty() => {}
                 None => {
                     of_slot[*slot] = Some(progress.len());
-                    progress.push(Progress { id: *id, position: 0, depths: Vec::new(), outcomes });
+                    let (position, depths) = (0, Vec::new());
+                    progress.push(Progress { id: *id, position, depths, outcomes, drew_reading: false });
                 }
             }
         }
@@ -487,6 +505,7 @@ impl Scheduler {
             read: prefix.depths.len(),
             decodes: false,
             ticks_ahead: 0,
+            draw_ahead: false,
             entries: vec![0; num_groups],
             pages: prefix.full,
             kept: prefix.end,
@@ -593,11 +612,22 @@ impl Scheduler {
                 left -= more;
             }
         }
+        // Those who only decode are not among the readers.
+        let all_begin = self.slots.iter().flatten().all(|running| running.read < running.to_read);
+        let may_draw = all_begin && reading.len() <= MOST_FIRST_DRAWS;
         let mut chunks: Vec<_> = reading.into_iter().zip(rows).filter(|(_, rows)| *rows > 0).collect();
         chunks.sort_unstable();
-        for (slot, len) in chunks {
+        for (slot, mut len) in chunks {
             let running = self.slots[slot].as_mut().expect("it runs");
-            step.chunks.push(Chunk { slot, id: running.id, position: running.read, len });
+            let wants_token = running.to_read < running.sequence.tokens.len();
+            let draws = may_draw && left > 0 && wants_token && running.read + len == running.to_read;
+            if draws {
+                left -= 1;
+                len += 1;
+                running.to_read += 1;
+                (running.decodes, running.draw_ahead) = (true, true);
+            }
+            step.chunks.push(Chunk { slot, id: running.id, position: running.read, len, draws });
             step.reading.push(running.admission);
             running.read += len;
         }
@@ -605,6 +635,10 @@ impl Scheduler {
 
     /// Lets sequences that have read their prompts decode.
     fn decode(&mut self, step: &mut Step) {
+        // The first tokens that a prefill step draws arrive with its results: nothing is to come between.
+        if step.chunks.iter().any(|chunk| chunk.draws) {
+            return;
+        }
         // Whose prompts were just read wait for their first tokens, and nobody else for more.
         let all_begin = self.slots.iter().flatten().all(|running| !running.decodes);
         let ticks = if all_begin && self.options.ticks_of_token == 1 { 1 } else { self.options.ticks };
@@ -621,7 +655,8 @@ impl Scheduler {
                 step.entries.push(Entry { slot, position, token: sequence.tokens[position] });
             }
             // A token is drawn in the tick after its last recursion.
-            let surely_drawn = running.ticks_ahead.saturating_sub(1) / self.options.ticks_of_token;
+            let surely_drawn =
+                usize::from(running.draw_ahead) + running.ticks_ahead.saturating_sub(1) / self.options.ticks_of_token;
             any |= sequence.tokens.len() + surely_drawn < sequence.limit;
             step.decoding.push((slot, running.id, running.admission));
             let context = running.depths.len().max(running.read) + running.ticks_ahead + ticks + 1;
@@ -738,6 +773,18 @@ mod tests {
         drawn: Vec<Outcome>,
     }
 
+    impl Slot {
+        fn draw(&mut self) {
+            let next_token = next_token(&self.tokens);
+            let position = self.tokens.len() - 1;
+            self.drawn.push(Outcome { position, depth: depth(&self.tokens), next_token });
+            if next_token != 0 && position + 2 < self.limit {
+                self.tokens.push(next_token);
+                self.has_next = true;
+            }
+        }
+    }
+
     impl Device {
         fn store(&mut self, slot: usize, group: usize) {
             let (layout, state) = (&self.layout, &mut self.slots[slot]);
@@ -787,6 +834,9 @@ mod tests {
                         }
                     }
                 }
+                if chunk.draws {
+                    self.slots[chunk.slot].draw();
+                }
             }
             for entry in &step.entries {
                 let slot = &mut self.slots[entry.slot];
@@ -811,14 +861,8 @@ mod tests {
             if let Some(passes) = slot.passes
                 && passes >= depth(&slot.tokens)
             {
-                let next_token = next_token(&slot.tokens);
-                let position = slot.tokens.len() - 1;
-                slot.drawn.push(Outcome { position, depth: depth(&slot.tokens), next_token });
                 slot.passes = None;
-                if next_token != 0 && position + 2 < slot.limit {
-                    slot.tokens.push(next_token);
-                    slot.has_next = true;
-                }
+                slot.draw();
             }
             let slot = &mut self.slots[at];
             let enters = slot.passes.is_none() && std::mem::take(&mut slot.has_next);

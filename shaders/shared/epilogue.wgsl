@@ -7,7 +7,7 @@
 // GELU              out[i, o] = gelu(scale * v), the exact (erf) form            compact
 // RESIDUAL          out[r, o] = residual[r, o] + v                               streams [T, out_stride]
 // RESIDUAL_COPY     as RESIDUAL, and into copy[r, o] too                         streams
-// SWIGLU            out[i, o/2] = silu(v.x) * v.y                                compact [n, out_stride]
+// SWIGLU            out[i, o/2] = silu(v.x) * v.y                                compact [n, out_stride], OUT_F16: f16
 // QKV               o < q_dim: q rotated into out, compact; then kv_dim columns of k, rotated, and kv_dim of v, into
 //                   the caches at the row's slot, if it has one
 // BLOCK_END_EXPERT  rows with END_GATED: out[r] += gate[r] * (residual[r] + v)
@@ -18,7 +18,9 @@
 //
 // The including kernel declares `params` with the fields of LinearParams (mor-kernels/src/epilogue.rs).
 
-#if SWIGLU
+#if OUT_F16
+@group(0) @binding(4) var<storage, read_write> out: array<f16>;
+#elif SWIGLU
 @group(0) @binding(4) var<storage, read_write> out: array<f32>;
 #else
 @group(0) @binding(4) var<storage, read_write> out: array<vec2<f32>>;
@@ -151,7 +153,12 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, product: vec2<f32>, read: Operands
 #endif
 #if SWIGLU
     // exp overflows to infinity for very negative gates, and the quotient is then the correct 0.
-    out[i * params.out_stride + o / 2u] = v.x / (1.0 + exp(-v.x)) * v.y;
+    let y = v.x / (1.0 + exp(-v.x)) * v.y;
+#if OUT_F16
+    out[i * params.out_stride + o / 2u] = f16(y);
+#else
+    out[i * params.out_stride + o / 2u] = y;
+#endif
 #endif
 #if BLOCK_END_EXPERT
     if entry.end == END_GATED {

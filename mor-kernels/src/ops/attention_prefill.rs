@@ -22,6 +22,8 @@ pub struct AttentionPrefill {
     pub shape: AttentionShape,
     /// Whether queries and weights may be rounded to f16, where the device has cooperative matrices and the cache holds f16.
     pub half_products: bool,
+    /// Whether results are f16, where [`AttentionPrefill::can_write_halves`].
+    pub half_output: bool,
 }
 
 /// Constants of a call. Mirrors `struct Params` of the shader.
@@ -45,7 +47,7 @@ pub struct AttentionPrefillBindings<'a> {
     pub values: &'a Tensor,
     /// Pages or slots, u32.
     pub kv_table: &'a Tensor,
-    /// `[n, H, D]` f32, written.
+    /// `[n, H, D]` f32 or f16, written.
     pub out: &'a Tensor,
 }
 
@@ -76,7 +78,12 @@ const FRAGMENT: u32 = 16;
 impl AttentionPrefill {
     /// The kernel for `shape`; `half_products` allows queries and weights to be rounded to f16.
     pub fn new(shape: AttentionShape, half_products: bool) -> Self {
-        Self { shape, half_products }
+        Self { shape, half_products, half_output: false }
+    }
+
+    /// Whether a device with `caps` can write results as f16: one whose cooperative matrices serve.
+    pub fn can_write_halves(&self, caps: &DeviceCaps) -> bool {
+        matches!(self.tiles(caps), Tiles::Cooperative { .. })
     }
 
     /// Records the kernel over all active rows.
@@ -99,7 +106,13 @@ impl AttentionPrefill {
                 expected: format!("at least {num_elems} elements"),
             });
         }
-        let block_q = self.tiles(plan.gpu().caps()).block_q();
+        let expected = if self.half_output { DType::F16 } else { DType::F32 };
+        let caps = plan.gpu().caps();
+        if b.out.dtype() != expected || self.half_output && !self.can_write_halves(caps) {
+            let (found, expected) = (describe(b.out), format!("{expected:?}, f16 with cooperative matrices alone"));
+            return Err(KernelError::Shape { kernel: Self::NAME, what: "out", found, expected });
+        }
+        let block_q = self.tiles(caps).block_q();
         plan.dispatch(self, &b, &p, Grid::rows(b.rows, self.shape.num_attention_heads, block_q))
     }
 
@@ -211,6 +224,7 @@ impl Kernel for AttentionPrefill {
                     .u32("FRAGMENTS_K", of_tile)
                     .u32("PASS", pass)
                     .u32("PASSES", of_head / pass)
+                    .flag("OUT_F16", self.half_output)
                     .flag("COOPERATIVE", true)
             }
         }

@@ -16,15 +16,16 @@ const BROADCAST_LANES: u32 = 8;
 const FRAGMENT: u32 = 16;
 
 /// Fields of [`LinearTile::Cooperative`] in their order, and the workgroups an output must have to be worth the tile, which
-/// is to say the GPU filled: measured on an H200 and an H100, see `benches/runs`.
+/// is to say the GPU filled: measured on an H200 and an H100, see `benches/runs`. NVIDIA's driver gives a processor 48 KiB of
+/// workgroup memory in all: two workgroups share one only where a tile takes half of that, as the first does to the byte.
 const COOPERATIVE_TILES: [([u32; 7], u32); 11] = [
+    ([128, 128, 32, 2, 2, 1, 1], 400),
     ([128, 128, 64, 4, 2, 1, 1], 264),
     ([128, 192, 32, 2, 4, 1, 1], 96),
-    ([128, 64, 64, 4, 2, 1, 1], 110),
-    ([64, 128, 64, 2, 2, 2, 1], 96),
+    ([64, 128, 64, 2, 4, 1, 1], 96),
     ([64, 96, 64, 2, 2, 2, 1], 96),
-    ([64, 64, 64, 2, 2, 2, 1], 96),
-    ([32, 64, 128, 1, 2, 4, 1], 96),
+    ([64, 64, 64, 2, 2, 1, 1], 96),
+    ([32, 64, 64, 1, 2, 2, 1], 96),
     ([32, 32, 256, 1, 2, 4, 1], 96),
     ([16, 32, 128, 1, 2, 4, 4], 160),
     ([16, 32, 256, 1, 1, 8, 2], 96),
@@ -54,9 +55,10 @@ pub struct Linear {
     pub in_features: u32,
     /// Element type of the weight.
     pub weight_dtype: DType,
-    /// Input side; [`PrologueKind::Norm`] where [`LinearTile::fuses_norm`], never [`PrologueKind::Merge`].
+    /// Input side; [`PrologueKind::Norm`] where [`LinearTile::fuses_norm`], [`PrologueKind::CompactF16`] where
+    /// [`LinearTile::multiplies_halves`], never [`PrologueKind::Merge`].
     pub prologue: PrologueKind,
-    /// Output side.
+    /// Output side; [`EpilogueKind::SwiGluF16`] where [`LinearTile::multiplies_halves`].
     pub epilogue: EpilogueKind,
     /// How the product is computed.
     pub tile: LinearTile,
@@ -123,6 +125,24 @@ pub struct LinearBindings<'a> {
     pub epilogue: Epilogue<'a>,
 }
 
+/// [`COOPERATIVE_TILES`].
+fn cooperative_tiles() -> impl Iterator<Item = (LinearTile, u32)> {
+    COOPERATIVE_TILES.iter().map(|&(tile, min_workgroups)| {
+        let [tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead] = tile;
+        let tile = LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead };
+        (tile, min_workgroups)
+    })
+}
+
+/// [`STAGED_TILES`].
+fn staged_tiles() -> impl Iterator<Item = (LinearTile, u32)> {
+    STAGED_TILES.iter().map(|&(tile, min_workgroups)| {
+        let [tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead] = tile;
+        let tile = LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead };
+        (tile, min_workgroups)
+    })
+}
+
 /// Size of all subgroups, where matrices are multiplied.
 fn subgroup_width(caps: &DeviceCaps) -> u32 {
     caps.subgroup_sizes.map_or(1, |(min, _)| min)
@@ -148,19 +168,9 @@ impl LinearTile {
                 && tile.is_valid(caps)
                 && tile.storage_bytes(true) <= caps.max_workgroup_storage_bytes
         };
-        let cooperative = COOPERATIVE_TILES.iter().map(|&(tile, min_workgroups)| {
-            let [tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead] = tile;
-            let tile = LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead };
-            (tile, min_workgroups)
-        });
-        let staged = STAGED_TILES.iter().map(|&(tile, min_workgroups)| {
-            let [tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead] = tile;
-            let tile = LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead };
-            (tile, min_workgroups)
-        });
-        cooperative
+        cooperative_tiles()
             .filter(|_| half_products && caps.cooperative_matrices)
-            .chain(staged)
+            .chain(staged_tiles())
             .find(|&(tile, min_workgroups)| fits(tile, min_workgroups))
             .expect("the last tile fits every device within WebGPU's limits")
             .0
@@ -169,6 +179,11 @@ impl LinearTile {
     /// Whether [`PrologueKind::Norm`] is possible. Elsewhere every thread would compute the norm for itself.
     pub fn fuses_norm(self) -> bool {
         !matches!(self, LinearTile::Direct { .. })
+    }
+
+    /// Whether x is rounded to f16, so that whoever makes it may round it as well and to the same effect.
+    pub fn multiplies_halves(self) -> bool {
+        matches!(self, LinearTile::Cooperative { .. })
     }
 
     /// Whether each lane of a subgroup loads one row of x and broadcasts it: there must be as many rows as lanes,
@@ -233,7 +248,9 @@ impl LinearTile {
             LinearTile::Direct { .. } => true,
             LinearTile::Staged { tile_m, tile_n, tile_k, .. }
             | LinearTile::Cooperative { tile_m, tile_n, tile_k, .. } => {
-                divides(tile_m * tile_k, threads, 4) && divides(tile_n * tile_k, threads, 8)
+                // Units of x are 4 elements, or 8 of f16.
+                divides(tile_m * tile_k, threads, if self.multiplies_halves() { 8 } else { 4 })
+                    && divides(tile_n * tile_k, threads, 8)
                     // The norm's sums: a thread loads one column of the tile of x.
                     && divides(threads, tile_k / 4, 1)
             }
@@ -253,7 +270,7 @@ impl LinearTile {
         factors
             + match self {
                 LinearTile::Cooperative { subgroups_m, subgroups_n, split_k, .. } => {
-                    let results = 4 * split_k * subgroups_m * subgroups_n * FRAGMENT * (FRAGMENT + 4);
+                    let results = 4 * split_k * subgroups_m * subgroups_n * FRAGMENT * FRAGMENT;
                     8 * (tile_m + tile_n) * (tile_k / 4 + 2) + results.max(squares)
                 }
                 _ => 16 * (tile_m + tile_n) * (tile_k / 4 + 1) + squares,
@@ -305,6 +322,8 @@ impl Linear {
         }
         match prologue {
             PrologueKind::Compact | PrologueKind::Stream => {}
+            PrologueKind::CompactF16 if self.tile.multiplies_halves() => {}
+            PrologueKind::CompactF16 => return unfit("prologue", "CompactF16".to_owned(), "f32 for this tile"),
             PrologueKind::Norm if self.tile.fuses_norm() => {}
             PrologueKind::Norm => {
                 return unfit("prologue", "Norm".to_owned(), "a tile that fuses it, or rms_norm before");
@@ -315,6 +334,9 @@ impl Linear {
         }
         if b.epilogue.kind() != self.epilogue {
             return unfit("epilogue", format!("{:?}", b.epilogue.kind()), &format!("{:?}", self.epilogue));
+        }
+        if self.epilogue == EpilogueKind::SwiGluF16 && !self.tile.multiplies_halves() {
+            return unfit("epilogue", "SwiGluF16".to_owned(), "f32 for this tile");
         }
         Ok(())
     }
@@ -332,6 +354,7 @@ impl Kernel for Linear {
             .u32("TILE_M", tile_m)
             .u32("TILE_N", tile_n)
             .flag("X_BY_ROW", matches!(self.prologue, PrologueKind::Stream | PrologueKind::Norm))
+            .flag("X_F16", self.prologue == PrologueKind::CompactF16)
             .flag("NORM", self.prologue == PrologueKind::Norm);
         let definitions = match self.tile {
             LinearTile::Staged { tile_k, thread_m, thread_n, split_k, ahead, .. } => definitions
@@ -349,6 +372,7 @@ impl Kernel for Linear {
                 .u32("STEPS", tile_k / split_k / FRAGMENT)
                 .u32("SUBGROUP_WIDTH", subgroup_width(caps))
                 .u32("SPLIT_K", split_k)
+                .flag("SLICED", split_k > 1)
                 .flag("STAGED", true)
                 .flag("COOPERATIVE", true),
             LinearTile::Direct { thread_n, .. } => definitions
@@ -386,20 +410,11 @@ mod tests {
         if !gpu.caps().cooperative_matrices {
             println!("\"{}\" has no cooperative matrices: their tiles are not run", gpu.summary().name);
         }
-        let mut tiles = Vec::new();
-        for (is_cpu, half_products) in [(true, false), (false, false), (false, true)] {
-            let caps = DeviceCaps { is_cpu, ..gpu.caps().clone() };
-            for max_rows in [1, 8, 16, 32, 64, 128, 256, 512, 4096] {
-                for num_outputs in [64, 960, 4096, 49152] {
-                    let tile = LinearTile::for_shape(&caps, max_rows, num_outputs, half_products);
-                    assert!(tile.is_valid(&caps), "{tile:?}");
-                    if !tiles.contains(&tile) {
-                        tiles.push(tile);
-                    }
-                }
-            }
-        }
-        tiles
+        let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, 64, 64, false);
+        let cooperative = cooperative_tiles().filter(|_| gpu.caps().cooperative_matrices);
+        let fits = |tile: &LinearTile| tile.storage_bytes(true) <= gpu.caps().max_workgroup_storage_bytes;
+        let others = staged_tiles().chain(cooperative).map(|(tile, _)| tile);
+        std::iter::once(on_cpu).chain(others.filter(|tile| tile.is_valid(gpu.caps()) && fits(tile))).collect()
     }
 
     fn dispatch(gpu: &Gpu, kernel: Linear, bindings: &LinearBindings<'_>, params: &LinearParams, num_active: usize) {
@@ -549,6 +564,45 @@ mod tests {
         });
     }
 
+    /// Inputs and outputs in f16 are what those in f32 are when rounded, to the bit.
+    #[test]
+    fn halves_are_rounded_floats() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("linear halves");
+            let (in_features, num_outputs, num_rows) = (136, 130, 150);
+            let (weight, _) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::F16);
+            let active = parity::some_rows(&mut rng, num_rows, num_rows);
+            let rows = parity::row_set(gpu, &active);
+            let x = rng.normals(num_rows * in_features);
+            let rounded: Vec<half::f16> = x.iter().map(|v| half::f16::from_f32(*v)).collect();
+            let x = parity::upload(gpu, &x);
+            let rounded =
+                Tensor::from_slice(gpu, "x", DType::F16, &[num_rows, in_features], &rounded).expect("it fits");
+            for tile in tiles(gpu).into_iter().filter(|tile| tile.multiplies_halves()) {
+                let shape = [num_rows, num_outputs / 2];
+                let run = |x, dtype| {
+                    let out = Tensor::zeros(gpu, "out", dtype, &shape).expect("it fits");
+                    let (prologue, epilogue) = (Prologue::Compact { x }, Epilogue::SwiGlu { out: &out, delta: false });
+                    let (prologue_kind, epilogue_kind) = (prologue.kind(), epilogue.kind());
+                    let (in_features, weight_dtype) = (in_features as u32, DType::F16);
+                    let kernel =
+                        Linear { in_features, weight_dtype, prologue: prologue_kind, epilogue: epilogue_kind, tile };
+                    let (num_outputs, out_stride) = (num_outputs as u32, num_outputs as u32 / 2);
+                    let params = LinearParams { num_outputs, out_stride, in_features, ..Default::default() };
+                    let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue };
+                    dispatch(gpu, kernel, &bindings, &params, num_rows);
+                    out
+                };
+                let floats: Vec<f32> = gpu.read(&run(&x, DType::F32)).expect("the device answers");
+                let want: Vec<half::f16> = floats.into_iter().map(half::f16::from_f32).collect();
+                for x in [&x, &rounded] {
+                    let halves: Vec<half::f16> = gpu.read(&run(x, DType::F16)).expect("the device answers");
+                    assert_eq!(halves, want, "linear {profile} {tile:?} {:?}", x.dtype());
+                }
+            }
+        });
+    }
+
     /// What batch invariance rests on: a row's results have the same bits wherever it stands and whatever is beside it.
     #[test]
     fn rows_do_not_depend_on_their_place() {
@@ -603,6 +657,7 @@ mod tests {
     fn refuses_wrong_shapes() {
         let gpu = parity::gpu();
         let weight = Tensor::zeros(gpu, "weight", DType::F16, &[6, 16]).expect("it fits");
+        let x = Tensor::zeros(gpu, "x", DType::F32, &[6, 16]).expect("it fits");
         let rows = parity::row_set(gpu, &[]);
         let kernel = Linear {
             in_features: 16,
@@ -614,8 +669,8 @@ mod tests {
         let bindings = LinearBindings {
             rows: &rows,
             weight: &weight,
-            prologue: Prologue::Compact { x: &weight },
-            epilogue: Epilogue::Store { out: &weight },
+            prologue: Prologue::Compact { x: &x },
+            epilogue: Epilogue::Store { out: &x },
         };
         let message = |kernel: Linear, num_outputs, in_features| {
             let params = LinearParams { num_outputs, in_features, ..Default::default() };
@@ -637,5 +692,10 @@ mod tests {
         assert_eq!(message(gelu, 6, 16), Err("linear: epilogue has Store, expected Gelu".to_owned()));
         let odd = Linear { tile: LinearTile::Direct { tile_m: 4, tile_n: 8, thread_n: 1 }, ..kernel };
         assert!(message(odd, 6, 16).is_err());
+        let halves = LinearBindings { prologue: Prologue::Compact { x: &weight }, ..bindings };
+        let kernel_of_halves = Linear { prologue: PrologueKind::CompactF16, ..kernel };
+        let params = LinearParams { num_outputs: 6, in_features: 16, ..Default::default() };
+        let message = kernel_of_halves.check(gpu.caps(), &halves, &params).map_err(|error| error.to_string());
+        assert_eq!(message, Err("linear: prologue has CompactF16, expected f32 for this tile".to_owned()));
     }
 }

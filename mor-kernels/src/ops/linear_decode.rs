@@ -12,7 +12,7 @@ use crate::tensor::{DType, TEXEL_ROW, Tensor};
 /// What happens to the input before the product, with the tensors it takes.
 #[derive(Clone, Copy, Debug)]
 pub enum Prologue<'a> {
-    /// The compact input `[n, K]` f32 as it is.
+    /// The compact input `[n, K]` f32 as it is; [`Linear`](super::Linear) takes f16 too, where it multiplies halves.
     Compact {
         /// The input.
         x: &'a Tensor,
@@ -47,6 +47,8 @@ pub enum Prologue<'a> {
 pub enum PrologueKind {
     /// [`Prologue::Compact`].
     Compact,
+    /// [`Prologue::Compact`] of f16.
+    CompactF16,
     /// [`Prologue::Stream`].
     Stream,
     /// [`Prologue::Norm`].
@@ -64,6 +66,7 @@ impl<'a> Prologue<'a> {
     /// What to specialise the kernel for.
     pub fn kind(&self) -> PrologueKind {
         match *self {
+            Prologue::Compact { x } if x.dtype() == DType::F16 => PrologueKind::CompactF16,
             Prologue::Compact { .. } => PrologueKind::Compact,
             Prologue::Stream { .. } => PrologueKind::Stream,
             Prologue::Norm { .. } => PrologueKind::Norm,
@@ -174,12 +177,18 @@ impl LinearDecode {
     /// Records the kernel over all active rows.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if the call has another size than the kernel, and as [`PlanBuilder::dispatch`].
+    /// [`KernelError::Shape`] if the call has another size than the kernel or tensors in f16, and as
+    /// [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: &LinearDecodeBindings<'_>, p: &LinearParams) -> Result<()> {
         let (found, expected) = ([p.num_outputs, p.in_features], [self.num_outputs, self.in_features]);
         if found != expected {
             let (found, expected) = (format!("{found:?}"), format!("{expected:?}"));
             return Err(KernelError::Shape { kernel: Self::NAME, what: "outputs and inputs", found, expected });
+        }
+        let (prologue, epilogue) = (b.prologue.kind(), b.epilogue.kind());
+        if prologue == PrologueKind::CompactF16 || epilogue == EpilogueKind::SwiGluF16 {
+            let (found, expected) = (format!("{prologue:?} and {epilogue:?}"), "f32".to_owned());
+            return Err(KernelError::Shape { kernel: Self::NAME, what: "activations", found, expected });
         }
         plan.dispatch(self, b, p, Grid::rows(b.rows, self.workgroups_x(), self.rows))
     }

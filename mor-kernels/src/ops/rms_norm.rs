@@ -1,12 +1,12 @@
 //! Normalises the active rows of a stream into a dense batch.
 
 use crate::caps::DeviceCaps;
-use crate::error::Result;
+use crate::error::{KernelError, Result};
 use crate::kernel::{Binding, Kernel};
 use crate::plan::{Grid, PlanBuilder};
 use crate::rows::RowSet;
 use crate::shader::Definitions;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// `y[i] = weight * x[r] / sqrt(mean(x[r]^2) + eps)` for the active rows `r`.
 ///
@@ -16,6 +16,8 @@ use crate::tensor::Tensor;
 pub struct RmsNorm {
     /// Threads of a workgroup: a power of two.
     pub workgroup_size: u32,
+    /// Whether y is f16.
+    pub half_output: bool,
 }
 
 /// Sizes and constants of a call. Mirrors `struct Params` of the shader.
@@ -37,13 +39,13 @@ pub struct RmsNormBindings<'a> {
     pub x: &'a Tensor,
     /// `[C]` f32.
     pub weight: &'a Tensor,
-    /// `[n, C]` f32, written.
+    /// `[n, C]` f32 or f16, written.
     pub y: &'a Tensor,
 }
 
 impl Default for RmsNorm {
     fn default() -> Self {
-        Self { workgroup_size: 64 }
+        Self { workgroup_size: 64, half_output: false }
     }
 }
 
@@ -51,8 +53,13 @@ impl RmsNorm {
     /// Records the kernel over all active rows.
     ///
     /// # Errors
-    /// As [`PlanBuilder::dispatch`].
+    /// [`KernelError::Shape`] if y is not what the kernel writes; as [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: RmsNormBindings<'_>, p: RmsNormParams) -> Result<()> {
+        let expected = if self.half_output { DType::F16 } else { DType::F32 };
+        if b.y.dtype() != expected {
+            let (found, expected) = (format!("{:?}", b.y.dtype()), format!("{expected:?}"));
+            return Err(KernelError::Shape { kernel: Self::NAME, what: "y", found, expected });
+        }
         plan.dispatch(self, &b, &p, Grid::rows(b.rows, 1, 1))
     }
 }
@@ -63,7 +70,7 @@ impl Kernel for RmsNorm {
     type Bindings<'a> = RmsNormBindings<'a>;
 
     fn definitions(&self, _: &DeviceCaps) -> Definitions {
-        Definitions::new().u32("WORKGROUP_SIZE", self.workgroup_size)
+        Definitions::new().u32("WORKGROUP_SIZE", self.workgroup_size).flag("OUT_F16", self.half_output)
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
@@ -116,6 +123,18 @@ mod tests {
                     });
                     let what = format!("rms_norm {profile} C={hidden_size} n={num_active}");
                     parity::assert_close(&what, &y.read(gpu), &want, Tolerance::F32);
+
+                    let halves =
+                        Tensor::zeros(gpu, "y", DType::F16, &[num_active.max(1), hidden_size]).expect("it fits");
+                    let kernel = RmsNorm { half_output: true, ..kernel };
+                    let bindings = RmsNormBindings { y: &halves, ..bindings };
+                    parity::run(gpu, |plan| {
+                        plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, num_active as u32, 1]))
+                    });
+                    let halves: Vec<half::f16> = gpu.read(&halves).expect("the device answers");
+                    let halves: Vec<f32> = halves.into_iter().map(f32::from).take(want.len()).collect();
+                    let want: Vec<f32> = want.iter().map(|v| f32::from(half::f16::from_f32(*v))).collect();
+                    parity::assert_close(&format!("{what} halves"), &halves, &want, Tolerance::F16);
                 }
             }
         });

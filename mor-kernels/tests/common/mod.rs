@@ -23,7 +23,7 @@ pub(crate) fn parse(variant: &Variant) -> (Module, ModuleInfo) {
     // Packed half floats (unpack2x16float) are part of WebGPU; f16 types are not, and stay refused but for matrices.
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     capabilities.set(Capabilities::SUBGROUP, uses_subgroups(variant));
-    let matrices = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16;
+    let matrices = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP_BARRIER;
     capabilities.set(matrices, uses_matrices(variant));
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
