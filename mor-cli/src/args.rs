@@ -4,7 +4,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
-use mor_runtime::{DeviceSelector, KvStrategy, Precision, Quantization, Routing, SamplingParams, SessionOptions};
+use mor_runtime::{
+    BatchOptions, DeviceSelector, KvStrategy, Precision, Quantization, Routing, SamplingParams, SessionOptions,
+};
 
 use crate::bench::BenchArgs;
 use crate::chat::ChatArgs;
@@ -382,9 +384,17 @@ pub(crate) struct LoadArgs {
     dtype: DtypeArg,
     #[command(flatten)]
     quantize: QuantizeArg,
+    /// Decode one sequence with all layers of a step in one dispatch, if the model and the device allow it; faster
+    #[arg(long)]
+    persistent: bool,
 }
 
 impl LoadArgs {
+    /// What else there is to choose is the default.
+    pub(crate) fn batch(&self) -> BatchOptions {
+        BatchOptions { persistent: self.persistent, ..BatchOptions::default() }
+    }
+
     pub(crate) fn selector(&self) -> DeviceSelector {
         self.device.selector()
     }
@@ -395,7 +405,12 @@ impl LoadArgs {
 
     /// What else there is to choose is the default.
     pub(crate) fn options(&self) -> SessionOptions {
-        SessionOptions { precision: self.dtype.precision(), quantize: self.quantization(), ..SessionOptions::default() }
+        SessionOptions {
+            precision: self.dtype.precision(),
+            quantize: self.quantization(),
+            batch: self.batch(),
+            ..SessionOptions::default()
+        }
     }
 }
 

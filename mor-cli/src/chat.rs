@@ -118,7 +118,7 @@ pub(crate) fn run(args: &ChatArgs) -> anyhow::Result<ExitCode> {
     let options = SessionOptions {
         kv: args.kv.map(|kv| kv.strategy()),
         depth,
-        batch: BatchOptions { max_context: Some(context), ..BatchOptions::default() },
+        batch: BatchOptions { max_context: Some(context), ..args.load.batch() },
         ..args.load.options()
     };
     let mut session = model.load(args.load.selector(), options)?;

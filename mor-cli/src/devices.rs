@@ -38,6 +38,7 @@ struct Features {
     subgroup_sizes: Option<[u32; 2]>,
     shader_f16: bool,
     cooperative_matrices: bool,
+    coherent_storage: bool,
     timestamps: bool,
 }
 
@@ -86,6 +87,7 @@ impl From<AdapterSummary> for Report {
                 subgroup_sizes: caps.subgroup_sizes.map(|(min, max)| [min, max]),
                 shader_f16: caps.shader_f16,
                 cooperative_matrices: caps.cooperative_matrices,
+                coherent_storage: caps.coherent_storage,
                 timestamps: caps.timestamps,
             },
             limits: Limits {
@@ -124,9 +126,11 @@ impl Report {
             format!("   memory    {memory}"),
             format!("   profile   {} storage, {lanes} over {} lanes", profile.dtype, profile.lane_width),
             format!(
-                "   features  subgroups {subgroups}, f16 arithmetic {}, cooperative matrices {}, timestamps {}",
+                "   features  subgroups {subgroups}, f16 arithmetic {}, cooperative matrices {}, coherent storage {}, \
+                 timestamps {}",
                 yes_no(features.shader_f16),
                 yes_no(features.cooperative_matrices),
+                yes_no(features.coherent_storage),
                 yes_no(features.timestamps)
             ),
             format!(
@@ -155,6 +159,7 @@ mod tests {
             subgroup_sizes: Some((8, 32)),
             shader_f16: false,
             cooperative_matrices: false,
+            coherent_storage: false,
             timestamps: true,
             max_storage_binding_bytes: 128 << 20,
             max_buffer_bytes: 1 << 30,
@@ -163,6 +168,7 @@ mod tests {
             max_workgroups: 65535,
             max_storage_buffers: 8,
             uniform_alignment: 256,
+            storage_alignment: 256,
             is_cpu: false,
         };
         let report = Report::from(AdapterSummary {

@@ -98,7 +98,7 @@ pub(crate) fn prepare(args: &GenerateArgs) -> anyhow::Result<Prepared> {
     }
 
     let kv = args.kv.map(|kv| kv.strategy());
-    let batch = BatchOptions { batch_invariant: args.batch_invariant, ..BatchOptions::default() };
+    let batch = BatchOptions { batch_invariant: args.batch_invariant, ..args.load.batch() };
     let options = SessionOptions { kv, depth, batch, ..args.load.options() };
     let session = model.load(args.load.selector(), options)?;
     let tokens = match (prompt, session.tokenizer()) {

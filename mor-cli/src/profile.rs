@@ -100,7 +100,7 @@ struct KernelTime {
 pub(crate) fn run(args: &ProfileArgs) -> anyhow::Result<()> {
     args.trace.iter().try_for_each(|path| check_target("--trace", path))?;
     let model = args.model.named(args.config.as_deref())?;
-    let batch = BatchOptions { max_sequences: args.batch, ..BatchOptions::default() };
+    let batch = BatchOptions { max_sequences: args.batch, ..args.load.batch() };
     let limit = model.config()?.max_position_embeddings;
     if args.context > limit {
         return Err(bad_input!("--context is {}, expected {limit} at most: the model's context", args.context));

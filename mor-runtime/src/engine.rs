@@ -240,6 +240,11 @@ impl Engine {
         self.scheduler.prefill_rows()
     }
 
+    /// As [`Runner::is_persistent`].
+    pub(crate) fn is_persistent(&self) -> bool {
+        self.runner.is_persistent()
+    }
+
     /// Longest sequence.
     pub(crate) fn max_positions(&self) -> usize {
         self.runner.max_positions()

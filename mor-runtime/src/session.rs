@@ -335,6 +335,11 @@ impl Session {
         self.load_ms
     }
 
+    /// Whether the engine that is there now runs all layers of a decode step in one dispatch; see [`BatchOptions::persistent`].
+    pub fn is_persistent(&self) -> bool {
+        self.engine.as_ref().is_some_and(Engine::is_persistent)
+    }
+
     /// The dispatches of a decode step or tick of `num_sequences` sequences at `context` positions.
     ///
     /// # Errors

@@ -246,13 +246,16 @@ fn measure(args: &SpeedArgs, model: &Model, device: DeviceSelector, tests: &[Tes
             // Memory for all sequences at their longest, and every prompt is read.
             kv_bytes: Some(u64::MAX),
             share_prefixes: false,
-            ..BatchOptions::default()
+            ..args.load.batch()
         };
         session = session.with_batch(options)?;
         session.prepare_decode(positions)?;
         for &test in tests {
             let samples = samples(&mut session, test, batch, row.repetitions)?;
             let mut row = Row { test: test.name(), batch, ..row.clone() };
+            if session.is_persistent() {
+                row.features += ", persistent decode";
+            }
             row.prompt_tokens = test.prompt;
             row.new_tokens = test.new;
             row.context_tokens = test.context;
