@@ -793,21 +793,58 @@ fn stage_attention(ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> bool {
     if splits == 1u {
         return stage_mail(O, ATTENTION, Q_DIM, tag, NONE, ahead);
     }
+    // Each part's share of its head's attention.
+    for (var i = thread; i < NUM_ATTENTION_HEADS * splits; i += WORKGROUP_SIZE) {
+        var statistic = array<vec2<u32>, 2>(mail[STATISTICS + 2u * i], mail[STATISTICS + 2u * i + 1u]);
+        while statistic[0].y != tag || statistic[1].y != tag {
+            if !keeps_waiting() {
+                break;
+            }
+            statistic = array<vec2<u32>, 2>(mail[STATISTICS + 2u * i], mail[STATISTICS + 2u * i + 1u]);
+        }
+        partials[i] = bitcast<vec2<f32>>(vec2<u32>(statistic[0].x, statistic[1].x));
+    }
+    workgroupBarrier();
+    for (var head = thread; head < NUM_ATTENTION_HEADS; head += WORKGROUP_SIZE) {
+        var highest = LOWEST;
+        for (var s = 0u; s < splits; s++) {
+            highest = max(highest, partials[head * splits + s].x);
+        }
+        var mass = 0.0;
+        for (var s = 0u; s < splits; s++) {
+            let share = exp(partials[head * splits + s].x - highest);
+            mass += share * partials[head * splits + s].y;
+            partials[head * splits + s].x = share;
+        }
+        for (var s = 0u; s < splits; s++) {
+            partials[head * splits + s].x /= mass;
+        }
+    }
+    workgroupBarrier();
     for (var element = thread; element < O_QUADS * QUAD_ELEMS; element += WORKGROUP_SIZE) {
         var value = 0.0;
         if element < Q_DIM {
             let first = element / HEAD_DIM * splits;
-            var highest = LOWEST;
-            for (var s = 0u; s < splits; s++) {
-                highest = max(highest, collect(STATISTICS + 2u * (first + s), tag));
+            for (var base = 0u; base < splits; base += BATCH) {
+                var elements: array<vec2<u32>, BATCH>;
+                loop {
+                    var is_there = true;
+#repeat i BATCH
+                    elements[i] = mail[ATTENTION + (first + min(base + i, splits - 1u)) * HEAD_DIM + element % HEAD_DIM];
+#endrepeat
+#repeat i BATCH
+                    is_there = is_there && elements[i].y == tag;
+#endrepeat
+                    if is_there || !keeps_waiting() {
+                        break;
+                    }
+                }
+#repeat i BATCH
+                if base + i < splits {
+                    value += partials[first + base + i].x * bitcast<f32>(elements[i].x);
+                }
+#endrepeat
             }
-            var mass = 0.0;
-            for (var s = 0u; s < splits; s++) {
-                let share = exp(collect(STATISTICS + 2u * (first + s), tag) - highest);
-                mass += share * collect(STATISTICS + 2u * (first + s) + 1u, tag);
-                value += share * collect(ATTENTION + (first + s) * HEAD_DIM + element % HEAD_DIM, tag);
-            }
-            value /= mass;
         }
         stage(O, element, value);
     }
@@ -956,14 +993,9 @@ fn run_layers() -> bool {
     var ahead: array<Unit, 2u * PREFETCH>;
     var ahead_keys: array<KvUnit, KEYS>;
     var ahead_values: array<KvUnit, KEYS>;
-    prefetch(QKV, steps[0].qkv_proj, &ahead);
     for (var s = 0u; s < params.num_steps; s++) {
-        let step = steps[s];
-        if step.recursion == NONE {
-            kv_slot = entry.kv_slot;
-            kv_len = entry.kv_len;
-            kv_table = entry.kv_table;
-        } else if (step.flags & BLOCK_BEGIN) != 0u {
+        var step = steps[s];
+        if (step.flags & BLOCK_BEGIN) != 0u {
             var runs = true;
 #if EXPERT
             let decided = route(step.recursion, hidden_tag);
@@ -983,17 +1015,24 @@ fn run_layers() -> bool {
 #else
             taken += 1u;
 #endif
-            if !runs {
+            if runs {
+                blocks += 1u;
+                enter_recursion(entry, step.group);
+            } else {
                 // The rest of the shared block is left out.
-                s = params.coda - 1u;
-                if params.coda < params.num_steps {
-                    prefetch(QKV, steps[params.coda].qkv_proj, &ahead);
+                s = params.coda;
+                if s >= params.num_steps {
+                    break;
                 }
-                continue;
+                step = steps[s];
             }
-            blocks += 1u;
-            enter_recursion(entry, step.group);
         }
+        if step.recursion == NONE {
+            kv_slot = entry.kv_slot;
+            kv_len = entry.kv_len;
+            kv_table = entry.kv_table;
+        }
+        prefetch(QKV, step.qkv_proj, &ahead);
 
         // Queries, keys and values.
         let column = 2u * pair;
@@ -1097,9 +1136,6 @@ fn run_layers() -> bool {
             post_pair(output * HIDDEN_SIZE + column, y);
         }
         workgroupBarrier();
-        if s + 1u < params.num_steps {
-            prefetch(QKV, steps[s + 1u].qkv_proj, &ahead);
-        }
     }
     if has_pair(DOWN) {
         hidden[pair] = own_hidden;

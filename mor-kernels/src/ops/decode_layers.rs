@@ -219,7 +219,7 @@ const KEYS: u32 = 2;
 /// Elements that a thread waits for at a time.
 const BATCH: u32 = 8;
 /// Keys from which on another workgroup shares a head.
-const SPLIT_KEYS: u32 = 256;
+const SPLIT_KEYS: u32 = 128;
 /// Most workgroups that share a head.
 const MAX_SPLITS: u32 = 16;
 
@@ -359,7 +359,8 @@ impl DecodeLayers {
         let activation = divisions.iter().map(|division| division.quads * self.quad_elems() / 4).max().unwrap_or(0);
         let partials = divisions.iter().map(|division| division.rounds * teams).max().unwrap_or(0);
         let head_quads = self.shape.attention.head_dim / 4;
-        (activation.max((3 + teams) * head_quads), partials.max(teams))
+        let parts = self.shape.attention.num_attention_heads * self.max_splits();
+        (activation.max((3 + teams) * head_quads), partials.max(teams).max(parts))
     }
 
     /// Records the kernel over the row of the set, if it has one.
