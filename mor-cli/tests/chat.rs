@@ -156,8 +156,8 @@ fn commands_change_the_conversation() {
     assert!(stdout(&output).contains(")") && stdout(&output).ends_with('\n'), "{}", stdout(&output));
 }
 
-/// Fewer recursions from the next answer on, and all of them again: each answer is the one that a program gives which was
-/// started so, and the conversation was read again for it.
+/// Fewer recursions from the next answer on, and all of them again: each answer is that of a program which was started so,
+/// and the conversation was read again for it.
 #[test]
 fn depths_can_be_limited_between_turns() {
     if !gpu() {
@@ -201,7 +201,8 @@ fn lines_that_cannot_be_taken_stop_nothing() {
     }
     let long = "word ".repeat(80);
     let input = format!(
-        "/set temperature=-1\n/set top-k=many\n/set colour=red\n/set top-p\n/dance\n/save\n/set min-p=2\n/depth 4\n/depth deep\n{long}\nOnce\n"
+        "/set temperature=-1\n/set top-k=many\n/set colour=red\n/set top-p\n/dance\n/save\n/set min-p=2\n/depth 4\n\
+         /depth deep\n{long}\nOnce\n"
     );
     let (output, answers) = chat(&["--context", "64", "--max-new-tokens", "100"], &input);
     let message = stderr(&output);

@@ -78,8 +78,8 @@ impl HubModel {
     /// Fetches what is not in the cache yet, and returns the folder of the model there.
     ///
     /// Taken are `config.json`, tokenizer files and `model.safetensors` or its shards; where there are none of these,
-    /// `pytorch_model.bin` or its shards, and YAML files. Interrupted downloads go on where they stopped, also in a later call. When the Hub
-    /// cannot be reached, a model that the cache has whole is used as it is there.
+    /// `pytorch_model.bin` or its shards, and YAML files. Interrupted downloads go on where they stopped, also in a later
+    /// call. When the Hub cannot be reached, a model that the cache has whole is used as it is there.
     ///
     /// # Errors
     ///

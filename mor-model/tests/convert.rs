@@ -105,11 +105,11 @@ fn pickled_runs_become_the_model_that_was_trained() {
     }
 }
 
-/// Three runs of the official code, one of them in one file, as PyTorch has written them: see `make_runs.py` beside them.
+/// Three runs of the official code, as PyTorch has written them, one of them in one file: see `make_runs.py` there.
 #[test]
 fn runs_of_the_official_code_compute_what_they_did_there() {
-    // The released code unties the attention of expert choice, in all recursions but the first, and the head of what has no
-    // routers, whatever the configuration says.
+    // The released code unties the attention of expert choice, in all recursions but the first, and the head of what has
+    // no routers, whatever the configuration says.
     for (name, mode, kept) in
         [("run-expert", "expert", 2 * 4), ("run-lora", "recursive", 1), ("run-encoding-token", "token", 0)]
     {

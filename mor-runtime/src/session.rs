@@ -275,8 +275,8 @@ impl Session {
         Ok(self)
     }
 
-    /// Changes the depths of what is computed from now on; the weights stay where they are. Caches and kept beginnings are given
-    /// up, for they hold what tokens computed at the depths they had, and so are sequences under way.
+    /// Changes the depths of what is computed from now on; the weights stay where they are. Caches and kept beginnings are
+    /// given up, for they hold what tokens computed at the depths they had, and so are sequences under way.
     ///
     /// # Errors
     /// [`RuntimeError::Model`] as [`DepthControl::validate`]; nothing is changed or given up then.

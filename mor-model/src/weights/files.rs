@@ -110,7 +110,7 @@ impl WeightFiles {
     }
 }
 
-/// What the index of a sharded model places in which file; sorted, so that messages do not depend on the order of the index.
+/// What the index of a sharded model places in which file; sorted, so that messages do not depend on its order.
 fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>, ModelError> {
     let origin = index.display().to_string();
     let text = fs::read_to_string(index).map_err(|source| ModelError::Io { path: index.to_owned(), source })?;
