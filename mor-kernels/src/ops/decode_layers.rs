@@ -232,7 +232,9 @@ impl DecodeLayers {
     pub fn new(caps: &DeviceCaps, shape: LayersShape, max_steps: u32, num_workgroups: u32) -> Result<Self> {
         // Twice as many threads leave each too few registers for what is on its way (measured on an H200).
         let workgroup_size = caps.max_workgroup_size.min(512);
-        let kernel = Self { shape, max_steps, workgroup_size, num_workgroups, prefetch: 4, batch: 4, keys: 2 };
+        // Measured on an H200: more on its way takes more registers than there are, and integers take them too.
+        let (prefetch, batch) = if shape.weight_dtype.is_quantized() { (1, 2) } else { (4, 4) };
+        let kernel = Self { shape, max_steps, workgroup_size, num_workgroups, prefetch, batch, keys: 2 };
         let refuse = |what, found: u32, limit: u32, why: &str| {
             Err(KernelError::Limit {
                 kernel: Self::NAME,
