@@ -24,11 +24,12 @@
 //           O_SPLIT, GATE_UP_SPLIT, DOWN_SPLIT; units a lane QKV_STEPS, O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a
 //           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS. QUAD_ELEMS elements of a unit; PREFETCH of the
 //           units on their way before the activation is there; KEY_LANES lanes a key, KEYS fetched at a time; BATCH
-//           elements that a thread waits for at a time; SPLIT_KEYS from which on keys are split, into MAX_SPLITS at
-//           most; STAGED and NUM_PARTIALS sizes of workgroup memory; SUBGROUP_EXACT: LANES is the subgroup size;
-//           ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS; NUM_RECURSIONS);
-//           WEIGHT_F16, WEIGHT_BF16, QUANTISED (WEIGHT_Q8 or WEIGHT_Q4, groups of GROUP, UNIT_CODES eights of codes a
-//           unit) or neither; KV_F16; ROUTER_F16, ROUTER_BF16 or neither
+//           elements that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for itself,
+//           SPLIT_KEYS of each of several, MAX_SPLITS of them at most; STAGED and NUM_PARTIALS sizes of workgroup
+//           memory; SUBGROUP_EXACT: LANES is the subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED)
+//           or TOKEN (SOFTMAX or neither; BIAS; NUM_RECURSIONS); WEIGHT_F16, WEIGHT_BF16, QUANTISED (WEIGHT_Q8 or
+//           WEIGHT_Q4, groups of GROUP, UNIT_CODES eights of codes a unit) or neither; KV_F16; ROUTER_F16, ROUTER_BF16
+//           or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
 //           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 4 bytes of workgroup memory, with ROUTED 8 more,
 //           with TOKEN 4 * NUM_RECURSIONS more. A value that is polled params.poll_limit times in vain ends the step:
@@ -74,7 +75,7 @@ struct LayerStep {
     norms: u32,
     // First slot of its caches.
     first_slot: u32,
-    // Streams: 0 hidden, 1 running, 2 layer. The output is not looked at where a block ends.
+    // Streams: 0 hidden, 1 running, 2 layer; the first alone without ROUTED. The output is not looked at where a block ends.
     input: u32,
     output: u32,
     // Recursion that it belongs to, or NONE.
@@ -612,7 +613,9 @@ fn store_kv(is_key: bool, step_slot: u32, column: u32, value: vec2<f32>) {
 
 // Parts that the keys are split into, each a workgroup's.
 fn num_splits() -> u32 {
-    return clamp((kv_len + SPLIT_KEYS - 1u) / SPLIT_KEYS, 1u, MAX_SPLITS);
+    // Few keys are read sooner than what becomes of them is merged.
+    let keys = select(kv_len, 1u, kv_len <= ALONE_KEYS);
+    return min((keys + SPLIT_KEYS - 1u) / SPLIT_KEYS, MAX_SPLITS);
 }
 
 struct AttentionPart {
@@ -966,8 +969,8 @@ fn choose() {
 #endif
 
 // Where the row's keys and values of a recursion are.
-fn enter_recursion(entry: ActiveRow, group: u32) {
-    let place = entry.sequence * params.num_groups + group;
+fn enter_recursion(group: u32) {
+    let place = active_rows[0].sequence * params.num_groups + group;
     let slot = kv_lengths[place];
     kv_table = place * params.max_pages;
     kv_slot = pages[kv_table + slot / PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE;
@@ -976,21 +979,23 @@ fn enter_recursion(entry: ActiveRow, group: u32) {
 
 // All layers; false if results do not come. Streams of the pair of columns that is a thread's own stay in its registers.
 fn run_layers() -> bool {
-    let entry = active_rows[0];
     let pair = pair_number(thread);
     var own_hidden = vec2<f32>();
-    var own_running = vec2<f32>();
+#if ROUTED
     var own_layer = vec2<f32>();
+    var layer_tag = 0u;
+#endif
+#if TOKEN
+    var own_running = vec2<f32>();
+    var running_tag = 0u;
+#endif
     if has_pair(DOWN) {
         own_hidden = hidden[pair];
         post_pair(2u * pair, own_hidden);
     }
     // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
     workgroupBarrier();
-    // Tags of the streams.
     var hidden_tag = tag;
-    var running_tag = tag;
-    var layer_tag = tag;
 #if ROUTED
     var is_selected = false;
     var gate = 0.0;
@@ -1002,66 +1007,69 @@ fn run_layers() -> bool {
     var ahead_keys: array<KvUnit, KEYS>;
     var ahead_values: array<KvUnit, KEYS>;
     for (var s = 0u; s < params.num_steps; s++) {
-        var step = steps[s];
-        if (step.flags & BLOCK_BEGIN) != 0u {
+        if (steps[s].flags & BLOCK_BEGIN) != 0u {
             var runs = true;
 #if EXPERT
-            let decided = route(step.recursion, hidden_tag);
-            is_selected = (step.flags & ALWAYS) != 0u || decided.x >= params.threshold;
+            let decided = route(steps[s].recursion, hidden_tag);
+            is_selected = (steps[s].flags & ALWAYS) != 0u || decided.x >= params.threshold;
             gate = decided.y;
             runs = is_selected;
             taken += u32(is_selected);
 #elif TOKEN
-            if step.recursion == 0u {
+            if steps[s].recursion == 0u {
                 let decided = route(hidden_tag);
                 target_depth = u32(decided.x);
                 gate = decided.y;
                 taken = target_depth;
             }
-            is_selected = target_depth == step.recursion + 1u;
-            runs = target_depth > step.recursion;
+            is_selected = target_depth == steps[s].recursion + 1u;
+            runs = target_depth > steps[s].recursion;
 #else
             taken += 1u;
 #endif
             if runs {
                 blocks += 1u;
-                enter_recursion(entry, step.group);
+                enter_recursion(steps[s].group);
             } else {
                 // The rest of the shared block is left out.
                 s = params.coda;
                 if s >= params.num_steps {
                     break;
                 }
-                step = steps[s];
             }
         }
-        if step.recursion == NONE {
-            kv_slot = entry.kv_slot;
-            kv_len = entry.kv_len;
-            kv_table = entry.kv_table;
+        if steps[s].recursion == NONE {
+            kv_slot = active_rows[0].kv_slot;
+            kv_len = active_rows[0].kv_len;
+            kv_table = active_rows[0].kv_table;
         }
-        prefetch(QKV, step.qkv_proj, &ahead);
+        prefetch(QKV, steps[s].qkv_proj, &ahead);
 
         // Queries, keys and values.
         let column = 2u * pair;
         var angle = vec2<f32>();
         if has_pair(QKV) && column < Q_DIM + KV_DIM {
-            angle = rope[entry.position * (HEAD_DIM / 2u) + column % HEAD_DIM / 2u];
+            angle = rope[active_rows[0].position * (HEAD_DIM / 2u) + column % HEAD_DIM / 2u];
         }
         var input_tag = hidden_tag;
         var residual = own_hidden;
-        if step.input == 1u {
-            input_tag = running_tag;
-            residual = own_running;
-        } else if step.input == 2u {
+#if ROUTED
+        if steps[s].input == 2u {
             input_tag = layer_tag;
             residual = own_layer;
         }
-        if !stage_mail(QKV, step.input * HIDDEN_SIZE, HIDDEN_SIZE, input_tag, 2u * step.norms * HIDDEN_SIZE, &ahead) {
+#endif
+#if TOKEN
+        if steps[s].input == 1u {
+            input_tag = running_tag;
+            residual = own_running;
+        }
+#endif
+        if !stage_mail(QKV, steps[s].input * HIDDEN_SIZE, HIDDEN_SIZE, input_tag, 2u * steps[s].norms * HIDDEN_SIZE, &ahead) {
             return false;
         }
         let qkv_factor = norm_factor();
-        multiply(QKV, step.qkv_proj, &ahead);
+        multiply(QKV, steps[s].qkv_proj, &ahead);
         tag += 1u;
         if has_pair(QKV) {
             let v = product(QKV, thread) * qkv_factor;
@@ -1070,17 +1078,17 @@ fn run_layers() -> bool {
                 post_pair(QUERY + column, rotated);
             } else if column < Q_DIM + KV_DIM {
                 post_pair(NEW_KEY + column - Q_DIM, rotated);
-                store_kv(true, step.first_slot, column - Q_DIM, rotated);
+                store_kv(true, steps[s].first_slot, column - Q_DIM, rotated);
             } else {
                 post_pair(NEW_VALUE + column - Q_DIM - KV_DIM, v);
-                store_kv(false, step.first_slot, column - Q_DIM - KV_DIM, v);
+                store_kv(false, steps[s].first_slot, column - Q_DIM - KV_DIM, v);
             }
         }
 
         workgroupBarrier();
-        prefetch(O, step.o_proj, &ahead);
-        prefetch_kv(step.first_slot, &ahead_keys, &ahead_values);
-        if !attend(step.first_slot, &ahead_keys, &ahead_values) {
+        prefetch(O, steps[s].o_proj, &ahead);
+        prefetch_kv(steps[s].first_slot, &ahead_keys, &ahead_values);
+        if !attend(steps[s].first_slot, &ahead_keys, &ahead_values) {
             return false;
         }
         tag += 1u;
@@ -1088,7 +1096,7 @@ fn run_layers() -> bool {
         if !stage_attention(&ahead) {
             return false;
         }
-        multiply(O, step.o_proj, &ahead);
+        multiply(O, steps[s].o_proj, &ahead);
         tag += 1u;
         var own_middle = vec2<f32>();
         if has_pair(O) {
@@ -1097,12 +1105,12 @@ fn run_layers() -> bool {
         }
 
         workgroupBarrier();
-        prefetch(GATE_UP, step.gate_up_proj, &ahead);
-        if !stage_mail(GATE_UP, MIDDLE, HIDDEN_SIZE, tag, (2u * step.norms + 1u) * HIDDEN_SIZE, &ahead) {
+        prefetch(GATE_UP, steps[s].gate_up_proj, &ahead);
+        if !stage_mail(GATE_UP, MIDDLE, HIDDEN_SIZE, tag, (2u * steps[s].norms + 1u) * HIDDEN_SIZE, &ahead) {
             return false;
         }
         let mlp_factor = norm_factor();
-        multiply(GATE_UP, step.gate_up_proj, &ahead);
+        multiply(GATE_UP, steps[s].gate_up_proj, &ahead);
         tag += 1u;
         if has_pair(GATE_UP) {
             let v = product(GATE_UP, thread) * mlp_factor;
@@ -1110,35 +1118,40 @@ fn run_layers() -> bool {
         }
 
         workgroupBarrier();
-        prefetch(DOWN, step.down_proj, &ahead);
+        prefetch(DOWN, steps[s].down_proj, &ahead);
         if !stage_mail(DOWN, MLP, MLP_DIM, tag, NONE, &ahead) {
             return false;
         }
-        multiply(DOWN, step.down_proj, &ahead);
+        multiply(DOWN, steps[s].down_proj, &ahead);
         tag += 1u;
         var y = vec2<f32>();
         if has_pair(DOWN) {
             y = own_middle + product(DOWN, thread);
         }
-        var output = step.output;
+        var output = 0u;
 #if ROUTED
-        if (step.flags & BLOCK_END) != 0u {
+        output = steps[s].output;
+        if (steps[s].flags & BLOCK_END) != 0u {
             // Token choice passes what is not yet the last recursion's on.
             output = select(1u, 0u, is_selected);
             if is_selected {
                 y = own_hidden + select(gate, 1.0, params.additive != 0u) * y;
             }
         }
+        if output == 2u {
+            own_layer = y;
+            layer_tag = tag;
+        }
+#endif
+#if TOKEN
+        if output == 1u {
+            own_running = y;
+            running_tag = tag;
+        }
 #endif
         if output == 0u {
             own_hidden = y;
             hidden_tag = tag;
-        } else if output == 1u {
-            own_running = y;
-            running_tag = tag;
-        } else {
-            own_layer = y;
-            layer_tag = tag;
         }
         if has_pair(DOWN) {
             post_pair(output * HIDDEN_SIZE + column, y);

@@ -74,6 +74,10 @@ pub struct DecodeLayers {
     pub num_workgroups: u32,
     /// Units of each of two rows that a lane has on their way, also before the activation is there.
     pub prefetch: u32,
+    /// Elements that a thread waits for at a time.
+    pub batch: u32,
+    /// Keys that a lane fetches at a time.
+    pub keys: u32,
 }
 
 /// [`LayerStep::flags`]: the first layer of a recursion's block.
@@ -99,7 +103,7 @@ pub struct LayerStep {
     pub norms: u32,
     /// First slot of its caches within `keys` and `values`.
     pub first_slot: u32,
-    /// Stream that it reads: 0 hidden, 1 running, 2 layer.
+    /// Stream that it reads: 0 hidden, 1 running, 2 layer; the first alone without routing.
     pub input: u32,
     /// Stream that it writes; not looked at where a block ends.
     pub output: u32,
@@ -214,12 +218,9 @@ struct Division {
     rounds: u32,
 }
 
-/// Keys that a lane fetches at a time.
-const KEYS: u32 = 2;
-/// Elements that a thread waits for at a time.
-const BATCH: u32 = 8;
-/// Keys from which on another workgroup shares a head.
-const SPLIT_KEYS: u32 = 128;
+/// Keys up to which a workgroup has a head for itself, and those of each of several.
+const ALONE_KEYS: u32 = 384;
+const SPLIT_KEYS: u32 = 192;
 /// Most workgroups that share a head.
 const MAX_SPLITS: u32 = 16;
 
@@ -231,7 +232,7 @@ impl DecodeLayers {
     pub fn new(caps: &DeviceCaps, shape: LayersShape, max_steps: u32, num_workgroups: u32) -> Result<Self> {
         // Twice as many threads leave each too few registers for what is on its way (measured on an H200).
         let workgroup_size = caps.max_workgroup_size.min(512);
-        let kernel = Self { shape, max_steps, workgroup_size, num_workgroups, prefetch: 4 };
+        let kernel = Self { shape, max_steps, workgroup_size, num_workgroups, prefetch: 4, batch: 8, keys: 2 };
         let refuse = |what, found: u32, limit: u32, why: &str| {
             Err(KernelError::Limit {
                 kernel: Self::NAME,
@@ -424,8 +425,9 @@ impl Kernel for DecodeLayers {
             .u32("PREFETCH", self.prefetch)
             .u32("QUAD_ELEMS", self.quad_elems())
             .u32("KEY_LANES", (shape.attention.head_dim / 8).next_power_of_two())
-            .u32("KEYS", KEYS)
-            .u32("BATCH", BATCH)
+            .u32("KEYS", self.keys)
+            .u32("BATCH", self.batch)
+            .u32("ALONE_KEYS", ALONE_KEYS)
             .u32("SPLIT_KEYS", SPLIT_KEYS)
             .u32("MAX_SPLITS", self.max_splits())
             .u32("STAGED", staged)
@@ -608,6 +610,7 @@ mod tests {
                 let recursion = if in_block { (layer as u32 - 1) / 2 } else { NONE };
                 let is_token = matches!(shape.routing, LayerRouting::Token { .. });
                 let input = match (first, in_block) {
+                    _ if !is_routed => 0,
                     (true, _) if is_token && recursion > 0 => 1,
                     (false, true) => 2,
                     _ => 0,
@@ -621,7 +624,7 @@ mod tests {
                     norms: layer as u32,
                     first_slot: matrix * cache_slots as u32,
                     input,
-                    output: if first { 2 } else { 0 },
+                    output: if first && is_routed { 2 } else { 0 },
                     recursion,
                     flags: (BLOCK_BEGIN * u32::from(first)) | (BLOCK_END * u32::from(ends)),
                     group: if in_block { 1 + recursion } else { 0 },
