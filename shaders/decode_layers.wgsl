@@ -1,30 +1,39 @@
-// decode_layers: all layers of a decode step of one row in one dispatch, whose workgroups wait for each other's results.
-// Math      a layer of steps[s], x its input stream: m = x + o(attention(qkv(norm(x)))); y = m + down(swiglu(gate_up(norm(m))));
-//           y into its output stream, or hidden += gate * y at a block's end. Before a block: EXPERT gates
-//           l = input_scale * dot(hidden, router[r]) and ends at l < threshold; TOKEN chooses the depth at the first
-// Why       a layer is five phases of some microseconds; as dispatches each costs as much again to begin and to end. Here the weights
-//           of the next phase are on their way while the last one's results are waited for, and an early exit skips what is left
-// Shapes    active_rows [1]; steps [num_steps]; qkv_proj, o_proj, gate_up_proj, down_proj [matrices, O, K] units of 16 bytes, or
-//           quantised rows; norms [layers, 2, C]; rope [positions, D / 2, 2]; pages [sequences, groups, max_pages];
-//           kv_lengths [sequences, groups]; rows [1]; depth [1]; keys, values [slots of all caches, G, D] f32 or f16;
-//           hidden [C]: the embedding before, the last layer's output after; control [4 + R]; router [R, C]; bias [R]; keep [R];
-//           mail [hidden C; running C; layer C; middle C; q; k; v; attention H S D; statistics H S 2; mlp] of (bits, tag)
+// decode_layers: run all layers of a decode step of one row in one dispatch, whose workgroups wait for each other.
+// Math      a layer of steps[s], x its input stream: m = x + o(attention(qkv(norm(x)))); y = m +
+//           down(swiglu(gate_up(norm(m)))); y into its output stream, or hidden += gate * y at a block's end. Before a
+//           block: EXPERT gates l = input_scale * dot(hidden, router[r]) and ends at l < threshold; TOKEN chooses the
+//           depth at the first
+// Why       a layer is five phases of some microseconds; as dispatches each costs as much again to begin and to end.
+//           Here the weights of the next phase are on their way while the last one's results are waited for, and an
+//           early exit skips what is left
+// Shapes    active_rows [1]; steps [num_steps]; qkv_proj, o_proj, gate_up_proj, down_proj [matrices, O, K] units of 16
+//           bytes, or quantised rows; norms [layers, 2, C]; rope [positions, D / 2, 2]; pages [sequences, groups,
+//           max_pages]; kv_lengths [sequences, groups]; rows [1]; depth [1]; keys, values [slots of all caches, G, D]
+//           f32 or f16; hidden [C]: the embedding before, the last layer's output after; control [4 + R]; router [R,
+//           C]; bias [R]; keep [R]; mail [hidden C; running C; layer C; middle C; q; k; v; attention H S D; statistics
+//           H S 2; mlp] of (bits, tag)
 // Bindings  0 params uniform; 1 steps uniform; 2 active_rows read; 3 qkv_proj read; 4 o_proj read; 5 gate_up_proj read;
-//           6 down_proj read; 7 norms read; 8 rope read; 9 pages read; 10 kv_lengths write; 11 rows write; 12 depth write;
-//           13 keys write; 14 values write; 15 hidden write; 16 mail write; 17 control write; 18 router read [ROUTED];
-//           19 bias read [BIAS]; 19 keep read [SCRIPTED]
+//           6 down_proj read; 7 norms read; 8 rope read; 9 pages read; 10 kv_lengths write; 11 rows write; 12 depth
+//           write; 13 keys write; 14 values write; 15 hidden write; 16 mail write; 17 control write; 18 router read
+//           [ROUTED]; 19 bias read [BIAS]; 19 keep read [SCRIPTED]
 // Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time, or (0, 0, 0)
-// Spec      WORKGROUP_SIZE threads in TEAMS of LANES; MAX_STEPS of the table; HIDDEN_SIZE, MLP_DIM, NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS,
-//           HEAD_DIM multiples of 8; of each of the four products _ROWS outputs, _QUADS units a row and _STRIDE from row to row,
-//           _SPLIT teams a pair of outputs, _STEPS units a lane and _ROUNDS pairs a team; PREFETCH of the units on their way
-//           before the activation is there; QUAD_ELEMS elements of a unit; KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements
-//           that a thread waits for at a time; ALONE_KEYS, SPLIT_KEYS,
-//           MAX_SPLITS; STAGED and NUM_PARTIALS sizes of workgroup memory; SUBGROUP_EXACT: LANES is the subgroup size; ROUTED, by
-//           EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX; BIAS; NUM_RECURSIONS); WEIGHT_F16, WEIGHT_BF16, QUANTISED (WEIGHT_Q8
-//           or WEIGHT_Q4 in groups of GROUP) or neither; KV_F16; ROUTER_F16, ROUTER_BF16 or neither
-// Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all wait for;
-//           16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 4 * NUM_RECURSIONS + 32 bytes of workgroup memory. A value that is polled
-//           params.poll_limit times in vain ends the step: control[2] = 1, flags of the row = ROW_FAILED, K/V lengths as before
+// Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; HIDDEN_SIZE, MLP_DIM,
+//           NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of each of the four products: outputs
+//           QKV_ROWS, O_ROWS, GATE_UP_ROWS, DOWN_ROWS; units a row QKV_QUADS, O_QUADS, GATE_UP_QUADS, DOWN_QUADS, and
+//           from row to row QKV_STRIDE, O_STRIDE, GATE_UP_STRIDE, DOWN_STRIDE; teams a pair of outputs QKV_SPLIT,
+//           O_SPLIT, GATE_UP_SPLIT, DOWN_SPLIT; units a lane QKV_STEPS, O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a
+//           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS. QUAD_ELEMS elements of a unit; PREFETCH of the
+//           units on their way before the activation is there; KEY_LANES lanes a key, KEYS fetched at a time; BATCH
+//           elements that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for itself,
+//           SPLIT_KEYS of each of several, MAX_SPLITS of them at most; STAGED and NUM_PARTIALS sizes of workgroup
+//           memory; SUBGROUP_EXACT: LANES is the subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED)
+//           or TOKEN (SOFTMAX or neither; BIAS; NUM_RECURSIONS); WEIGHT_F16, WEIGHT_BF16, QUANTISED (WEIGHT_Q8 or
+//           WEIGHT_Q4, groups of GROUP, UNIT_CODES eights of codes a unit) or neither; KV_F16; ROUTER_F16, ROUTER_BF16
+//           or neither
+// Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
+//           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 4 bytes of workgroup memory, with ROUTED 8 more,
+//           with TOKEN 4 * NUM_RECURSIONS more. A value that is polled params.poll_limit times in vain ends the step:
+//           control[2] = 1, flags of the row = ROW_FAILED, K/V lengths as before
 // Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split
 // Source    MoR (arXiv 2507.10524); persistent threads: Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596)
 #import shared/rows

@@ -1,16 +1,17 @@
 // grid_exchange: pass values between all workgroups of a grid, round after round: whether a device can, and what it costs.
 // Math      v_0[w] = w mod 1024; v_r[w] = (w + sum of all v_{r-1}) mod 1024; out[w] = v_rounds[w]
-// Why       kernels whose workgroups wait for each other need all of them to run at a time, coherent storage to be coherent and 8
-//           bytes to be written at once; no query tells, a trial does
+// Why       kernels whose workgroups wait for each other need all of them to run at a time, coherent storage to be
+//           coherent and 8 bytes to be written at once; no query tells, a trial does
 // Shapes    out [num_workgroups]; mail [2, num_workgroups, 2]; control [3]
 // Bindings  0 params uniform; 1 out write; 2 mail write; 3 control write
 // Grid      (params.num_workgroups, 1, 1), all of which must run at a time
 // Spec      WORKGROUP_SIZE power of two; RESERVED vec4s of workgroup memory, so that it takes as much as the kernel
 //           that is tried for
-// Limits    16 * RESERVED + 4 * WORKGROUP_SIZE + 4 bytes of workgroup memory; a value that is polled params.poll_limit times in vain
-//           ends the dispatch: control[2] = 1
+// Limits    16 * RESERVED + 4 * WORKGROUP_SIZE + 4 bytes of workgroup memory; a value that is polled params.poll_limit
+//           times in vain ends the dispatch: control[2] = 1
 // Numerics  integers below 2^24, exact in f32
-// Source    Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596); Sorensen et al. 2016 (doi 10.1145/2983990.2984032)
+// Source    Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596); Sorensen et al. 2016 (doi
+//           10.1145/2983990.2984032)
 #import shared/mailbox
 #import shared/reduce
 

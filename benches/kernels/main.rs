@@ -3,7 +3,9 @@
 mod attention_decode;
 mod attention_prefill;
 mod cross_entropy;
+mod decode_layers;
 mod embed_tokens;
+mod grid_exchange;
 mod linear;
 mod linear_decode;
 mod rms_norm;
@@ -27,7 +29,9 @@ fn main() {
     attention_decode::bench(&mut criterion, gpu);
     attention_prefill::bench(&mut criterion, gpu);
     cross_entropy::bench(&mut criterion, gpu);
+    decode_layers::bench(&mut criterion, gpu);
     embed_tokens::bench(&mut criterion, gpu);
+    grid_exchange::bench(&mut criterion, gpu);
     linear::bench(&mut criterion, gpu);
     linear_decode::bench(&mut criterion, gpu);
     rms_norm::bench(&mut criterion, gpu);

@@ -92,6 +92,11 @@ pub fn time_from(
     time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), (plan, 1), reset);
 }
 
+/// As [`time`], for kernels that do the same `count` times over: what is reported is one of these, which moves `bytes`.
+pub fn time_rounds(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, bytes: u64, plan: &Plan, count: usize) {
+    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), (plan, count), &|| {});
+}
+
 /// As [`time`], for kernels bound by arithmetic: the elements criterion counts are `flop` operations. The plan holds the
 /// kernel `count` times, over other weights each time so that no cache keeps them; what is reported is one of them.
 pub fn time_flop(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, flop: u64, plan: &Plan, count: usize) {

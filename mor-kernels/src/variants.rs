@@ -7,9 +7,9 @@ use crate::caps::DeviceCaps;
 use crate::epilogue::EpilogueKind;
 use crate::kernel::{self, Kernel};
 use crate::ops::{
-    AttentionDecode, AttentionPrefill, AttentionShape, CrossEntropy, EmbedTokens, ExpertGate, Linear, LinearDecode,
-    LinearTile, PrologueKind, RmsNorm, RouterExpert, RouterToken, RouterTopk, SamplePartial, SampleToken, SlotsCompact,
-    TokenGate, TokensCompact,
+    AttentionDecode, AttentionPrefill, AttentionShape, CrossEntropy, DecodeLayers, EmbedTokens, ExpertGate,
+    GridExchange, LayerRouting, LayersShape, Linear, LinearDecode, LinearTile, PrologueKind, RmsNorm, RouterExpert,
+    RouterToken, RouterTopk, SamplePartial, SampleToken, SlotsCompact, TokenGate, TokensCompact,
 };
 use crate::rows::KvTable;
 use crate::tensor::DType;
@@ -139,6 +139,7 @@ pub fn all() -> Vec<Variant> {
         add_routers(&mut list);
         add_tokens_compact(&mut list);
         add_slots_compact(&mut list);
+        add_decode_layers(&mut list);
         list.add(&CrossEntropy::default());
         for half_output in [false, true] {
             list.add(&RmsNorm { half_output, ..RmsNorm::default() });
@@ -281,6 +282,50 @@ fn add_slots_compact(list: &mut List) {
                     list.add(&SlotsCompact { phase, rule, kv, kv_slots, num_recursions: 3, workgroup_size });
                 }
             }
+        }
+    }
+}
+
+/// Kernels whose workgroups wait for each other: devices without coherent storage have none.
+fn add_decode_layers(list: &mut List) {
+    if !list.caps.coherent_storage {
+        return;
+    }
+    for (workgroup_size, reserved_bytes) in [(256, 0), (512, 24 << 10)] {
+        list.add(&GridExchange { workgroup_size, reserved_bytes });
+    }
+    let expert = |gate, scripted| LayerRouting::Expert { gate, scripted };
+    let token = |gate, bias| LayerRouting::Token { gate, bias, num_recursions: 3 };
+    let routings = [
+        LayerRouting::Fixed,
+        expert(ExpertGate::Sigmoid, false),
+        expert(ExpertGate::Sigmoid, true),
+        expert(ExpertGate::Tanh, false),
+        expert(ExpertGate::None, true),
+        token(TokenGate::Softmax, false),
+        token(TokenGate::Softmax, true),
+        token(TokenGate::Sigmoid, false),
+        token(TokenGate::Sigmoid, true),
+    ];
+    // Small heads, which subgroups of 4 share too; a real model's; one head of keys and values, and padded units.
+    let sizes = [[64, 96, 6, 2, 16], [960, 2560, 15, 5, 64], [72, 200, 3, 3, 24], [160, 440, 5, 1, 128]];
+    // Each pairing of types with routings; caches, routers and sizes take turns.
+    for i in 0..WEIGHT_DTYPES.len() * routings.len() {
+        let [hidden_size, mlp_dim, num_attention_heads, num_key_value_heads, head_dim] = sizes[i % sizes.len()];
+        let kv_dtype = if i % 2 == 0 { DType::F16 } else { DType::F32 };
+        let kv_table = KvTable::Pages;
+        let shape = LayersShape {
+            hidden_size,
+            mlp_dim,
+            attention: AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table },
+            weight_dtype: WEIGHT_DTYPES[i % WEIGHT_DTYPES.len()],
+            router_dtype: PLAIN_DTYPES[i / 4 % PLAIN_DTYPES.len()],
+            routing: routings[i % routings.len()],
+        };
+        let num_workgroups = if list.caps.is_cpu { 1 } else { (hidden_size / 2).min(132) };
+        // Some devices it refuses, some shapes are too much for a single workgroup.
+        if let Ok(kernel) = DecodeLayers::new(&list.caps, shape, 34, num_workgroups) {
+            list.add(&kernel);
         }
     }
 }

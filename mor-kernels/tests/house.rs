@@ -288,6 +288,7 @@ fn structs_of_tensors_mirror_their_shaders() {
         ("tokens_compact", "Row", "rows.rs", "Row", size_of::<mor_kernels::rows::Row>()),
         ("tokens_compact", "ActiveRow", "rows.rs", "ActiveRow", size_of::<mor_kernels::rows::ActiveRow>()),
         ("sample_token", "Sampling", "ops/sample_token.rs", "GpuSampling", size_of::<mor_kernels::ops::GpuSampling>()),
+        ("decode_layers", "LayerStep", "ops/decode_layers.rs", "LayerStep", size_of::<mor_kernels::ops::LayerStep>()),
     ] {
         let variant = distinct().into_iter().find(|variant| variant.kernel == kernel).expect("the kernel exists");
         let (module, _) = parse(&variant);

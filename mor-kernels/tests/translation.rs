@@ -123,7 +123,7 @@ fn translate(variant: &Variant, validate: bool, counts: &Counts) -> Result<(), S
             continue;
         }
         check_hlsl(variant, &module, &info, profile)?;
-        check_msl(&module, &info, profile)?;
+        check_msl(variant, &module, &info, profile)?;
     }
     Ok(())
 }
@@ -185,6 +185,9 @@ fn check_hlsl(variant: &Variant, module: &Module, info: &ModuleInfo, profile: Pr
     if !subgroups && text.contains("Wave") {
         return Err("HLSL: wave operations without the SUBGROUP flag".to_owned());
     }
+    if is_coherent(variant) != text.contains("globallycoherent ") {
+        return Err("HLSL: what is coherent in WGSL, and nothing else".to_owned());
+    }
     // 16-bit types and 64-bit integers need later shader models than these.
     for word in text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_') {
         if ["float16_t", "half", "int16_t", "uint16_t", "int64_t", "uint64_t", "double"].contains(&word) {
@@ -194,7 +197,7 @@ fn check_hlsl(variant: &Variant, module: &Module, info: &ModuleInfo, profile: Pr
     Ok(())
 }
 
-fn check_msl(module: &Module, info: &ModuleInfo, profile: Profile) -> Result<(), String> {
+fn check_msl(variant: &Variant, module: &Module, info: &ModuleInfo, profile: Profile) -> Result<(), String> {
     // As wgpu assigns them: the buffers in order, then the sizes of the unsized arrays; textures count by themselves.
     let mut resources = msl::BindingMap::default();
     let mut slot: msl::Slot = 0;
@@ -221,6 +224,9 @@ fn check_msl(module: &Module, info: &ModuleInfo, profile: Profile) -> Result<(),
     let (text, translation) = msl::write_string(module, info, &options, &msl::PipelineOptions::default())
         .map_err(|error| format!("MSL: {error}"))?;
     entry_point("MSL", &translation.entry_point_names)?;
+    if is_coherent(variant) != text.contains("coherent device") {
+        return Err("MSL: what is coherent in WGSL, and nothing else".to_owned());
+    }
     for slot in text.split("[[buffer(").skip(1) {
         let slot: u8 =
             slot.split(')').next().and_then(|digits| digits.parse().ok()).ok_or("MSL: a slot is no number")?;
@@ -229,6 +235,11 @@ fn check_msl(module: &Module, info: &ModuleInfo, profile: Profile) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// Whether workgroups of a dispatch see in some buffer what others write.
+fn is_coherent(variant: &Variant) -> bool {
+    variant.wgsl.contains("@coherent")
 }
 
 fn entry_point<E: std::fmt::Display>(language: &str, names: &[Result<String, E>]) -> Result<(), String> {

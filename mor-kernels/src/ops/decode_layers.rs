@@ -506,11 +506,13 @@ impl Kernel for DecodeLayers {
 
     fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32 {
         let (staged, partials) = self.storage(caps);
-        let logits = match self.shape.routing {
-            LayerRouting::Token { num_recursions, .. } => num_recursions,
-            _ => 0,
+        // Logits and what is decided.
+        let routing = match self.shape.routing {
+            LayerRouting::Fixed => 0,
+            LayerRouting::Expert { .. } => 8,
+            LayerRouting::Token { num_recursions, .. } => 8 + 4 * num_recursions,
         };
-        16 * staged + 8 * partials + 4 * (self.workgroup_size / caps.lanes().width()) + 4 * logits + 32
+        16 * staged + 8 * partials + 4 * (self.workgroup_size / caps.lanes().width()) + routing + 4
     }
 }
 

@@ -23,6 +23,7 @@ pub(crate) fn parse(variant: &Variant) -> (Module, ModuleInfo) {
     // Packed half floats (unpack2x16float) are part of WebGPU; f16 types are not, and stay refused but for matrices.
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     capabilities.set(Capabilities::SUBGROUP, uses_subgroups(variant));
+    capabilities.set(Capabilities::MEMORY_DECORATION_COHERENT, variant.caps.coherent_storage);
     let matrices = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP_BARRIER;
     capabilities.set(matrices, uses_matrices(variant));
     let info = Validator::new(ValidationFlags::all(), capabilities)
@@ -33,7 +34,8 @@ pub(crate) fn parse(variant: &Variant) -> (Module, ModuleInfo) {
 
 /// Whether the specialisation uses subgroup operations or builtins.
 pub(crate) fn uses_subgroups(variant: &Variant) -> bool {
-    variant.flags.iter().any(|flag| matches!(*flag, "SUBGROUP" | "BROADCAST" | "COOPERATIVE"))
+    let asks = |flag: &&str| matches!(*flag, "SUBGROUP" | "BROADCAST" | "COOPERATIVE");
+    variant.flags.iter().any(asks) || variant.kernel == "decode_layers"
 }
 
 /// Whether the specialisation multiplies cooperative matrices, which Vulkan alone offers.
