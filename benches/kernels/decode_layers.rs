@@ -174,7 +174,26 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             attention_scale: shape.attention.scale(),
             ..DecodeLayersParams::default()
         };
-        let bindings = |mail, control| DecodeLayersBindings {
+        // As many workgroups as run at a time: registers may leave room for half as many as a trial says.
+        let most = (shape.hidden_size / 2).min(shape.mlp_dim);
+        let mut num_workgroups = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, most) {
+            Ok(largest) => largest.most_workgroups(gpu).expect("the device answers").min(most),
+            Err(error) => {
+                eprintln!("{id} skipped: {error}");
+                return;
+            }
+        };
+        let (mail, control) = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, num_workgroups) {
+            Ok(kernel) => {
+                let mail = Tensor::zeros(gpu, "mail", DType::U32, &[kernel.mail_elems(), 2]);
+                (mail.expect("a small buffer fits"), Output::from_words(gpu, &[0; 4]))
+            }
+            Err(error) => {
+                eprintln!("{id} skipped: {error}");
+                return;
+            }
+        };
+        let bindings = DecodeLayersBindings {
             steps: &table,
             rows: &rows,
             qkv_proj: &qkv,
@@ -190,21 +209,12 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             keys: &keys_gpu,
             values: &values_gpu,
             hidden: &hidden.tensor,
-            mail,
-            control,
+            mail: &mail,
+            control: &control.tensor,
             router: None,
             bias_or_keep: None,
         };
-        // As many workgroups as run at a time: registers may leave room for half as many as a trial says.
-        let most = (shape.hidden_size / 2).min(shape.mlp_dim);
-        let mut num_workgroups = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, most) {
-            Ok(largest) => largest.most_workgroups(gpu).expect("the device answers").min(most),
-            Err(error) => {
-                eprintln!("{id} skipped: {error}");
-                return;
-            }
-        };
-        let (plan, control) = loop {
+        let plan = loop {
             let kernel = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, num_workgroups) {
                 Ok(kernel) => kernel,
                 Err(error) => {
@@ -212,9 +222,6 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
                     return;
                 }
             };
-            let mail = Tensor::zeros(gpu, "mail", DType::U32, &[kernel.mail_elems(), 2]).expect("a small buffer fits");
-            let control = Output::from_words(gpu, &[0; 4]);
-            let bindings = bindings(&mail, &control.tensor);
             let grid = Grid::Fixed([num_workgroups, 1, 1]);
             let dispatch = |params| move |plan: &mut PlanBuilder<'_>| plan.dispatch(&kernel, &bindings, &params, grid);
             let trial = DecodeLayersParams { trial_rounds: TRIAL_ROUNDS, ..params };
@@ -222,8 +229,9 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             gpu.run(&trial).expect("the device answers");
             if control.read_u32(gpu)[2] == 0 {
                 let Some(plan) = record(gpu, &id, dispatch(params)) else { return };
-                break (plan, control);
+                break plan;
             }
+            gpu.write(&control.tensor, 8, &[0; 4]);
             num_workgroups /= 2;
         };
         gpu.run(&plan).expect("the device answers");
