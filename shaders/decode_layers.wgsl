@@ -402,9 +402,11 @@ fn prefetch(kind: u32, place: u32, ahead: ptr<function, array<Unit, 2u * PREFETC
     let split = split_of(kind);
     let row = 2u * pair_number(team / split);
 #repeat p PREFETCH
-    let unit = (p * split + team % split) * LANES + lane;
-    (*ahead)[2u * p] = fetch(kind, place, row, unit);
-    (*ahead)[2u * p + 1u] = fetch(kind, place, row + 1u, unit);
+    if p < steps_of(kind) {
+        let unit = (p * split + team % split) * LANES + lane;
+        (*ahead)[2u * p] = fetch(kind, place, row, unit);
+        (*ahead)[2u * p + 1u] = fetch(kind, place, row + 1u, unit);
+    }
 #endrepeat
 }
 
@@ -422,16 +424,18 @@ fn multiply(kind: u32, place: u32, ahead: ptr<function, array<Unit, 2u * PREFETC
             let coming_row = select(row, next_row, last_of_round);
             let coming_step = select(step + PREFETCH, 0u, last_of_round);
 #repeat p PREFETCH
-            let a = (*ahead)[2u * p];
-            let b = (*ahead)[2u * p + 1u];
-            if more {
-                let coming = ((coming_step + p) * split + team % split) * LANES + lane;
-                (*ahead)[2u * p] = fetch(kind, place, coming_row, coming);
-                (*ahead)[2u * p + 1u] = fetch(kind, place, coming_row + 1u, coming);
-            }
-            let unit = ((step + p) * split + team % split) * LANES + lane;
-            if unit < quads_of(kind) {
-                sums += pair_product(kind, a, b, unit);
+            if p < steps_of(kind) {
+                let a = (*ahead)[2u * p];
+                let b = (*ahead)[2u * p + 1u];
+                if more {
+                    let coming = ((coming_step + p) * split + team % split) * LANES + lane;
+                    (*ahead)[2u * p] = fetch(kind, place, coming_row, coming);
+                    (*ahead)[2u * p + 1u] = fetch(kind, place, coming_row + 1u, coming);
+                }
+                let unit = ((step + p) * split + team % split) * LANES + lane;
+                if unit < quads_of(kind) {
+                    sums += pair_product(kind, a, b, unit);
+                }
             }
 #endrepeat
         }
@@ -504,8 +508,10 @@ fn stage_mail(
 #endrepeat
             // Compilers would move the loads to where their results are used; a poll more or less does no harm.
 #repeat p PREFETCH
-            polls += u32((*ahead)[2u * p].codes.x == elements[0].y);
-            polls += u32((*ahead)[2u * p + 1u].codes.x == elements[0].y);
+            if p < steps_of(kind) {
+                polls += u32((*ahead)[2u * p].codes.x == elements[0].y);
+                polls += u32((*ahead)[2u * p + 1u].codes.x == elements[0].y);
+            }
 #endrepeat
             if is_there || !keeps_waiting() {
                 break;

@@ -64,6 +64,7 @@ struct Params {
 #if MERGE
 @group(0) @binding(5) var<storage, read> stats: array<vec2<f32>>;
 #endif
+alias Inner = f32;
 #import shared/epilogue
 
 const UNITS: u32 = (IN_FEATURES + UNIT - 1u) / UNIT;

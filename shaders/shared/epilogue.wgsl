@@ -7,7 +7,7 @@
 // GELU              out[i, o] = gelu(scale * v), the exact (erf) form            compact
 // RESIDUAL          out[r, o] = residual[r, o] + v                               streams [T, out_stride]
 // RESIDUAL_COPY     as RESIDUAL, and into copy[r, o] too                         streams
-// SWIGLU            out[i, o/2] = silu(v.x) * v.y                                compact [n, out_stride], OUT_F16: f16
+// SWIGLU            out[i, o/2] = silu(v.x) * v.y                                compact [n, out_stride] of Inner
 // QKV               o < q_dim: q rotated into out, compact; then kv_dim columns of k, rotated, and kv_dim of v, into
 //                   the caches at the row's slot, if it has one
 // BLOCK_END_EXPERT  rows with END_GATED: out[r] += gate[r] * (residual[r] + v)
@@ -16,12 +16,11 @@
 //                   lies in `out` from delta_start on, since WebGPU's default limits have no binding left beside QKV
 // ENCODED           encoding[o] * (residual + v) in place of residual + v: a recursion's encoding of its block's output
 //
-// The including kernel declares `params` with the fields of LinearParams (mor-kernels/src/epilogue.rs).
+// The including kernel declares `params` with the fields of LinearParams (mor-kernels/src/epilogue.rs), and Inner, the type
+// of activations inside the MLP.
 
-#if OUT_F16
-@group(0) @binding(4) var<storage, read_write> out: array<f16>;
-#elif SWIGLU
-@group(0) @binding(4) var<storage, read_write> out: array<f32>;
+#if SWIGLU
+@group(0) @binding(4) var<storage, read_write> out: array<Inner>;
 #else
 @group(0) @binding(4) var<storage, read_write> out: array<vec2<f32>>;
 #endif
@@ -110,7 +109,7 @@ fn operands(i: u32, entry: ActiveRow, o: u32) -> Operands {
 #if SWIGLU
 #if DELTA
     let at = params.delta_start + 2u * i * params.out_stride + o;
-    read.delta = vec2<f32>(out[at], out[at + 1u]);
+    read.delta = vec2<f32>(f32(out[at]), f32(out[at + 1u]));
 #endif
 #endif
 #if ENCODED
@@ -153,12 +152,7 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, product: vec2<f32>, read: Operands
 #endif
 #if SWIGLU
     // exp overflows to infinity for very negative gates, and the quotient is then the correct 0.
-    let y = v.x / (1.0 + exp(-v.x)) * v.y;
-#if OUT_F16
-    out[i * params.out_stride + o / 2u] = f16(y);
-#else
-    out[i * params.out_stride + o / 2u] = y;
-#endif
+    out[i * params.out_stride + o / 2u] = Inner(v.x / (1.0 + exp(-v.x)) * v.y);
 #endif
 #if BLOCK_END_EXPERT
     if entry.end == END_GATED {

@@ -232,7 +232,9 @@ impl DecodeLayers {
     pub fn new(caps: &DeviceCaps, shape: LayersShape, max_steps: u32, num_workgroups: u32) -> Result<Self> {
         // Twice as many threads leave each too few registers for what is on its way (measured on an H200).
         let workgroup_size = caps.max_workgroup_size.min(512);
-        let kernel = Self { shape, max_steps, workgroup_size, num_workgroups, prefetch: 4, batch: 8, keys: 2 };
+        // Measured on an H200: more on its way takes more registers than there are, and integers take them too.
+        let (prefetch, batch) = if shape.weight_dtype.is_quantized() { (1, 2) } else { (4, 4) };
+        let kernel = Self { shape, max_steps, workgroup_size, num_workgroups, prefetch, batch, keys: 2 };
         let refuse = |what, found: u32, limit: u32, why: &str| {
             Err(KernelError::Limit {
                 kernel: Self::NAME,
@@ -344,13 +346,21 @@ impl DecodeLayers {
         };
         let stride = dtype.row_bytes(in_features as usize) as u32 / 16;
         let pairs = rows.div_ceil(2).div_ceil(self.num_workgroups);
-        // As many teams a pair as there are, but no more than have units enough to be on their way.
-        let mut split = 1 << (teams / pairs.min(teams)).ilog2();
-        while split > 1 && quads.div_ceil(split / 2 * lanes) <= self.prefetch {
-            split /= 2;
-        }
-        let steps = quads.div_ceil(split * lanes).next_multiple_of(self.prefetch);
-        Division { rows, quads, stride, split, steps, rounds: pairs.div_ceil(teams / split) }
+        // Teams that share a pair have fewer units each, but then more pairs follow one another, and each pair has to be summed
+        // over lanes, which takes as long as a unit.
+        let split_into = |split: u32| {
+            let steps = quads.div_ceil(split * lanes);
+            let steps = if steps > self.prefetch { steps.next_multiple_of(self.prefetch) } else { steps };
+            (pairs.div_ceil(teams / split), steps)
+        };
+        let splits = (0..=teams.ilog2()).map(|log2| 1 << log2);
+        let split = splits.min_by_key(|split| {
+            let (rounds, steps) = split_into(*split);
+            rounds * (steps + 1)
+        });
+        let split = split.expect("a workgroup has a team");
+        let (rounds, steps) = split_into(split);
+        Division { rows, quads, stride, split, steps, rounds }
     }
 
     /// vec4s that are staged at a time, and partial sums.
