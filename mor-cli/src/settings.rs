@@ -13,7 +13,7 @@ use crate::failure::{bad_input, usage_sentence};
 use crate::input::read_text;
 
 /// Options that have a variable in the environment: that of `--model` is `MOR_MODEL`.
-const IN_ENVIRONMENT: [&str; 6] = ["model", "device", "devices", "dtype", "kv", "quantize"];
+const IN_ENVIRONMENT: [&str; 7] = ["model", "device", "devices", "dtype", "kv", "persistent", "quantize"];
 
 /// Names another config file.
 const CONFIG_VARIABLE: &str = "MOR_CONFIG";
@@ -113,7 +113,11 @@ fn matches(
             continue;
         }
         let of_environment = match variable(arg) {
-            Some(name) => variable_value(&name).transpose()?.map(|value| Setting { values: vec![value], origin: name }),
+            Some(name) => {
+                let value = variable_value(&name).transpose()?;
+                let value = value.map(|value| if is_flag(arg) { flag_value(&name, &value) } else { Ok(value) });
+                value.transpose()?.map(|value| Setting { values: vec![value], origin: name })
+            }
             None => None,
         };
         let of_file = || file.as_ref().and_then(|file| file.setting(&path, key)).cloned();
@@ -141,6 +145,19 @@ fn key(arg: &Arg) -> Option<&str> {
 fn variable(arg: &Arg) -> Option<String> {
     let key = key(arg).filter(|key| IN_ENVIRONMENT.contains(key))?;
     Some(format!("MOR_{}", key.to_uppercase()))
+}
+
+fn is_flag(arg: &Arg) -> bool {
+    !arg.get_action().takes_values()
+}
+
+/// What a variable says of a flag, in clap's words.
+fn flag_value(variable: &str, value: &str) -> anyhow::Result<String> {
+    match value {
+        "1" | "true" => Ok(true.to_string()),
+        "0" | "false" => Ok(false.to_string()),
+        _ => Err(bad_input!("{variable}: invalid value '{value}' for a flag; expected 1 or true, 0 or false")),
+    }
 }
 
 fn is_given(given: &ArgMatches, arg: &Arg) -> bool {
@@ -184,7 +201,7 @@ fn with_defaults(command: Command, path: &[String], defaults: &[Fallback]) -> Co
 
 /// Has the command itself look at a value, so that the message can name where it comes from.
 fn check(command: &Command, arg: &Arg, setting: &Setting) -> anyhow::Result<()> {
-    if !arg.get_action().takes_values() {
+    if is_flag(arg) {
         return Ok(());
     }
     let argument = |value: &String| match arg.get_long() {
@@ -248,7 +265,7 @@ impl ConfigFile {
                     "{origin_of_key}: '{key}' is no option, expected one without its dashes; {advice}"
                 ));
             };
-            let is_flag = !arg.get_action().takes_values();
+            let is_flag = is_flag(arg);
             let scalar = |value: &toml::Spanned<DeValue<'_>>| match value.get_ref() {
                 DeValue::String(text) => Some(text.to_string()),
                 DeValue::Integer(_) | DeValue::Float(_) => Some(text[value.span()].replace('_', "")),
@@ -326,6 +343,21 @@ mod tests {
         let given = ["--model", "c", "--max-new-tokens", "30"];
         assert_eq!(generate(&given, file, &[("MOR_MODEL", "b")]), "Some(\"c\") Some(30) true");
         assert_eq!(generate(&[], "json = false", &[]), "None None false");
+    }
+
+    #[test]
+    fn flags_have_variables_too() {
+        let persistent = |file: &str, variables: &[(&str, &str)]| match parse(&["generate"], file, variables) {
+            Ok(Chosen::Generate(args)) => args.load.batch().persistent.to_string(),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => error,
+        };
+        assert_eq!(persistent("", &[]), "false");
+        assert_eq!(persistent("persistent = true", &[]), "true");
+        assert_eq!(persistent("persistent = true", &[("MOR_PERSISTENT", "0")]), "false");
+        assert_eq!(persistent("", &[("MOR_PERSISTENT", "1")]), "true");
+        let refusal = persistent("", &[("MOR_PERSISTENT", "yes")]);
+        assert!(refusal.starts_with("MOR_PERSISTENT: invalid value 'yes' for a flag; expected 1"), "{refusal}");
     }
 
     #[test]

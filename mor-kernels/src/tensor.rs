@@ -223,3 +223,53 @@ fn data_bytes(dtype: DType, shape: &[usize]) -> usize {
     let (len, rows) = shape.split_last().map_or((1, 1), |(len, rows)| (*len, rows.iter().product()));
     rows * dtype.row_bytes(len)
 }
+
+#[cfg(all(test, feature = "oracle"))]
+mod tests {
+    use super::*;
+    use crate::parity;
+
+    /// 8 rows of 256 bytes, at which every device can bind.
+    fn rows() -> (&'static Gpu, Tensor) {
+        let gpu = parity::gpu();
+        let values: Vec<u32> = (0..512).collect();
+        (gpu, Tensor::from_slice(gpu, "rows", DType::U32, &[8, 64], &values).expect("a small buffer fits"))
+    }
+
+    #[test]
+    fn parts_share_the_buffer() {
+        let (gpu, whole) = rows();
+        let part = whole.part(gpu, "part", 128, &[2, 2, 64]).expect("rows are aligned");
+        assert_eq!((part.shape(), part.num_elems(), part.num_bytes()), (&[2, 2, 64][..], 256, 1024));
+        assert_eq!(gpu.read::<u32>(&part).expect("the device answers"), (128..384).collect::<Vec<_>>());
+        gpu.write(&part, 4, bytemuck::cast_slice(&[7_u32]));
+        let inner = part.part(gpu, "inner", 64, &[1, 64]).expect("rows are aligned");
+        gpu.write(&inner, 0, bytemuck::cast_slice(&[8_u32]));
+        let values: Vec<u32> = gpu.read(&whole).expect("the device answers");
+        assert_eq!((values[128], values[129], values[192], values[193]), (128, 7, 8, 193));
+    }
+
+    #[test]
+    fn parts_that_no_device_binds_are_none() {
+        let gpu = parity::gpu();
+        let whole = Tensor::zeros(gpu, "narrow", DType::U32, &[256, 2]).expect("a small buffer fits");
+        assert!(whole.part(gpu, "offset", 2, &[64, 2]).is_none());
+        assert!(whole.part(gpu, "size", 0, &[1, 2]).is_none());
+        assert!(whole.part(gpu, "nothing", 0, &[0, 2]).is_none());
+        assert!(whole.part(gpu, "all", 0, &[256, 2]).is_some());
+    }
+
+    #[test]
+    #[should_panic(expected = "rows of 64 are not cut")]
+    fn parts_cut_no_row() {
+        let (gpu, whole) = rows();
+        whole.part(gpu, "part", 32, &[1, 64]);
+    }
+
+    #[test]
+    #[should_panic(expected = "past: a part of [8, 64]")]
+    fn parts_end_where_the_tensor_does() {
+        let (gpu, whole) = rows();
+        whole.part(gpu, "past", 448, &[2, 64]);
+    }
+}

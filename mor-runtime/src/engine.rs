@@ -245,6 +245,11 @@ impl Engine {
         self.runner.is_persistent()
     }
 
+    /// As [`Runner::give_up_persistent`].
+    pub(crate) fn give_up_persistent(&self, model: &MorModel) {
+        self.runner.give_up_persistent(model);
+    }
+
     /// Longest sequence.
     pub(crate) fn max_positions(&self) -> usize {
         self.runner.max_positions()

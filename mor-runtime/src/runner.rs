@@ -55,6 +55,7 @@ pub struct Pending {
     next_rows: Readback,
     results: Readback,
     num_dispatches: usize,
+    rows_written: u64,
 }
 
 /// The results of a submit.
@@ -65,6 +66,7 @@ pub struct Reply {
     next_rows: Vec<Row>,
     /// `[slots, RESULTS]` of (next token, depth), a ring by position.
     results: Vec<[u32; 2]>,
+    rows_written: u64,
 }
 
 impl Pending {
@@ -91,6 +93,7 @@ impl Pending {
             depths: bytemuck::pod_collect_to_vec(&depths),
             next_rows: bytemuck::pod_collect_to_vec(&self.next_rows.wait()?),
             results: bytemuck::pod_collect_to_vec(&self.results.wait()?),
+            rows_written: self.rows_written,
         })
     }
 }
@@ -149,6 +152,8 @@ pub struct Runner {
     prefill_rows: usize,
     key_splits: Option<u32>,
     batch_invariant: bool,
+    /// Times that the host has put a row in place of a drawn one; what was submitted before knows nothing of the last.
+    rows_written: u64,
 }
 
 impl Runner {
@@ -228,6 +233,7 @@ impl Runner {
             prefill_rows: options.prefill_rows,
             key_splits: None,
             batch_invariant: options.batch_invariant,
+            rows_written: 0,
         })
     }
 
@@ -263,7 +269,18 @@ impl Runner {
         if self.decode_tensors.layers.take().is_some() {
             tracing::warn!("workgroups did not run at a time; decode goes on layer by layer");
             self.decode.clear();
+        }
+        // A row that was replaced since has been fed again, or its sequence has ended.
+        if reply.rows_written == self.rows_written {
             self.set_next_row(model, Row { flags: ROW_ACTIVE | ROW_SAMPLE, ..*row });
+        }
+    }
+
+    /// Has the next persistent step end as if a workgroup had waited in vain, for tests of [`Runner::recover`].
+    #[doc(hidden)]
+    pub fn give_up_persistent(&self, model: &MorModel) {
+        if let Some(layers) = &self.decode_tensors.layers {
+            layers.give_up(model);
         }
     }
 
@@ -277,7 +294,7 @@ impl Runner {
     /// Forgets the sequence in a slot and prepares it for another: how its tokens are drawn, which tokens count as
     /// occurred, and the entries it has in each K/V group (none without lengths).
     pub fn start(
-        &self,
+        &mut self,
         model: &MorModel,
         slot: usize,
         sampling: &GpuSampling,
@@ -301,13 +318,14 @@ impl Runner {
     }
 
     /// Puts a row in place of the one drawn last.
-    pub fn set_next_row(&self, model: &MorModel, row: Row) {
+    pub fn set_next_row(&mut self, model: &MorModel, row: Row) {
+        self.rows_written += 1;
         let offset = row.sequence as usize * size_of::<Row>();
         model.gpu().write(&self.sample.next_rows, offset as u64, bytemuck::bytes_of(&row));
     }
 
     /// Takes the sequence in a slot out of what is submitted from now on.
-    pub fn stop(&self, model: &MorModel, slot: usize) {
+    pub fn stop(&mut self, model: &MorModel, slot: usize) {
         self.set_next_row(model, Row { sequence: slot as u32, ..Row::ABSENT });
         self.decode_tensors.clear(model.gpu(), slot);
     }
@@ -361,7 +379,7 @@ impl Runner {
         submission.submit();
         let of_tick = decode.map_or(0, |plan| plan.num_dispatches());
         let num_dispatches = work.ticks * of_tick + prefill.map_or(0, |(plan, _)| plan.num_dispatches());
-        Ok(Pending { depths, next_rows, results, num_dispatches })
+        Ok(Pending { depths, next_rows, results, num_dispatches, rows_written: self.rows_written })
     }
 
     /// K/V entries the sequence in a slot holds, per effective layer, as the device counted them; waits.

@@ -340,6 +340,14 @@ impl Session {
         self.engine.as_ref().is_some_and(Engine::is_persistent)
     }
 
+    /// Has the next step of the engine that is there now end as if a workgroup had waited in vain, for tests.
+    #[doc(hidden)]
+    pub fn give_up_persistent(&self) {
+        if let Some(engine) = &self.engine {
+            engine.give_up_persistent(&self.model);
+        }
+    }
+
     /// The dispatches of a decode step or tick of `num_sequences` sequences at `context` positions.
     ///
     /// # Errors

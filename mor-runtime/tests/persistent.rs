@@ -1,0 +1,167 @@
+//! Decode steps that run all layers in one dispatch, in sessions: what they draw, how a session goes on after one in which a
+//! workgroup waited in vain, and when they are not used.
+
+mod common;
+
+use common::{TinyModel, llama_config};
+use mor_kernels::parity::{self, Rng};
+use mor_model::{Checkpoint, Dtype, MorModel, Precision};
+use mor_runtime::{
+    BatchOptions, Event, FinishReason, GenerateRequest, SamplingParams, SequenceHandle, Session, Summary,
+};
+use serde_json::{Value, json};
+
+/// Five layers of one shape, or a block of them R times.
+fn tiny(mor: &Value) -> TinyModel {
+    let mut config = llama_config(5, 4, 2);
+    if !mor.is_null() {
+        config["mor"] = mor.clone();
+    }
+    TinyModel::random(config, &mut Rng::new("persistent"))
+}
+
+fn open(checkpoint: &Checkpoint, batch: BatchOptions) -> Session {
+    let model = MorModel::load(parity::gpu(), checkpoint, Precision::F32, &mut |_| {}).expect("the tiny model fits");
+    Session::from_model(model).with_batch(batch).expect("the sizes are sound")
+}
+
+fn session(mor: &Value, persistent: bool) -> Session {
+    let checkpoint = tiny(mor).checkpoint(Dtype::F32).expect("the tiny model is complete");
+    open(&checkpoint, BatchOptions { persistent, ..BatchOptions::default() })
+}
+
+fn request(prompt: &[u32], max_new_tokens: usize) -> GenerateRequest {
+    let sampling = SamplingParams::greedy();
+    GenerateRequest { max_new_tokens, sampling, ignore_eos: true, ..GenerateRequest::new(prompt.to_vec()) }
+}
+
+/// Steps until nothing is left to do; the step before which a persistent one is to fail is number `fails`.
+fn finish(session: &mut Session, fails: Option<usize>) {
+    for step in 0..200 {
+        if fails == Some(step) {
+            session.give_up_persistent();
+        }
+        if !session.step().expect("the device works") {
+            return;
+        }
+    }
+    panic!("the sequence does not end");
+}
+
+fn summary(handle: &SequenceHandle) -> Summary {
+    while let Some(event) = handle.try_next() {
+        if let Event::Finished(summary) = event {
+            return summary;
+        }
+    }
+    panic!("the sequence has ended");
+}
+
+fn generate(session: &mut Session, request: &GenerateRequest, fails: Option<usize>) -> Summary {
+    let handle = session.submit(request).expect("the request is sound");
+    finish(session, fails);
+    summary(&handle)
+}
+
+fn is_possible() -> bool {
+    let caps = parity::gpu().caps();
+    let is_possible = caps.coherent_storage && caps.lanes().uses_subgroups();
+    if !is_possible {
+        eprintln!("skipped: the device has no coherent storage or no subgroups");
+    }
+    is_possible
+}
+
+const PROMPT: [u32; 7] = [5, 17, 3, 42, 8, 8, 60];
+const OTHER: [u32; 4] = [9, 33, 2, 11];
+
+fn models() -> [Value; 3] {
+    let routed = |mode: &str| json!({ "mode": mode, "sharing": "middle_cycle", "num_recursion": 3 });
+    [Value::Null, routed("expert"), routed("token")]
+}
+
+#[test]
+fn a_wait_in_vain_costs_no_token() {
+    if !is_possible() {
+        return;
+    }
+    for mor in models() {
+        let want = generate(&mut session(&mor, false), &request(&PROMPT, 24), None);
+        assert_eq!(want.tokens.len(), 24);
+        // Never; with the prompt; when the first results are in; amid steps; in the last ones.
+        for fails in [None, Some(0), Some(1), Some(4), Some(9)] {
+            let mut session = session(&mor, true);
+            session.prepare_decode(40).expect("the caches fit");
+            assert!(session.is_persistent(), "{mor}");
+            let found = generate(&mut session, &request(&PROMPT, 24), fails);
+            assert_eq!(session.is_persistent(), fails.is_none(), "{mor} {fails:?}");
+            assert_eq!((&found.tokens, &found.depths), (&want.tokens, &want.depths), "{mor} {fails:?}");
+            assert_eq!(found.kv_entries, want.kv_entries, "{mor} {fails:?}");
+        }
+    }
+}
+
+/// What has failed is no longer of interest, or is another sequence's: its row must not come back.
+#[test]
+fn a_wait_in_vain_revives_no_sequence() {
+    if !is_possible() {
+        return;
+    }
+    for mor in models() {
+        let want = generate(&mut session(&mor, false), &request(&OTHER, 12), None);
+        for steps in 1..4 {
+            let mut session = session(&mor, true);
+            let first = session.submit(&request(&PROMPT, 40)).expect("the request is sound");
+            for _ in 0..3 {
+                session.step().expect("the device works");
+            }
+            session.give_up_persistent();
+            for _ in 0..steps {
+                session.step().expect("the device works");
+            }
+            first.cancel();
+            let found = generate(&mut session, &request(&OTHER, 12), None);
+            assert_eq!(summary(&first).finish_reason, FinishReason::Cancelled);
+            assert_eq!((&found.tokens, &found.depths), (&want.tokens, &want.depths), "{mor} after {steps}");
+            assert!(!session.is_persistent());
+        }
+    }
+}
+
+/// Where models or sessions need what the kernel has not, `persistent` changes nothing.
+#[test]
+fn others_decode_layer_by_layer() {
+    let refused = |what: &str, checkpoint: &Checkpoint, batch: BatchOptions| {
+        let want = generate(
+            &mut open(checkpoint, BatchOptions { persistent: false, ..batch.clone() }),
+            &request(&PROMPT, 8),
+            None,
+        );
+        let mut session = open(checkpoint, BatchOptions { persistent: true, ..batch });
+        let found = generate(&mut session, &request(&PROMPT, 8), None);
+        assert!(!session.is_persistent(), "{what}");
+        assert_eq!((found.tokens, found.depths), (want.tokens, want.depths), "{what}");
+    };
+    let one = BatchOptions::default;
+    let expert = |rest: Value| {
+        let mut mor = rest;
+        (mor["mode"], mor["sharing"], mor["num_recursion"]) = (json!("expert"), json!("middle_cycle"), json!(3));
+        mor
+    };
+    for rest in [
+        json!({ "kv": "sharing" }),
+        json!({ "kv": "hybrid" }),
+        json!({ "router_type": "mlp" }),
+        json!({ "sampling": "aux_router" }),
+    ] {
+        let checkpoint = tiny(&expert(rest.clone())).checkpoint(Dtype::F32).expect("the tiny model is complete");
+        refused(&rest.to_string(), &checkpoint, one());
+    }
+    let plain = tiny(&Value::Null);
+    let checkpoint = plain.checkpoint(Dtype::F32).expect("the tiny model is complete");
+    refused("two sequences", &checkpoint, BatchOptions { max_sequences: 2, ..one() });
+    refused("batch-invariant", &checkpoint, BatchOptions { batch_invariant: true, ..one() });
+    let dtype = |name: &str| if name.contains("layers.2.") { Dtype::BF16 } else { Dtype::F32 };
+    let mixed = Checkpoint::from_bytes(&plain.config.to_string(), plain.bytes_of(dtype, |_| true), "mixed types");
+    refused("layers of different types", &mixed.expect("the tiny model is complete"), one());
+}
