@@ -11,7 +11,7 @@ use mor_kernels::ops::{
 };
 use mor_kernels::oracle::decode_layers::{LayersState, decode_layers};
 use mor_kernels::parity::{self, Output, Rng, Tolerance};
-use mor_kernels::plan::{Grid, PlanBuilder};
+use mor_kernels::plan::Grid;
 use mor_kernels::rows::{ActiveRow, KvTable, NONE, PAGE_SIZE, ROW_ACTIVE, Row};
 use mor_kernels::tensor::{DType, Tensor};
 
@@ -174,7 +174,17 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             attention_scale: shape.attention.scale(),
             ..DecodeLayersParams::default()
         };
-        let bindings = |mail, control| DecodeLayersBindings {
+        let most = (shape.hidden_size / 2).min(shape.mlp_dim);
+        let largest = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, most) {
+            Ok(largest) => largest,
+            Err(error) => {
+                eprintln!("{id} skipped: {error}");
+                return;
+            }
+        };
+        let mail = Tensor::zeros(gpu, "mail", DType::U32, &[largest.mail_elems(), 2]).expect("a small buffer fits");
+        let control = Output::from_words(gpu, &[0; 4]);
+        let bindings = DecodeLayersBindings {
             steps: &table,
             rows: &rows,
             qkv_proj: &qkv,
@@ -190,21 +200,14 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             keys: &keys_gpu,
             values: &values_gpu,
             hidden: &hidden.tensor,
-            mail,
-            control,
+            mail: &mail,
+            control: &control.tensor,
             router: None,
             bias_or_keep: None,
         };
-        // As many workgroups as run at a time: registers may leave room for half as many as a trial says.
-        let most = (shape.hidden_size / 2).min(shape.mlp_dim);
-        let mut num_workgroups = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, most) {
-            Ok(largest) => largest.most_workgroups(gpu).expect("the device answers").min(most),
-            Err(error) => {
-                eprintln!("{id} skipped: {error}");
-                return;
-            }
-        };
-        let (plan, control) = loop {
+        // As many workgroups as run at a time: registers may leave room for half as many as the other trial says.
+        let mut num_workgroups = largest.most_workgroups(gpu).expect("the device answers").min(most);
+        let plan = loop {
             let kernel = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, num_workgroups) {
                 Ok(kernel) => kernel,
                 Err(error) => {
@@ -212,18 +215,17 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
                     return;
                 }
             };
-            let mail = Tensor::zeros(gpu, "mail", DType::U32, &[kernel.mail_elems(), 2]).expect("a small buffer fits");
-            let control = Output::from_words(gpu, &[0; 4]);
-            let bindings = bindings(&mail, &control.tensor);
-            let grid = Grid::Fixed([num_workgroups, 1, 1]);
-            let dispatch = |params| move |plan: &mut PlanBuilder<'_>| plan.dispatch(&kernel, &bindings, &params, grid);
+            let recorded = |params: DecodeLayersParams| {
+                let grid = Grid::Fixed([num_workgroups, 1, 1]);
+                record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid))
+            };
             let trial = DecodeLayersParams { trial_rounds: TRIAL_ROUNDS, ..params };
-            let Some(trial) = record(gpu, &id, dispatch(trial)) else { return };
+            let (Some(trial), Some(plan)) = (recorded(trial), recorded(params)) else { return };
             gpu.run(&trial).expect("the device answers");
             if control.read_u32(gpu)[2] == 0 {
-                let Some(plan) = record(gpu, &id, dispatch(params)) else { return };
-                break (plan, control);
+                break plan;
             }
+            gpu.write(&control.tensor, 8, bytemuck::bytes_of(&0_u32));
             num_workgroups /= 2;
         };
         gpu.run(&plan).expect("the device answers");
