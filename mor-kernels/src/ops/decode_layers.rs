@@ -258,7 +258,7 @@ impl DecodeLayers {
             );
         }
         let most = (shape.hidden_size / 2).min(shape.mlp_dim);
-        if num_workgroups > most {
+        if !(1..=most).contains(&num_workgroups) {
             return refuse(
                 "workgroups",
                 num_workgroups,
@@ -873,5 +873,6 @@ mod tests {
         let without = DeviceCaps { coherent_storage: false, ..caps.clone() };
         assert!(message(&without, shape, 4).contains("coherent storage and subgroups"));
         assert!(message(&caps, shape, 1).contains("pairs of outputs of a workgroup"));
+        assert!(message(&caps, shape, 0).contains("workgroups"));
     }
 }
