@@ -309,8 +309,9 @@ fn add_decode_layers(list: &mut List) {
     ];
     // Small heads, which subgroups of 4 share too; a real model's; one head of keys and values, and padded units.
     let sizes = [[64, 96, 6, 2, 16], [960, 2560, 15, 5, 64], [72, 200, 3, 3, 24], [160, 440, 5, 1, 128]];
-    // Every routing twice; types and sizes take turns.
-    for i in 0..2 * routings.len() {
+    // Every routing twice; types and sizes take turns. Each takes long to translate, so other devices than the likeliest get a few.
+    let is_likeliest = list.caps.subgroup_sizes == Some((32, 32)) && !list.caps.cooperative_matrices;
+    for i in (0..2 * routings.len()).step_by(if is_likeliest { 1 } else { 7 }) {
         let [hidden_size, mlp_dim, num_attention_heads, num_key_value_heads, head_dim] = sizes[i % sizes.len()];
         let kv_dtype = if i / 2 % 2 == 0 { DType::F16 } else { DType::F32 };
         let kv_table = KvTable::Pages;
