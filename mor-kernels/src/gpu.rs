@@ -334,15 +334,6 @@ impl Gpu {
         self.catch(|_, queue| queue.write_buffer(&tensor.buffer, tensor.offset + offset, bytes));
     }
 
-    /// Hands all writes so far to the device and waits for them, which frees their staging memory.
-    ///
-    /// # Errors
-    /// [`KernelError::Device`].
-    pub fn flush_writes(&self) -> Result<()> {
-        self.catch(|_, queue| queue.submit([]));
-        self.wait_idle()
-    }
-
     /// Reports the first error the device has raised since the last call.
     ///
     /// # Errors
@@ -368,7 +359,21 @@ impl Gpu {
     /// # Errors
     /// [`KernelError::Device`] if the device is lost.
     pub(crate) fn poll(&self, wait: bool) -> Result<()> {
-        let kind = if wait { wgpu::PollType::wait_indefinitely() } else { wgpu::PollType::Poll };
+        self.poll_as(if wait { wgpu::PollType::wait_indefinitely() } else { wgpu::PollType::Poll })
+    }
+
+    /// Waits for a submit and all before it, and calls who waits for them; of no submit, calls who waits for what is done.
+    ///
+    /// # Errors
+    /// As [`Gpu::poll`].
+    pub(crate) fn wait_for(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<()> {
+        self.poll_as(match submission {
+            Some(index) => wgpu::PollType::Wait { submission_index: Some(index), timeout: None },
+            None => wgpu::PollType::Poll,
+        })
+    }
+
+    fn poll_as(&self, kind: wgpu::PollType) -> Result<()> {
         match self.inner.device.poll(kind) {
             Ok(_) => Ok(()),
             Err(error) => {

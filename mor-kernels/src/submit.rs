@@ -1,5 +1,5 @@
 //! [`Submission`]: plans, copies and readbacks handed to the device together; [`Readback`]: bytes on their way
-//! to the host. This is the one place that maps buffers.
+//! to the host.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, PoisonError};
@@ -77,9 +77,10 @@ impl<'g> Submission<'g> {
     }
 }
 
-const PENDING: u8 = 0;
-const MAPPED: u8 = 1;
-const FAILED: u8 = 2;
+/// States of a buffer that is to be mapped.
+pub(crate) const PENDING: u8 = 0;
+pub(crate) const MAPPED: u8 = 1;
+pub(crate) const FAILED: u8 = 2;
 
 /// Bytes that arrive from the device some time after a submit.
 #[derive(Debug)]

@@ -130,18 +130,30 @@ impl Tensor {
     ///
     /// # Errors
     /// [`KernelError::Device`](crate::KernelError::Device) if the texture is refused.
-    pub fn into_weight(mut self, gpu: &Gpu) -> Result<Self> {
+    pub fn into_weight(self, gpu: &Gpu) -> Result<Self> {
+        let weight = self.with_texels(gpu)?;
+        weight.copy_to_texels(gpu);
+        gpu.check()?;
+        Ok(weight)
+    }
+
+    /// As [`Tensor::into_weight`] for a tensor whose data an [`Upload`](crate::upload::Upload) brings, which then copies it to the
+    /// texture as well.
+    ///
+    /// # Errors
+    /// As [`Tensor::into_weight`].
+    pub fn with_texels(mut self, gpu: &Gpu) -> Result<Self> {
         if !gpu.caps().is_cpu {
             return Ok(self);
         }
-        let num_texels = (self.num_bytes() / 16) as u32;
+        let num_texels = self.num_texels();
         let size = wgpu::Extent3d {
             width: TEXEL_ROW.min(num_texels),
             height: num_texels.div_ceil(TEXEL_ROW),
             depth_or_array_layers: 1,
         };
-        let texture = gpu.catch(|device, queue| {
-            let texture = device.create_texture(&wgpu::TextureDescriptor {
+        let texture = gpu.catch(|device, _| {
+            device.create_texture(&wgpu::TextureDescriptor {
                 label: Some(&self.label),
                 size,
                 mip_level_count: 1,
@@ -150,7 +162,18 @@ impl Tensor {
                 format: wgpu::TextureFormat::Rgba32Uint,
                 usage: wgpu::TextureUsages::STORAGE_BINDING | wgpu::TextureUsages::COPY_DST,
                 view_formats: &[],
-            });
+            })
+        });
+        gpu.check()?;
+        self.texels = Some(texture.create_view(&wgpu::TextureViewDescriptor::default()));
+        Ok(self)
+    }
+
+    /// Copies the data to the texture, if there is one.
+    pub(crate) fn copy_to_texels(&self, gpu: &Gpu) {
+        let Some(texels) = &self.texels else { return };
+        let num_texels = self.num_texels();
+        gpu.catch(|device, queue| {
             let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             // Whole rows, then the part of a row that remains.
             let (rows, rest) = (num_texels / TEXEL_ROW, num_texels % TEXEL_ROW);
@@ -164,7 +187,7 @@ impl Tensor {
                     encoder.copy_buffer_to_texture(
                         wgpu::TexelCopyBufferInfo { buffer: &self.buffer, layout },
                         wgpu::TexelCopyTextureInfo {
-                            texture: &texture,
+                            texture: texels.texture(),
                             mip_level: 0,
                             origin: wgpu::Origin3d { x: 0, y, z: 0 },
                             aspect: wgpu::TextureAspect::All,
@@ -174,11 +197,17 @@ impl Tensor {
                 }
             }
             queue.submit([encoder.finish()]);
-            texture
         });
-        gpu.check()?;
-        self.texels = Some(texture.create_view(&wgpu::TextureViewDescriptor::default()));
-        Ok(self)
+    }
+
+    /// Texels of 16 bytes that hold all of it.
+    fn num_texels(&self) -> u32 {
+        (self.num_bytes() / 16) as u32
+    }
+
+    /// Its rows, the last of its sizes being a row's elements, and the bytes of each.
+    pub(crate) fn rows(&self) -> (usize, usize) {
+        rows(self.dtype, &self.shape)
     }
 
     /// The same buffer seen with another element type.
@@ -220,8 +249,13 @@ impl Tensor {
 }
 
 fn data_bytes(dtype: DType, shape: &[usize]) -> usize {
+    let (num_rows, row_bytes) = rows(dtype, shape);
+    num_rows * row_bytes
+}
+
+fn rows(dtype: DType, shape: &[usize]) -> (usize, usize) {
     let (len, rows) = shape.split_last().map_or((1, 1), |(len, rows)| (*len, rows.iter().product()));
-    rows * dtype.row_bytes(len)
+    (rows, dtype.row_bytes(len))
 }
 
 #[cfg(all(test, feature = "oracle"))]

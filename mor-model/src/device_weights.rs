@@ -16,17 +16,16 @@
 //! * Quantised rows stay as they are stored: their groups lie along the inputs, which none of this moves.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use mor_kernels::tensor::{DType, Tensor};
+use mor_kernels::upload::{Destination, Upload};
 use mor_kernels::{Gpu, Result};
 
+use crate::weights::decode_row;
 use crate::{Checkpoint, Dtype, KvStrategy, LayerTensor, LayerTensors, LoraTensors, TensorId};
-
-/// Bytes converted and staged at a time.
-const PIECE_BYTES: usize = 8 << 20;
-/// Staged bytes after which the upload waits for the device, so that staging memory stays small.
-const STAGED_BYTES: u64 = 128 << 20;
 
 /// How numbers are stored on the device; sums are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -183,7 +182,7 @@ impl DeviceWeights {
         precision: Precision,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self> {
-        let mut loader = Loader::new(gpu, checkpoint, precision, progress);
+        let mut loader = Loader::new(gpu, checkpoint, precision);
         let config = checkpoint.config();
         let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
         let natural = |id: TensorId, num_rows: usize| (0..num_rows).map(move |row| Some((id, row))).collect();
@@ -231,8 +230,11 @@ impl DeviceWeights {
             }
         };
         let stacks = loader.layer_stacks(&layers)?;
+        // All tensors are there: what does not fit is known before anything is converted.
+        let num_bytes = loader.num_bytes;
+        loader.upload.run(progress)?;
         gpu.wait_idle()?;
-        Ok(Self { embed_tokens, lm_head, norm, layers, stacks, routers, num_bytes: loader.uploaded })
+        Ok(Self { embed_tokens, lm_head, norm, layers, stacks, routers, num_bytes })
     }
 
     /// Bytes uploaded.
@@ -283,6 +285,11 @@ impl Columns {
         Self { before: 0, num_groups, group_len, padded_len: group_len.next_multiple_of(8), after: 0 }
     }
 
+    /// One group without padding.
+    fn exact(len: usize) -> Self {
+        Self { before: 0, num_groups: 1, group_len: len, padded_len: len, after: 0 }
+    }
+
     /// One group.
     fn plain(in_features: usize) -> Self {
         Self::grouped(1, in_features)
@@ -306,23 +313,104 @@ impl Columns {
 /// Where a row of a matrix comes from; `None` is a row of zeros.
 type SourceRow = Option<(TensorId, usize)>;
 
+/// What a tensor is filled with.
+struct Content<'a> {
+    checkpoint: &'a Checkpoint,
+    rows: Vec<SourceRow>,
+    /// How the rows of each stored tensor lie in those on the device.
+    columns: Vec<(TensorId, Columns)>,
+    dtype: DType,
+    row_bytes: usize,
+}
+
+impl Content<'_> {
+    /// Writes some of the rows.
+    fn write(&self, rows: Range<usize>, out: &mut Destination<'_>) {
+        let mut values = Vec::new();
+        // Rows that follow one another where they are stored.
+        let follows =
+            |a: &SourceRow, b: &SourceRow| matches!((a, b), (Some((i, m)), Some((j, n))) if i == j && m + 1 == *n);
+        for run in self.rows[rows].chunk_by(follows) {
+            let Some((id, first)) = run[0] else {
+                out.write_zeros(self.row_bytes);
+                continue;
+            };
+            let stored = self.checkpoint.dtype(id);
+            let columns = self.columns.iter().find(|(of, _)| *of == id).expect("every tensor has its columns").1;
+            let stored_bytes = stored.row_bytes(columns.in_features());
+            let bytes = self.checkpoint.bytes(id, first * stored_bytes..(first + run.len()) * stored_bytes);
+            let same = stored.on_device() == self.dtype;
+            if same && stored_bytes == self.row_bytes {
+                out.write(&bytes);
+                continue;
+            }
+            for row in bytes.chunks_exact(stored_bytes) {
+                out.write_zeros(self.dtype.row_bytes(columns.before));
+                for group in row.chunks_exact(stored.row_bytes(columns.group_len)) {
+                    if same {
+                        out.write(group);
+                    } else {
+                        values.resize(columns.group_len, 0.0);
+                        decode_row(stored, group, &mut values);
+                        write_as(self.dtype, &values, out);
+                    }
+                    out.write_zeros(self.dtype.row_bytes(columns.padded_len - columns.group_len));
+                }
+                out.write_zeros(self.dtype.row_bytes(columns.after));
+            }
+        }
+    }
+}
+
+/// Writes values as `dtype`, which is not quantised.
+fn write_as(dtype: DType, values: &[f32], out: &mut Destination<'_>) {
+    match dtype {
+        DType::F16 => write_halves([f16::ZERO; HALVES], values, out),
+        DType::BF16 => write_halves([bf16::ZERO; HALVES], values, out),
+        _ => out.write(bytemuck::cast_slice(values)),
+    }
+}
+
+/// Halves that are converted before they are written.
+const HALVES: usize = 1024;
+
+fn write_halves<H: bytemuck::NoUninit>(mut halves: [H; HALVES], values: &[f32], out: &mut Destination<'_>)
+where
+    [H]: HalfFloatSliceExt,
+{
+    for values in values.chunks(HALVES) {
+        let halves = &mut halves[..values.len()];
+        halves.convert_from_f32_slice(values);
+        out.write(bytemuck::cast_slice(halves));
+    }
+}
+
 struct Loader<'a> {
     gpu: &'a Gpu,
     checkpoint: &'a Checkpoint,
     precision: Precision,
-    progress: &'a mut dyn FnMut(u64),
+    upload: Upload<'a>,
+    /// Bytes that the upload brings.
+    num_bytes: u64,
     matrices: HashMap<(&'static str, Vec<TensorId>), Matrix>,
     /// By label: the stack of all layers' matrices, and how many are in it.
     stacks: HashMap<&'static str, (Tensor, u32)>,
     vectors: HashMap<TensorId, Tensor>,
-    uploaded: u64,
-    staged: u64,
 }
 
 impl<'a> Loader<'a> {
-    fn new(gpu: &'a Gpu, checkpoint: &'a Checkpoint, precision: Precision, progress: &'a mut dyn FnMut(u64)) -> Self {
+    fn new(gpu: &'a Gpu, checkpoint: &'a Checkpoint, precision: Precision) -> Self {
         let (matrices, stacks, vectors) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Self { gpu, checkpoint, precision, progress, matrices, stacks, vectors, uploaded: 0, staged: 0 }
+        Self { gpu, checkpoint, precision, upload: Upload::new(gpu), num_bytes: 0, matrices, stacks, vectors }
+    }
+
+    /// Has `tensor` filled with `rows`, whose elements lie as `columns` of their tensor say.
+    fn fill(&mut self, tensor: &Tensor, rows: Vec<SourceRow>, columns: &[(TensorId, Columns)]) {
+        let (checkpoint, dtype, columns) = (self.checkpoint, tensor.dtype(), columns.to_vec());
+        let row_bytes = dtype.row_bytes(tensor.shape()[tensor.shape().len() - 1]);
+        let content = Content { checkpoint, rows, columns, dtype, row_bytes };
+        self.num_bytes += tensor.data_bytes() as u64;
+        self.upload.add(tensor.clone(), move |rows, out| content.write(rows, out));
     }
 
     /// Matrices of a kind that layers have, tied ones counted once; `None` for what is no matrix of a layer.
@@ -392,9 +480,9 @@ impl<'a> Loader<'a> {
         if let Some(tensor) = self.vectors.get(&id) {
             return Ok(tensor.clone());
         }
-        let values = self.checkpoint.to_f32(id);
-        let tensor = Tensor::zeros(self.gpu, self.checkpoint.name(id), DType::F32, &[values.len()])?;
-        self.write(&tensor, 0, bytemuck::cast_slice(&values))?;
+        let len = self.checkpoint.shape(id).iter().product();
+        let tensor = Tensor::zeros(self.gpu, self.checkpoint.name(id), DType::F32, &[len])?;
+        self.fill(&tensor, vec![Some((id, 0))], &[(id, Columns::exact(len))]);
         self.vectors.insert(id, tensor.clone());
         Ok(tensor)
     }
@@ -413,13 +501,9 @@ impl<'a> Loader<'a> {
         let (dtype, shape) = (self.common_dtype(&outputs), self.checkpoint.shape(outputs[0]).to_vec());
         // The router kernels read exactly [outputs, K], without the padding of matrices.
         let output = Tensor::zeros(self.gpu, "router", dtype, &[outputs.len() * shape[0], shape[1]])?;
-        let mut bytes = Vec::new();
-        for id in outputs {
-            for row in 0..shape[0] {
-                self.append_row(&mut bytes, (id, row), Columns::plain(shape[1]), dtype);
-            }
-        }
-        self.write(&output, 0, &bytes)?;
+        let columns: Vec<_> = outputs.iter().map(|id| (*id, Columns::exact(shape[1]))).collect();
+        let rows = outputs.iter().flat_map(|id| (0..shape[0]).map(|row| Some((*id, row)))).collect();
+        self.fill(&output, rows, &columns);
         Ok(RouterWeights { hidden, output })
     }
 
@@ -496,7 +580,8 @@ impl<'a> Loader<'a> {
         }
         let dtype = self.common_dtype(&ids);
         rows.resize(rows.len().next_multiple_of(2), None);
-        let padded = columns(ids[0]).padded();
+        let columns: Vec<_> = ids.iter().map(|id| (*id, columns(*id))).collect();
+        let padded = columns[0].1.padded();
         let row_bytes = dtype.row_bytes(padded);
         let caps = self.gpu.caps();
         let binding_bytes = caps.max_storage_binding_bytes.min(caps.max_buffer_bytes) as usize;
@@ -510,73 +595,14 @@ impl<'a> Loader<'a> {
                 Some((tensor, _)) => tensor.clone(),
                 None => Tensor::zeros(self.gpu, label, dtype, &[part.len(), padded])?,
             };
-            let rows_per_piece = (PIECE_BYTES / row_bytes).max(1);
-            for (piece, rows) in part.chunks(rows_per_piece).enumerate() {
-                let mut bytes = Vec::with_capacity(rows.len() * row_bytes);
-                for row in rows {
-                    let end = bytes.len() + row_bytes;
-                    if let Some(source) = row {
-                        self.append_row(&mut bytes, *source, columns(source.0), dtype);
-                    }
-                    bytes.resize(end, 0);
-                }
-                self.write(&tensor, (piece * rows_per_piece * row_bytes) as u64, &bytes)?;
-            }
-            let tensor = tensor.into_weight(self.gpu)?;
+            let tensor = tensor.with_texels(self.gpu)?;
+            self.fill(&tensor, part.to_vec(), &columns);
             shards.push(Shard { tensor, first_row, num_rows: part.len() });
             first_row += part.len();
         }
         let matrix = Matrix { shards, num_rows: rows.len(), in_features: padded, dtype, place };
         self.matrices.insert(key, matrix.clone());
         Ok(matrix)
-    }
-
-    /// Appends row `row` of a tensor, converted to `dtype` and spread over `columns`.
-    fn append_row(&self, bytes: &mut Vec<u8>, (id, row): (TensorId, usize), columns: Columns, dtype: DType) {
-        let stored = self.checkpoint.dtype(id);
-        let mut data = vec![0; stored.row_bytes(columns.in_features())];
-        self.checkpoint.read_bytes(id, row * data.len(), &mut data);
-        if dtype.is_quantized() {
-            // Such rows have no columns between their elements.
-            bytes.extend_from_slice(&data);
-            return;
-        }
-        bytes.resize(bytes.len() + dtype.row_bytes(columns.before), 0);
-        let value = |elem: &[u8]| match stored {
-            Dtype::F32 => f32::from_le_bytes([elem[0], elem[1], elem[2], elem[3]]),
-            Dtype::F16 => f16::from_le_bytes([elem[0], elem[1]]).to_f32(),
-            Dtype::BF16 => bf16::from_le_bytes([elem[0], elem[1]]).to_f32(),
-            Dtype::Q8 | Dtype::Q4 => unreachable!("packed rows are copied"),
-        };
-        let same =
-            matches!((stored, dtype), (Dtype::F32, DType::F32) | (Dtype::F16, DType::F16) | (Dtype::BF16, DType::BF16));
-        for group in data.chunks_exact(stored.row_bytes(columns.group_len)) {
-            let end = bytes.len() + dtype.row_bytes(columns.padded_len);
-            if same {
-                bytes.extend_from_slice(group);
-            } else {
-                for value in group.chunks_exact(stored.row_bytes(1)).map(value) {
-                    match dtype {
-                        DType::F16 => bytes.extend_from_slice(&f16::from_f32(value).to_le_bytes()),
-                        DType::BF16 => bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes()),
-                        _ => bytes.extend_from_slice(&value.to_le_bytes()),
-                    }
-                }
-            }
-            bytes.resize(end, 0);
-        }
-    }
-
-    fn write(&mut self, tensor: &Tensor, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.gpu.write(tensor, offset, bytes);
-        self.uploaded += bytes.len() as u64;
-        self.staged += bytes.len() as u64;
-        if self.staged > STAGED_BYTES {
-            self.staged = 0;
-            self.gpu.flush_writes()?;
-        }
-        (self.progress)(self.uploaded);
-        Ok(())
     }
 }
 

@@ -60,7 +60,7 @@ impl fmt::Display for Dtype {
 }
 
 /// Converts the bytes of a row to f32.
-pub(super) fn decode_row(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
+pub(crate) fn decode_row(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     let halves = bytes.as_chunks::<2>().0;
     match dtype {
         Dtype::F32 => values.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b)),

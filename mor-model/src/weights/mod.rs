@@ -20,7 +20,8 @@ pub use dtype::Dtype;
 pub use names::{LayerTensor, TensorName};
 pub use save::{WriteOptions, Written};
 
-use self::dtype::{decode_row, encode};
+pub(crate) use self::dtype::decode_row;
+use self::dtype::encode;
 use self::files::WeightFile;
 pub(crate) use self::files::WeightFiles;
 pub(crate) use self::names::expected_names;
@@ -348,18 +349,32 @@ impl Checkpoint {
     /// A tensor's elements as stored: borrowed from a file, generated for a random model.
     pub fn view(&self, id: TensorId) -> TensorView<'_> {
         let tensor = &self.tensors[id.index()];
-        let data = match (&tensor.place, &self.source) {
+        let data = self.bytes(id, 0..tensor.num_bytes());
+        TensorView { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape, data }
+    }
+
+    /// Bytes of a tensor as stored: borrowed from a file, or from the pool of a random model where they lie in one piece.
+    ///
+    /// # Panics
+    ///
+    /// As [`Checkpoint::read_bytes`].
+    pub(crate) fn bytes(&self, id: TensorId, range: Range<usize>) -> Cow<'_, [u8]> {
+        match (&self.tensors[id.index()].place, &self.source) {
             (Place::File { file, bytes }, Source::Files(files)) => {
-                Cow::Borrowed(&files[*file].bytes.as_slice()[bytes.clone()])
+                Cow::Borrowed(&files[*file].bytes.as_slice()[bytes.clone()][range])
             }
-            (Place::Memory(bytes), _) => Cow::Borrowed(&bytes[..]),
+            (Place::Memory(bytes), _) => Cow::Borrowed(&bytes[range]),
+            (Place::Pool { first_elem }, Source::Random(pool))
+                if let Some(bytes) = pool.contiguous(*first_elem, &range) =>
+            {
+                Cow::Borrowed(bytes)
+            }
             _ => {
-                let mut data = vec![0; tensor.num_bytes()];
-                self.read_bytes(id, 0, &mut data);
+                let mut data = vec![0; range.len()];
+                self.read_bytes(id, range.start, &mut data);
                 Cow::Owned(data)
             }
-        };
-        TensorView { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape, data }
+        }
     }
 
     /// Copies the bytes from `first_byte` on into `out`, so that a large tensor can be uploaded in pieces.

@@ -1,6 +1,7 @@
 //! Random weights, the same for a seed on every platform.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use super::dtype::encode;
 use super::names::{TensorName, expected_tensors, tied_to};
@@ -59,6 +60,12 @@ impl Pool {
     fn offset(&self, seed: u64, tensor: usize) -> usize {
         let mut state = SplitMix64::new(seed ^ (tensor as u64 + 1).wrapping_mul(0xd1b5_4a32_d192_ed03));
         (state.next() % Self::NUM_ELEMS as u64) as usize
+    }
+
+    /// The bytes `range` of what begins at an element, where they do not pass the end of the pool.
+    pub(super) fn contiguous(&self, first_elem: usize, range: &Range<usize>) -> Option<&[u8]> {
+        let start = (first_elem * self.elem_bytes + range.start) % self.bytes.len();
+        self.bytes.get(start..start + range.len())
     }
 
     pub(super) fn read(&self, first_elem: usize, mut out: &mut [u8]) {
