@@ -1,7 +1,7 @@
 //! `attention_decode`: 1 row of every shape over short, usual and long contexts, f16 cache.
 
 use criterion::Criterion;
-use mor_bench::{SHAPES, record, time};
+use mor_bench::{SHAPES, record, time_read};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{AttentionDecode, AttentionDecodeBindings, AttentionDecodeParams, AttentionShape};
 use mor_kernels::oracle::attention_decode::{AttentionInputs, merge_partials};
@@ -55,7 +55,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 got = merge_partials(&shape, num_splits, &got, &partial_stats.read(gpu));
             }
             parity::assert_close(&id, &got, &attention_prefill(&shape, &inputs, shape.scale()), Tolerance::F32);
-            time(criterion, gpu, "attention_decode", &id, (2 * 2 * cache_elems) as u64, &plan);
+            time_read(criterion, gpu, "attention_decode", &id, (2 * 2 * cache_elems) as u64, &plan, &|| {});
         }
     }
 }

@@ -3,7 +3,7 @@
 //! cache, where a whole model's do not.
 
 use criterion::Criterion;
-use mor_bench::{SHAPES, Shape, record, time_from};
+use mor_bench::{SHAPES, Shape, record, time_read};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{
     AttentionShape, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, GridExchange, LayerRouting, LayerStep,
@@ -244,6 +244,6 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
         // A run begins with what the one before has made of the stream.
         let reset = || gpu.write(&hidden.tensor, 0, bytemuck::cast_slice(&embedding));
         let bytes = stack_bytes(sizes, dtype).iter().sum();
-        time_from(criterion, gpu, "decode_layers", &format!("{id}/{num_workgroups}"), bytes, &plan, &reset);
+        time_read(criterion, gpu, "decode_layers", &format!("{id}/{num_workgroups}"), bytes, &plan, &reset);
     }
 }

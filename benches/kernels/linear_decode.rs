@@ -2,7 +2,7 @@
 //! counts the bytes of the weights, which are the traffic.
 
 use criterion::Criterion;
-use mor_bench::{SHAPES, record, time};
+use mor_bench::{SHAPES, record, time_read};
 use mor_kernels::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{LinearDecode, LinearDecodeBindings, Prologue};
@@ -80,6 +80,6 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [o, k]: [u32; 2], n
         let want: Vec<f32> =
             products.chunks(distinct).flat_map(|row| row.iter().copied().cycle().take(o_len)).collect();
         parity::assert_close(&id, &y.read(gpu), &want, Tolerance::F32);
-        time(criterion, gpu, "linear_decode", &id, bytes, &plan);
+        time_read(criterion, gpu, "linear_decode", &id, bytes, &plan, &|| {});
     }
 }

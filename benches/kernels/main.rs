@@ -8,6 +8,7 @@ mod embed_tokens;
 mod grid_exchange;
 mod linear;
 mod linear_decode;
+mod read_words;
 mod rms_norm;
 mod router_expert;
 mod router_token;
@@ -34,6 +35,7 @@ fn main() {
     grid_exchange::bench(&mut criterion, gpu);
     linear::bench(&mut criterion, gpu);
     linear_decode::bench(&mut criterion, gpu);
+    read_words::bench(&mut criterion, gpu);
     rms_norm::bench(&mut criterion, gpu);
     router_expert::bench(&mut criterion, gpu);
     router_token::bench(&mut criterion, gpu);

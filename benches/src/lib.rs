@@ -2,8 +2,8 @@
 //!
 //! - `kernels/<stem>.rs`: every shape is first compared with the kernel's oracle, then timed by device timestamps. A
 //!   shape that does not fit the device is skipped by name.
-//!   Beside criterion's report stands the best rate and its share of what the device reaches in the same run: of its copy
-//!   bandwidth, or of `linear` in a large square product.
+//!   Beside criterion's report stands the best rate and its share of what the device reaches in the same run: of the bandwidth of
+//!   a copy, or of reads where a kernel reads weights, keys and values and writes little; or of `linear` in a large square product.
 //! - `runs/`: raw outputs, one file per date and device; a number in prose links the one it comes from.
 //!
 //! `cargo bench -p mor-bench` times; `cargo test -p mor-bench --benches` runs everything once. `MOR_TEST_DEVICE` chooses an
@@ -76,7 +76,7 @@ pub fn record(
 
 /// Times `plan` under `group/id` by device timestamps; `bytes` is the least it must move.
 pub fn time(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, bytes: u64, plan: &Plan) {
-    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), (plan, 1), &|| {});
+    time_per(criterion, gpu, group, id, Work::Move(bytes), (plan, 1), &|| {});
 }
 
 /// As [`time`], for kernels that count on: `reset` restores what they read before every [`MAX_BATCH`] runs, untimed.
@@ -89,18 +89,51 @@ pub fn time_from(
     plan: &Plan,
     reset: &dyn Fn(),
 ) {
-    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), (plan, 1), reset);
+    time_per(criterion, gpu, group, id, Work::Move(bytes), (plan, 1), reset);
+}
+
+/// As [`time_from`], for kernels that read nearly all of `bytes`.
+pub fn time_read(
+    criterion: &mut Criterion,
+    gpu: &Gpu,
+    group: &str,
+    id: &str,
+    bytes: u64,
+    plan: &Plan,
+    reset: &dyn Fn(),
+) {
+    time_per(criterion, gpu, group, id, Work::Read(bytes), (plan, 1), reset);
 }
 
 /// As [`time`], for kernels that do the same `count` times over: what is reported is one of these, which moves `bytes`.
 pub fn time_rounds(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, bytes: u64, plan: &Plan, count: usize) {
-    time_per(criterion, gpu, group, id, Throughput::Bytes(bytes), (plan, count), &|| {});
+    time_per(criterion, gpu, group, id, Work::Move(bytes), (plan, count), &|| {});
 }
 
 /// As [`time`], for kernels bound by arithmetic: the elements criterion counts are `flop` operations. The plan holds the
 /// kernel `count` times, over other weights each time so that no cache keeps them; what is reported is one of them.
 pub fn time_flop(criterion: &mut Criterion, gpu: &Gpu, group: &str, id: &str, flop: u64, plan: &Plan, count: usize) {
-    time_per(criterion, gpu, group, id, Throughput::Elements(flop), (plan, count), &|| {});
+    time_per(criterion, gpu, group, id, Work::Multiply(flop), (plan, count), &|| {});
+}
+
+/// What a run does, and with it the peak that it is compared with.
+#[derive(Clone, Copy, Debug)]
+enum Work {
+    /// Reads and writes bytes.
+    Move(u64),
+    /// Reads bytes.
+    Read(u64),
+    /// Computes so many operations.
+    Multiply(u64),
+}
+
+impl Work {
+    fn throughput(self) -> Throughput {
+        match self {
+            Work::Move(bytes) | Work::Read(bytes) => Throughput::Bytes(bytes),
+            Work::Multiply(flop) => Throughput::Elements(flop),
+        }
+    }
 }
 
 fn time_per(
@@ -108,14 +141,14 @@ fn time_per(
     gpu: &Gpu,
     group: &str,
     id: &str,
-    throughput: Throughput,
+    work: Work,
     (plan, count): (&Plan, usize),
     reset: &dyn Fn(),
 ) {
     let name = format!("{group}/{id}");
     let (mut runs, mut best) = (0, f64::INFINITY);
     let mut group = criterion.benchmark_group(group);
-    group.throughput(throughput.clone());
+    group.throughput(work.throughput());
     group.bench_function(BenchmarkId::from_parameter(id), |bencher| {
         bencher.iter_custom(|iterations| {
             let mut total = Duration::ZERO;
@@ -136,26 +169,22 @@ fn time_per(
     group.finish();
     // A single run, as tests make it, says nothing.
     if runs > 1 {
-        println!("{name:<40} {}", share(gpu, &throughput, best));
+        println!("{name:<40} {}", share(gpu, work, best));
     }
 }
 
 /// The rate of a run that took `micros`, and its share of the device's peak.
-fn share(gpu: &Gpu, throughput: &Throughput, micros: f64) -> String {
+fn share(gpu: &Gpu, work: Work, micros: f64) -> String {
     static PEAKS: OnceLock<Peaks> = OnceLock::new();
     let half_products = gpu.caps().cooperative_matrices;
     let peaks = PEAKS.get_or_init(|| Peaks::measure(gpu, half_products).expect("the device writes timestamps"));
-    match throughput {
-        Throughput::Bytes(bytes) => {
-            let rate = *bytes as f64 * 1e6 / micros;
-            let share = 100.0 * rate / peaks.copy_bytes_per_s;
-            format!("{:.1} GB/s, {share:.1} % of {:.1} copied", rate / 1e9, peaks.copy_bytes_per_s / 1e9)
-        }
-        Throughput::Elements(flop) => {
-            let rate = *flop as f64 * 1e6 / micros;
-            let share = 100.0 * rate / peaks.matrix_flop_per_s;
-            format!("{:.3} TFLOP/s, {share:.1} % of {:.3} multiplied", rate / 1e12, peaks.matrix_flop_per_s / 1e12)
-        }
-        _ => String::new(),
-    }
+    let (amount, peak, done) = match work {
+        Work::Move(bytes) => (bytes, peaks.copy_bytes_per_s, "copied"),
+        Work::Read(bytes) => (bytes, peaks.read_bytes_per_s, "read"),
+        Work::Multiply(flop) => (flop, peaks.matrix_flop_per_s, "multiplied"),
+    };
+    let (scale, unit, digits) = if matches!(work, Work::Multiply(_)) { (1e12, "TFLOP/s", 3) } else { (1e9, "GB/s", 1) };
+    let rate = amount as f64 * 1e6 / micros;
+    let share = 100.0 * rate / peak;
+    format!("{:.digits$} {unit}, {share:.1} % of {:.digits$} {done}", rate / scale, peak / scale)
 }

@@ -83,7 +83,8 @@ fn check_rows(rows: &[Value]) {
         assert!(number("check_logit_difference") < 1e-4, "{row}");
         assert_eq!(row["first_token_ms"].is_null(), row["prompt_tokens"] == 0, "{row}");
         // Only a device that writes no timestamps has no peaks.
-        if !row["copy_gb_per_s"].is_null() && row["batch"] == 1 {
+        assert_eq!(row["read_gb_per_s"].is_null(), row["copy_gb_per_s"].is_null(), "{row}");
+        if !row["read_gb_per_s"].is_null() && row["batch"] == 1 {
             assert_eq!(row["share"].is_null(), row["prompt_tokens"] != 0 && row["new_tokens"] != 0, "{row}");
         }
     }
@@ -163,7 +164,8 @@ fn measurements_are_compared() {
     let row = |device: &str, test: &str, rate: f64| {
         json!({
             "build": "mor", "gpu_library": "g", "device": device, "driver": "d", "backend": "vulkan", "features": "",
-            "dtype": "f16", "quantization": "q8", "lanes": "l", "copy_gb_per_s": null, "matrix_tflop_per_s": null,
+            "dtype": "f16", "quantization": "q8", "lanes": "l", "copy_gb_per_s": null, "read_gb_per_s": null,
+            "matrix_tflop_per_s": null,
             "model": "m", "model_mode": "expert", "depths": "routed", "parameters": 1, "effective_parameters": 1,
             "weight_bytes": 1, "test": test, "prompt_tokens": 8, "new_tokens": 0, "context_tokens": 0, "batch": 1,
             "repetitions": 1, "tokens_per_s": rate, "tokens_per_s_sd": 0.5, "tokens_per_s_median": rate,

@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 use crate::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use crate::error::Result;
 use crate::gpu::{AdapterKind, Gpu};
-use crate::ops::{EmbedTokens, EmbedTokensBindings, EmbedTokensParams, Linear, LinearBindings, LinearTile, Prologue};
+use crate::ops::{
+    EmbedTokens, EmbedTokensBindings, EmbedTokensParams, Linear, LinearBindings, LinearTile, Prologue, ReadWords,
+    ReadWordsBindings, ReadWordsParams,
+};
 use crate::plan::{Grid, Plan, PlanBuilder};
 use crate::rows::{ActiveRow, ROW_ACTIVE, Row, RowSet};
 use crate::tensor::{DType, Tensor};
@@ -17,6 +20,8 @@ pub struct Peaks {
     /// Bytes a second that [`EmbedTokens`] moves where it copies f32 rows, read and written bytes both counted. The tensors are
     /// larger than the caches of GPUs. (Copies between buffers are several times slower on some of them.)
     pub copy_bytes_per_s: f64,
+    /// Bytes a second that [`ReadWords`] reads of a tensor as large as both of the copy: for kernels that read weights once.
+    pub read_bytes_per_s: f64,
     /// Floating-point operations a second of [`Linear`] with f16 weights in a square product large enough to fill the device; a
     /// multiplication and an addition are two.
     pub matrix_flop_per_s: f64,
@@ -34,6 +39,7 @@ impl Peaks {
     pub fn measure(gpu: &Gpu, half_products: bool) -> Result<Self> {
         Ok(Self {
             copy_bytes_per_s: Self::copy_bytes_per_s(gpu)?,
+            read_bytes_per_s: Self::read_bytes_per_s(gpu)?,
             matrix_flop_per_s: Self::matrix_flop_per_s(gpu, half_products)?,
         })
     }
@@ -44,9 +50,7 @@ impl Peaks {
     /// As [`Peaks::measure`].
     pub fn copy_bytes_per_s(gpu: &Gpu) -> Result<f64> {
         const HIDDEN_SIZE: u32 = 4096;
-        let most = gpu.caps().max_buffer_bytes.min(gpu.caps().max_storage_binding_bytes);
-        let bytes = most.min(if gpu.caps().is_cpu { 64 << 20 } else { 256 << 20 });
-        let num_rows = ((bytes / 4) as u32 / HIDDEN_SIZE).min(gpu.caps().max_workgroups);
+        let num_rows = ((Self::bytes(gpu, 1) / 4) as u32 / HIDDEN_SIZE).min(gpu.caps().max_workgroups);
         let tensor = |label| Tensor::zeros(gpu, label, DType::F32, &[num_rows as usize, HIDDEN_SIZE as usize]);
         let (weight, x) = (tensor("copied")?, tensor("copy")?);
         let tokens: Vec<_> = (0..num_rows).map(|token| Row { token, flags: ROW_ACTIVE, ..Row::ABSENT }).collect();
@@ -60,6 +64,27 @@ impl Peaks {
         plan.dispatch(&EmbedTokens::new(DType::F32), &bindings, &params, Grid::Fixed([1, num_rows, 1]))?;
         let moved = 2.0 * 4.0 * f64::from(num_rows) * f64::from(HIDDEN_SIZE);
         Ok(moved / Self::seconds(gpu, &plan.finish()?)?)
+    }
+
+    /// [`Peaks::read_bytes_per_s`] alone.
+    ///
+    /// # Errors
+    /// As [`Peaks::measure`].
+    pub fn read_bytes_per_s(gpu: &Gpu) -> Result<f64> {
+        let num_quads = (Self::bytes(gpu, 2) / 16) as u32;
+        let num_workgroups = if gpu.caps().is_cpu { 64 } else { 2048 };
+        let x = Tensor::zeros(gpu, "read", DType::U32, &[num_quads as usize, 4])?.into_weight(gpu)?;
+        let out = Tensor::zeros(gpu, "sums", DType::U32, &[num_workgroups as usize])?;
+        let bindings = ReadWordsBindings { x: &x, out: &out };
+        let mut plan = PlanBuilder::new(gpu)?;
+        ReadWords::new(gpu.caps()).record(&mut plan, bindings, ReadWordsParams { num_quads, num_workgroups })?;
+        Ok(16.0 * f64::from(num_quads) / Self::seconds(gpu, &plan.finish()?)?)
+    }
+
+    /// Bytes of a tensor that no cache holds, `times` as large as one of a copy, where the device has such.
+    fn bytes(gpu: &Gpu, times: u64) -> u64 {
+        let most = gpu.caps().max_buffer_bytes.min(gpu.caps().max_storage_binding_bytes);
+        most.min(times * if gpu.caps().is_cpu { 64 << 20 } else { 256 << 20 })
     }
 
     /// [`Peaks::matrix_flop_per_s`] alone.
@@ -125,6 +150,7 @@ mod tests {
         let peaks = Peaks::measure(gpu, gpu.caps().cooperative_matrices).unwrap();
         // From an old laptop to a card of the next decade.
         assert!((1e8..1e14).contains(&peaks.copy_bytes_per_s), "{peaks:?}");
+        assert!((1e8..1e14).contains(&peaks.read_bytes_per_s), "{peaks:?}");
         assert!((1e7..1e16).contains(&peaks.matrix_flop_per_s), "{peaks:?}");
     }
 }

@@ -8,8 +8,8 @@ use crate::epilogue::EpilogueKind;
 use crate::kernel::{self, Kernel};
 use crate::ops::{
     AttentionDecode, AttentionPrefill, AttentionShape, CrossEntropy, DecodeLayers, EmbedTokens, ExpertGate,
-    GridExchange, LayerRouting, LayersShape, Linear, LinearDecode, LinearTile, PrologueKind, RmsNorm, RouterExpert,
-    RouterToken, RouterTopk, SamplePartial, SampleToken, SlotsCompact, TokenGate, TokensCompact,
+    GridExchange, LayerRouting, LayersShape, Linear, LinearDecode, LinearTile, PrologueKind, ReadWords, RmsNorm,
+    RouterExpert, RouterToken, RouterTopk, SamplePartial, SampleToken, SlotsCompact, TokenGate, TokensCompact,
 };
 use crate::rows::KvTable;
 use crate::tensor::DType;
@@ -144,6 +144,7 @@ pub fn all() -> Vec<Variant> {
         for half_output in [false, true] {
             list.add(&RmsNorm { half_output, ..RmsNorm::default() });
         }
+        list.add(&ReadWords::new(&list.caps));
         list.add(&SamplePartial::new(&list.caps));
         list.add(&SampleToken::new(&list.caps));
         for dtype in WEIGHT_DTYPES {

@@ -27,6 +27,7 @@ shaders![
     "grid_exchange",
     "linear",
     "linear_decode",
+    "read_words",
     "rms_norm",
     "router_expert",
     "router_token",

@@ -30,6 +30,7 @@ pub(super) struct Row {
     pub(super) lanes: String,
     /// Peaks of the device, measured in the same run.
     pub(super) copy_gb_per_s: Option<f64>,
+    pub(super) read_gb_per_s: Option<f64>,
     pub(super) matrix_tflop_per_s: Option<f64>,
     pub(super) model: String,
     pub(super) model_mode: String,
@@ -55,7 +56,7 @@ pub(super) struct Row {
     /// Mean time to the first token, of tests that time a prompt.
     pub(super) first_token_ms: Option<f64>,
     pub(super) mean_depth: f64,
-    /// Of `copy_gb_per_s` or `matrix_tflop_per_s`, whichever the test should reach.
+    /// Of `read_gb_per_s` or `matrix_tflop_per_s`, whichever the test should reach.
     pub(super) share: Option<f64>,
     pub(super) dispatches_per_token: f64,
     pub(super) load_ms: f64,
@@ -71,7 +72,7 @@ pub(super) struct Row {
 }
 
 /// Names of the fields, in order.
-const COLUMNS: [&str; 38] = [
+const COLUMNS: [&str; 39] = [
     "build",
     "gpu_library",
     "device",
@@ -82,6 +83,7 @@ const COLUMNS: [&str; 38] = [
     "quantization",
     "lanes",
     "copy_gb_per_s",
+    "read_gb_per_s",
     "matrix_tflop_per_s",
     "model",
     "model_mode",
@@ -179,8 +181,10 @@ pub(super) fn markdown(rows: &[Row]) -> String {
         Some(value) => format!("{value:.digits$}{unit}"),
         None => "-".to_owned(),
     };
-    let peaks = match (first.copy_gb_per_s, first.matrix_tflop_per_s) {
-        (Some(copy), Some(matrix)) => format!("copies {copy:.1} GB/s, multiplies {matrix:.2} TFLOP/s"),
+    let peaks = match (first.copy_gb_per_s, first.read_gb_per_s, first.matrix_tflop_per_s) {
+        (Some(copy), Some(read), Some(matrix)) => {
+            format!("copies {copy:.1}, reads {read:.1} GB/s, multiplies {matrix:.2} TFLOP/s")
+        }
         _ => "peaks not measured".to_owned(),
     };
     let mut text = format!(

@@ -286,6 +286,7 @@ fn describe(session: &Session, checkpoint: &Checkpoint, model: &Model, peaks: Op
         quantization: config.quantization.map(Quantization::as_str).unwrap_or_default().to_owned(),
         lanes: lanes(&device.caps),
         copy_gb_per_s: peaks.map(|peaks| peaks.copy_bytes_per_s / 1e9),
+        read_gb_per_s: peaks.map(|peaks| peaks.read_bytes_per_s / 1e9),
         matrix_tflop_per_s: peaks.map(|peaks| peaks.matrix_flop_per_s / 1e12),
         model: model.name(),
         model_mode: config.mode.as_str().to_owned(),
@@ -407,7 +408,7 @@ fn once(session: &mut Session, test: Test, batch: usize, request: &GenerateReque
     })
 }
 
-/// Part of a peak that a row reaches: of the copy bandwidth by the weights that a generation reads, of the matrix rate by the
+/// Part of a peak that a row reaches: of the read bandwidth by the weights that a generation reads, of the matrix rate by the
 /// projections of a prompt. Keys, values and attention are left out. `None` for rows that are both, and for batches whose
 /// tokens share weights in a way that is not known.
 fn share(session: &mut Session, test: Test, batch: usize, row: &Row, peaks: Peaks) -> anyhow::Result<Option<f64>> {
@@ -436,7 +437,7 @@ fn share(session: &mut Session, test: Test, batch: usize, row: &Row, peaks: Peak
         .iter()
         .map(|dispatch| dispatch.weight_bytes as f64 * if dispatch.part == "block" { passes } else { 1.0 })
         .sum();
-    Ok(Some(bytes * row.tokens_per_s / batch as f64 / peaks.copy_bytes_per_s))
+    Ok(Some(bytes * row.tokens_per_s / batch as f64 / peaks.read_bytes_per_s))
 }
 
 /// A short generation, token by token beside the CPU's.

@@ -8,6 +8,7 @@ pub mod embed_tokens;
 pub mod grid_exchange;
 pub mod linear;
 pub mod linear_decode;
+pub mod read_words;
 pub mod rms_norm;
 pub mod router_expert;
 pub mod router_token;
