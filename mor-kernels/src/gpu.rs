@@ -11,6 +11,7 @@ use crate::error::{KernelError, Result};
 use crate::kernel::{CompiledKernel, PipelineKey};
 use crate::pipeline_cache::PipelineCache;
 use crate::tensor::{TEXEL_ROW, Tensor};
+use crate::tuning::Tuning;
 
 /// What kind of hardware an adapter is, best first.
 #[non_exhaustive]
@@ -88,8 +89,8 @@ pub struct GpuOptions {
     pub webgpu_limits: bool,
     /// Clamp storage bindings to this many bytes, so that even small weights are split: for tests.
     pub max_binding_bytes: Option<u64>,
-    /// Folder in which compiled kernels are kept between runs, a file per adapter and driver, where the backend can (Vulkan).
-    /// Made when it is needed; files that cannot be used are replaced. Default: none.
+    /// Folder in which compiled kernels are kept between runs, where the backend can (Vulkan), and what trials have found out
+    /// ([`Gpu::tuned`]), a file of each per adapter and driver. Made when it is needed; files that cannot be used are replaced. Default: none.
     pub pipeline_cache: Option<PathBuf>,
 }
 
@@ -123,6 +124,7 @@ pub(crate) struct GpuInner {
     pub(crate) checked: bool,
     pub(crate) kernels: Mutex<HashMap<PipelineKey, Arc<CompiledKernel>>>,
     pub(crate) pipeline_cache: Option<PipelineCache>,
+    pub(crate) tuning: Option<Tuning>,
     /// Time in which kernels were compiled.
     pub(crate) compile_nanos: AtomicU64,
     /// Staging buffers that no readback uses, for the next ones.
@@ -261,6 +263,7 @@ impl Gpu {
                 checked: options.checked,
                 kernels: Mutex::new(HashMap::new()),
                 pipeline_cache: None,
+                tuning: options.pipeline_cache.as_ref().map(|folder| Tuning::open(&adapter.get_info(), folder)),
                 compile_nanos: AtomicU64::new(0),
                 staging: Mutex::new(Vec::new()),
                 fault: Arc::new(Mutex::new(None)),

@@ -56,6 +56,7 @@ pub mod caps;
 pub mod epilogue;
 pub mod error;
 pub mod gpu;
+mod kept_file;
 pub mod kernel;
 pub mod ops;
 #[cfg(feature = "oracle")]
@@ -71,6 +72,7 @@ pub mod shader;
 pub mod submit;
 pub mod tensor;
 pub mod timing;
+mod tuning;
 pub mod upload;
 #[cfg(feature = "oracle")]
 pub mod variants;

@@ -1,17 +1,15 @@
 //! [`PipelineCache`]: what the driver has compiled, in a file, so that the next program need not compile it again.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// Bytes of the checksum at the beginning of a file.
-const CHECKSUM_BYTES: usize = size_of::<u64>();
+use crate::kept_file::{KeptFile, checksum};
 
 /// The driver's compiled kernels; written to its file when the device is given up.
 #[derive(Debug)]
 pub(crate) struct PipelineCache {
     cache: wgpu::PipelineCache,
-    path: PathBuf,
-    /// Of the file as it was read; 0 for none.
+    file: KeptFile,
+    /// Of the file's data as it was read; 0 for none.
     checksum: u64,
 }
 
@@ -20,19 +18,15 @@ impl PipelineCache {
     /// has no such thing. The device must have the feature `PIPELINE_CACHE`.
     pub(crate) fn open(device: &wgpu::Device, info: &wgpu::AdapterInfo, folder: &Path) -> Option<Self> {
         let adapter = wgpu::util::pipeline_cache_key(info)?;
-        // Files of other drivers and versions of ours stay as they are.
         let of = format!("{} {} {}", info.driver, info.driver_info, env!("CARGO_PKG_VERSION"));
-        let path = folder.join(format!("{adapter}_{:016x}.bin", checksum(of.as_bytes())));
-        let file = fs::read(&path).ok();
-        let data = file.as_deref().and_then(unpack);
-        if file.is_some() && data.is_none() {
-            tracing::warn!("{}: damaged, so kernels are compiled anew", path.display());
-        }
+        let file = KeptFile::new(folder, &adapter, &of, "bin");
+        let data = file.read("kernels are compiled anew");
+        let data = data.as_deref();
         let descriptor = wgpu::PipelineCacheDescriptor { label: Some("mor"), data, fallback: true };
         // SAFETY: the data is what `get_data` returned: its checksum was written beside it, by `save` alone. What another
         // version of wgpu or driver has written is told by wgpu's header and the driver's, which both check.
         let cache = unsafe { device.create_pipeline_cache(&descriptor) };
-        Some(Self { cache, path, checksum: data.map_or(0, checksum) })
+        Some(Self { cache, file, checksum: data.map_or(0, checksum) })
     }
 
     /// What pipelines are created with.
@@ -46,16 +40,7 @@ impl PipelineCache {
         if checksum(&data) == self.checksum {
             return Ok(());
         }
-        if let Some(folder) = self.path.parent() {
-            fs::create_dir_all(folder)?;
-        }
-        // Programs that end at the same time write files of their own; the last one stays.
-        let temporary = self.path.with_extension(format!("{}.tmp", std::process::id()));
-        let result = fs::write(&temporary, pack(&data)).and_then(|()| fs::rename(&temporary, &self.path));
-        if result.is_err() {
-            let _ = fs::remove_file(&temporary);
-        }
-        result
+        self.file.write(&data)
     }
 }
 
@@ -63,44 +48,20 @@ impl Drop for PipelineCache {
     fn drop(&mut self) {
         // Without the file the next program only starts more slowly.
         if let Err(error) = self.save() {
-            tracing::warn!("{}: {error}, so the next start compiles kernels anew", self.path.display());
+            tracing::warn!("{}: {error}, so the next start compiles kernels anew", self.file.path().display());
         }
     }
 }
 
-/// FNV-1a: finds accidents, not attacks.
-fn checksum(data: &[u8]) -> u64 {
-    data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
-}
-
-fn pack(data: &[u8]) -> Vec<u8> {
-    [&checksum(data).to_le_bytes(), data].concat()
-}
-
-/// The data of a file that is as it was written.
-fn unpack(file: &[u8]) -> Option<&[u8]> {
-    let (sum, data) = file.split_first_chunk::<CHECKSUM_BYTES>()?;
-    (u64::from_le_bytes(*sum) == checksum(data)).then_some(data)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::fs;
+
     use crate::gpu::{Gpu, GpuOptions};
+    use crate::kept_file::{pack, unpack};
     use crate::ops::{RmsNorm, RmsNormBindings, RmsNormParams};
     use crate::parity;
     use crate::plan::{Grid, PlanBuilder};
-
-    #[test]
-    fn damage_is_found() {
-        let file = pack(b"kernels");
-        assert_eq!(unpack(&file), Some(&b"kernels"[..]));
-        assert_eq!(unpack(&file[..file.len() - 1]), None);
-        assert_eq!(unpack(&file[..3]), None);
-        let mut file = file;
-        file[10] ^= 1;
-        assert_eq!(unpack(&file), None);
-    }
 
     #[test]
     fn kernels_outlive_the_device() {

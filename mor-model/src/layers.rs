@@ -73,7 +73,11 @@ impl LayersTensors {
             threshold: model.threshold(),
             depth_bias: model.depth_control().router_bias,
         };
-        let mut num_workgroups = largest.most_workgroups(gpu)?.min(most);
+        // The trial below is run in any case; what is kept saves the search for where to begin. A software rasteriser needs none,
+        // and passes trials that it should fail, since it ends loops.
+        let name = format!("{largest:?}");
+        let tuned = gpu.tuned(&name).filter(|_| !gpu.caps().is_cpu);
+        let mut num_workgroups = tuned.map_or_else(|| largest.most_workgroups(gpu), Ok)?.clamp(1, most);
         while let Ok(kernel) = DecodeLayers::new(gpu.caps(), shape, num_steps, num_workgroups) {
             let layers = Self {
                 kernel,
@@ -83,6 +87,9 @@ impl LayersTensors {
                 control: Tensor::zeros(gpu, "control", DType::U32, &[4 + config.num_recursions])?,
             };
             if layers.passes_trial(model, step, kv, sample)? {
+                if tuned.is_none() {
+                    gpu.remember(&name, num_workgroups);
+                }
                 tracing::debug!(num_workgroups, layers = num_steps, "decode steps run their layers in one dispatch");
                 return Ok(Some(layers));
             }

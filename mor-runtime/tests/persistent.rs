@@ -3,7 +3,11 @@
 
 mod common;
 
+use std::fs;
+
 use common::{TinyModel, llama_config};
+use mor_kernels::Gpu;
+use mor_kernels::gpu::GpuOptions;
 use mor_kernels::parity::{self, Rng};
 use mor_model::{Checkpoint, Dtype, MorModel, Precision};
 use mor_runtime::{
@@ -125,6 +129,47 @@ fn a_wait_in_vain_revives_no_sequence() {
             assert_eq!((&found.tokens, &found.depths), (&want.tokens, &want.depths), "{mor} after {steps}");
             assert!(!session.is_persistent());
         }
+    }
+}
+
+/// What a trial has found is where the next device begins; whatever is kept, the trial of the kernel itself decides.
+#[test]
+fn trials_are_remembered() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let options = GpuOptions {
+        device: parity::device(),
+        pipeline_cache: Some(folder.path().to_owned()),
+        ..GpuOptions::default()
+    };
+    let checkpoint = tiny(&Value::Null).checkpoint(Dtype::F32).expect("the tiny model is complete");
+    let batch = BatchOptions { persistent: true, ..BatchOptions::default() };
+    let run = || {
+        let gpu = Gpu::open(&options).expect("the device opens twice");
+        let model = MorModel::load(&gpu, &checkpoint, Precision::F32, &mut |_| {}).expect("the tiny model fits");
+        let mut session = Session::from_model(model).with_batch(batch.clone()).expect("the sizes are sound");
+        let tokens = generate(&mut session, &request(&PROMPT, 8), None).tokens;
+        assert!(session.is_persistent());
+        (gpu, tokens)
+    };
+    let kept = || {
+        let files = fs::read_dir(folder.path()).expect("it is a folder").map(|entry| entry.expect("readable").path());
+        let [file] = &files.filter(|path| path.extension() == Some("txt".as_ref())).collect::<Vec<_>>()[..] else {
+            panic!("one file of trials")
+        };
+        // The checksum comes first.
+        let text = fs::read(file).expect("readable")[8..].to_vec();
+        let text = String::from_utf8(text).expect("it is text");
+        let (name, value) = text.trim_end().rsplit_once(' ').expect("a name and a number");
+        (name.to_owned(), value.parse::<u32>().expect("a number"))
+    };
+    let (gpu, tokens) = run();
+    let (name, found) = kept();
+    assert!(found > 0 && name.starts_with("DecodeLayers"), "{name}: {found}");
+    assert_eq!(run().1, tokens);
+    assert_eq!(kept(), (name.clone(), found));
+    for wrong in [0, 2 * found] {
+        gpu.remember(&name, wrong);
+        assert_eq!(run().1, tokens, "{wrong}");
     }
 }
 
