@@ -1,38 +1,38 @@
-// decode_layers: run all layers of a decode step of one row in one dispatch, whose workgroups wait for each other.
-// Math      a layer of steps[s], x its input stream: m = x + o(attention(qkv(norm(x)))); y = m +
+// decode_layers: compute a decode step of one row, from its token to its logits, in one dispatch, whose workgroups wait for each other.
+// Math      hidden = embed_tokens[token]; a layer of steps[s], x its input stream: m = x + o(attention(qkv(norm(x)))); y = m +
 //           down(swiglu(gate_up(norm(m)))); y into its output stream, or hidden += gate * y at a block's end. Before a
 //           block: EXPERT gates l = input_scale * dot(hidden, router[r]) and ends at l < threshold; TOKEN chooses the
-//           depth at the first
+//           depth at the first. logits = lm_head(norm(hidden))
 // Why       a layer is five phases of some microseconds; as dispatches each costs as much again to begin and to end.
 //           Here the weights of the next phase are on their way while the last one's results are waited for, and an
 //           early exit skips what is left
-// Shapes    active_rows [1]; steps [num_steps]; qkv_proj, o_proj, gate_up_proj, down_proj [matrices, O, K] units of 16
-//           bytes, or quantised rows; norms [layers, 2, C]; rope [positions, D / 2, 2]; pages [sequences, groups,
-//           max_pages]; kv_lengths [sequences, groups]; rows [1]; depth [1]; keys, values [slots of all caches, G, D]
-//           f32 or f16; hidden [C]: the embedding before, the last layer's output after; control [4 + R]; router [R,
-//           C]; bias [R]; keep [R]; mail [hidden C; running C; layer C; middle C; q; k; v; attention H S D; statistics
-//           H S 2; mlp] of (bits, tag)
-// Bindings  0 params uniform; 1 steps uniform; 2 active_rows read; 3 qkv_proj read; 4 o_proj read; 5 gate_up_proj read;
+// Shapes    active_rows [1], the row to draw for; steps [num_steps]; qkv_proj, o_proj, gate_up_proj, down_proj [matrices, O, K],
+//           embed_tokens, lm_head [V, C] units of 16 bytes, or quantised rows; norms [N, C]; rope [positions, D / 2, 2]; pages
+//           [sequences, groups, max_pages]; kv_lengths [sequences, groups]; rows [1]; depth [1]; keys, values [slots of all
+//           caches, G, D] f32 or f16; logits [V], V up to the next even number; control [4 + R]; router [R, C]; bias [R]; keep
+//           [R]; mail [hidden C; running C; layer C; middle C; q; k; v; attention H S D; statistics H S 2; mlp] of (bits, tag)
+// Bindings  0 params uniform; 1 steps uniform; 2 active_rows write; 3 qkv_proj read; 4 o_proj read; 5 gate_up_proj read;
 //           6 down_proj read; 7 norms read; 8 rope read; 9 pages read; 10 kv_lengths write; 11 rows write; 12 depth
-//           write; 13 keys write; 14 values write; 15 hidden write; 16 mail write; 17 control write; 18 router read
-//           [ROUTED]; 19 bias read [BIAS]; 19 keep read [SCRIPTED]
+//           write; 13 keys write; 14 values write; 15 logits write; 16 mail write; 17 control write; 18 embed_tokens read;
+//           19 lm_head read; 20 router read [ROUTED]; 21 bias read [BIAS]; 21 keep read [SCRIPTED]
 // Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time, or (0, 0, 0)
 // Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; HIDDEN_SIZE, MLP_DIM,
 //           NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of each of the four products: outputs
 //           QKV_ROWS, O_ROWS, GATE_UP_ROWS, DOWN_ROWS; units a row QKV_QUADS, O_QUADS, GATE_UP_QUADS, DOWN_QUADS, and
 //           from row to row QKV_STRIDE, O_STRIDE, GATE_UP_STRIDE, DOWN_STRIDE; teams a pair of outputs QKV_SPLIT,
 //           O_SPLIT, GATE_UP_SPLIT, DOWN_SPLIT; units a lane QKV_STEPS, O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a
-//           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS. QUAD_ELEMS elements of a unit; PREFETCH of the
+//           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS; of the head's VOCAB_SIZE, HEAD_QUADS, HEAD_STRIDE,
+//           HEAD_STEPS, HEAD_ROUNDS. QUAD_ELEMS elements of a unit; PREFETCH of the
 //           units on their way before the activation is there; KEY_LANES lanes a key, KEYS fetched at a time; BATCH
 //           elements that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for itself,
 //           SPLIT_KEYS of each of several, MAX_SPLITS of them at most; STAGED and NUM_PARTIALS sizes of workgroup
 //           memory; SUBGROUP_EXACT: LANES is the subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED)
-//           or TOKEN (SOFTMAX or neither; BIAS; NUM_RECURSIONS); WEIGHT_F16, WEIGHT_BF16, QUANTISED (WEIGHT_Q8 or
+//           or TOKEN (SOFTMAX or neither; BIAS), ROUTERS at a time; WEIGHT_F16, WEIGHT_BF16, QUANTISED (WEIGHT_Q8 or
 //           WEIGHT_Q4, groups of GROUP, UNIT_CODES eights of codes a unit) or neither; KV_F16; ROUTER_F16, ROUTER_BF16
 //           or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
-//           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 4 bytes of workgroup memory, with ROUTED 8 more,
-//           with TOKEN 4 * NUM_RECURSIONS more. A value that is polled params.poll_limit times in vain ends the step:
+//           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 4 bytes of workgroup memory, with ROUTED
+//           8 + 4 * ROUTERS * TEAMS more. A value that is polled params.poll_limit times in vain ends the step:
 //           control[2] = 1, flags of the row = ROW_FAILED, K/V lengths as before
 // Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split
 // Source    MoR (arXiv 2507.10524); persistent threads: Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596)
@@ -55,6 +55,8 @@ struct Params {
     max_depth: u32,
     num_recursions: u32,
     coda: u32,
+    base_depth: u32,
+    final_norm: u32,
     seed_low: u32,
     seed_high: u32,
     eps: f32,
@@ -82,7 +84,7 @@ struct LayerStep {
     recursion: u32,
     // BLOCK_BEGIN, BLOCK_END, ALWAYS.
     flags: u32,
-    // K/V group of the recursion.
+    // K/V group in which the row is given a slot.
     group: u32,
     reserved: u32,
 }
@@ -93,7 +95,7 @@ const ALWAYS: u32 = 4u;
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<uniform> steps: array<LayerStep, MAX_STEPS>;
-@group(0) @binding(2) var<storage, read> active_rows: array<ActiveRow>;
+@group(0) @binding(2) var<storage, read_write> active_rows: array<ActiveRow>;
 @group(0) @binding(3) var<storage, read> qkv_proj: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> o_proj: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read> gate_up_proj: array<vec4<u32>>;
@@ -106,26 +108,30 @@ const ALWAYS: u32 = 4u;
 @group(0) @binding(12) var<storage, read_write> depth: array<u32>;
 @group(0) @binding(13) var<storage, read_write> keys: array<vec4<u32>>;
 @group(0) @binding(14) var<storage, read_write> values: array<vec4<u32>>;
-@group(0) @binding(15) var<storage, read_write> hidden: array<vec2<f32>>;
+@group(0) @binding(15) var<storage, read_write> logits: array<vec2<f32>>;
 // What one workgroup writes and another reads must not be read from a cache of its own.
 @group(0) @binding(16) @coherent var<storage, read_write> mail: array<vec2<u32>>;
 // The last tag that is taken, workgroups that have left, whether one has waited in vain, unused; rows that took each recursion.
 @group(0) @binding(17) var<storage, read_write> control: array<atomic<u32>>;
+@group(0) @binding(18) var<storage, read> embed_tokens: array<vec4<u32>>;
+@group(0) @binding(19) var<storage, read> lm_head: array<vec4<u32>>;
 #if ROUTED
-@group(0) @binding(18) var<storage, read> router: array<RouterUnit>;
+@group(0) @binding(20) var<storage, read> router: array<RouterUnit>;
 #endif
 #if BIAS
-@group(0) @binding(19) var<storage, read> bias: array<f32>;
+@group(0) @binding(21) var<storage, read> bias: array<f32>;
 #endif
 #if SCRIPTED
-@group(0) @binding(19) var<storage, read> keep: array<f32>;
+@group(0) @binding(21) var<storage, read> keep: array<f32>;
 #endif
 
-// The products of a layer.
+// The products of a layer, that of the head, and the table of embeddings, which has its shape.
 const QKV: u32 = 0u;
 const O: u32 = 1u;
 const GATE_UP: u32 = 2u;
 const DOWN: u32 = 3u;
+const HEAD: u32 = 4u;
+const EMBED: u32 = 5u;
 
 const LOWEST: f32 = -3.4028234e38;
 const TEAMS: u32 = WORKGROUP_SIZE / LANES;
@@ -198,11 +204,11 @@ fn router_weight(at: u32) -> f32 {
 var<workgroup> staged: array<vec4<f32>, STAGED>;
 var<workgroup> partials: array<vec2<f32>, NUM_PARTIALS>;
 var<workgroup> team_values: array<f32, TEAMS>;
-#if TOKEN
-var<workgroup> logits: array<f32, NUM_RECURSIONS>;
-#endif
 #if ROUTED
+// Parts of the routers' products, as [ROUTERS, TEAMS].
+var<workgroup> team_routers: array<f32, ROUTERS * TEAMS>;
 var<workgroup> routed: vec2<f32>;
+var<private> router_sums: array<f32, ROUTERS>;
 #endif
 
 var<private> own_workgroup: u32;
@@ -212,7 +218,10 @@ var<private> first_tag: u32;
 var<private> tag: u32;
 var<private> team: u32;
 var<private> lane: u32;
+var<private> position: u32;
+var<private> sequence: u32;
 // Of the row in the present layer's caches.
+var<private> kv_group: u32 = NONE;
 var<private> kv_slot: u32;
 var<private> kv_len: u32;
 var<private> kv_table: u32;
@@ -250,7 +259,8 @@ fn outputs_of(kind: u32) -> u32 {
         case QKV: { return QKV_ROWS; }
         case O: { return O_ROWS; }
         case GATE_UP: { return GATE_UP_ROWS; }
-        default: { return DOWN_ROWS; }
+        case DOWN: { return DOWN_ROWS; }
+        default: { return VOCAB_SIZE; }
     }
 }
 
@@ -259,7 +269,8 @@ fn quads_of(kind: u32) -> u32 {
         case QKV: { return QKV_QUADS; }
         case O: { return O_QUADS; }
         case GATE_UP: { return GATE_UP_QUADS; }
-        default: { return DOWN_QUADS; }
+        case DOWN: { return DOWN_QUADS; }
+        default: { return HEAD_QUADS; }
     }
 }
 
@@ -268,7 +279,8 @@ fn stride_of(kind: u32) -> u32 {
         case QKV: { return QKV_STRIDE; }
         case O: { return O_STRIDE; }
         case GATE_UP: { return GATE_UP_STRIDE; }
-        default: { return DOWN_STRIDE; }
+        case DOWN: { return DOWN_STRIDE; }
+        default: { return HEAD_STRIDE; }
     }
 }
 
@@ -277,7 +289,8 @@ fn in_features_of(kind: u32) -> u32 {
         case QKV: { return HIDDEN_SIZE; }
         case O: { return Q_DIM; }
         case GATE_UP: { return HIDDEN_SIZE; }
-        default: { return MLP_DIM; }
+        case DOWN: { return MLP_DIM; }
+        default: { return HIDDEN_SIZE; }
     }
 }
 
@@ -286,7 +299,8 @@ fn split_of(kind: u32) -> u32 {
         case QKV: { return QKV_SPLIT; }
         case O: { return O_SPLIT; }
         case GATE_UP: { return GATE_UP_SPLIT; }
-        default: { return DOWN_SPLIT; }
+        case DOWN: { return DOWN_SPLIT; }
+        default: { return 1u; }
     }
 }
 
@@ -295,7 +309,8 @@ fn steps_of(kind: u32) -> u32 {
         case QKV: { return QKV_STEPS; }
         case O: { return O_STEPS; }
         case GATE_UP: { return GATE_UP_STEPS; }
-        default: { return DOWN_STEPS; }
+        case DOWN: { return DOWN_STEPS; }
+        default: { return HEAD_STEPS; }
     }
 }
 
@@ -304,7 +319,8 @@ fn rounds_of(kind: u32) -> u32 {
         case QKV: { return QKV_ROUNDS; }
         case O: { return O_ROUNDS; }
         case GATE_UP: { return GATE_UP_ROUNDS; }
-        default: { return DOWN_ROUNDS; }
+        case DOWN: { return DOWN_ROUNDS; }
+        default: { return HEAD_ROUNDS; }
     }
 }
 
@@ -313,7 +329,9 @@ fn quad(kind: u32, at: u32) -> vec4<u32> {
         case QKV: { return qkv_proj[at]; }
         case O: { return o_proj[at]; }
         case GATE_UP: { return gate_up_proj[at]; }
-        default: { return down_proj[at]; }
+        case DOWN: { return down_proj[at]; }
+        case HEAD: { return lm_head[at]; }
+        default: { return embed_tokens[at]; }
     }
 }
 
@@ -323,7 +341,9 @@ fn parameter_word(kind: u32, at: u32) -> u32 {
         case QKV: { return qkv_proj[at / 4u][at % 4u]; }
         case O: { return o_proj[at / 4u][at % 4u]; }
         case GATE_UP: { return gate_up_proj[at / 4u][at % 4u]; }
-        default: { return down_proj[at / 4u][at % 4u]; }
+        case DOWN: { return down_proj[at / 4u][at % 4u]; }
+        case HEAD: { return lm_head[at / 4u][at % 4u]; }
+        default: { return embed_tokens[at / 4u][at % 4u]; }
     }
 }
 #endif
@@ -410,36 +430,42 @@ fn prefetch(kind: u32, place: u32, ahead: ptr<function, array<Unit, 2u * PREFETC
 #endrepeat
 }
 
-// Multiplies this workgroup's rows with the staged activation; sums of teams go to `partials`.
-fn multiply(kind: u32, place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
+// Multiplies the pair of rows that is this team's in a round with the staged activation, or its part of them, and sends for what is
+// multiplied next.
+fn multiply_pair(kind: u32, place: u32, round: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> vec2<f32> {
     let split = split_of(kind);
     let in_a_round = TEAMS / split;
-    for (var round = 0u; round < rounds_of(kind); round++) {
-        let row = 2u * pair_number(round * in_a_round + team / split);
-        let next_row = 2u * pair_number((round + 1u) * in_a_round + team / split);
-        var sums = vec2<f32>();
-        for (var step = 0u; step < steps_of(kind); step += PREFETCH) {
-            let last_of_round = step + PREFETCH >= steps_of(kind);
-            let more = !last_of_round || round + 1u < rounds_of(kind);
-            let coming_row = select(row, next_row, last_of_round);
-            let coming_step = select(step + PREFETCH, 0u, last_of_round);
+    let row = 2u * pair_number(round * in_a_round + team / split);
+    let next_row = 2u * pair_number((round + 1u) * in_a_round + team / split);
+    var sums = vec2<f32>();
+    for (var step = 0u; step < steps_of(kind); step += PREFETCH) {
+        let last_of_round = step + PREFETCH >= steps_of(kind);
+        let more = !last_of_round || round + 1u < rounds_of(kind);
+        let coming_row = select(row, next_row, last_of_round);
+        let coming_step = select(step + PREFETCH, 0u, last_of_round);
 #repeat p PREFETCH
-            if p < steps_of(kind) {
-                let a = (*ahead)[2u * p];
-                let b = (*ahead)[2u * p + 1u];
-                if more {
-                    let coming = ((coming_step + p) * split + team % split) * LANES + lane;
-                    (*ahead)[2u * p] = fetch(kind, place, coming_row, coming);
-                    (*ahead)[2u * p + 1u] = fetch(kind, place, coming_row + 1u, coming);
-                }
-                let unit = ((step + p) * split + team % split) * LANES + lane;
-                if unit < quads_of(kind) {
-                    sums += pair_product(kind, a, b, unit);
-                }
+        if p < steps_of(kind) {
+            let a = (*ahead)[2u * p];
+            let b = (*ahead)[2u * p + 1u];
+            if more {
+                let coming = ((coming_step + p) * split + team % split) * LANES + lane;
+                (*ahead)[2u * p] = fetch(kind, place, coming_row, coming);
+                (*ahead)[2u * p + 1u] = fetch(kind, place, coming_row + 1u, coming);
             }
-#endrepeat
+            let unit = ((step + p) * split + team % split) * LANES + lane;
+            if unit < quads_of(kind) {
+                sums += pair_product(kind, a, b, unit);
+            }
         }
-        sums = vec2<f32>(lane_sum(sums.x), lane_sum(sums.y));
+#endrepeat
+    }
+    return vec2<f32>(lane_sum(sums.x), lane_sum(sums.y));
+}
+
+// Multiplies this workgroup's rows with the staged activation; sums of teams go to `partials`.
+fn multiply(kind: u32, place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
+    for (var round = 0u; round < rounds_of(kind); round++) {
+        let sums = multiply_pair(kind, place, round, ahead);
         if lane == 0u {
             partials[round * TEAMS + team] = sums;
         }
@@ -476,19 +502,35 @@ fn stage(kind: u32, element: u32, value: f32) {
 }
 
 // Stages `count` elements from place `at` of the mail on, as an activation of product `kind`, times a norm's weight from
-// `weight_at` on unless that is NONE; leaves the teams' sums of squares. False if they do not come.
+// `weight_at` on unless that is NONE; leaves the teams' sums of squares, and of the products with routers from `router_at` on
+// unless that is NONE. False if they do not come.
 fn stage_mail(
     kind: u32,
     at: u32,
     count: u32,
     expected: u32,
     weight_at: u32,
+    router_at: u32,
     ahead: ptr<function, array<Unit, 2u * PREFETCH>>,
 ) -> bool {
     var square = 0.0;
+#if ROUTED
+    router_sums = array<f32, ROUTERS>();
+#endif
     for (var first = thread; first < count; first += BATCH * WORKGROUP_SIZE) {
         var weights: array<f32, BATCH>;
         var elements: array<vec2<u32>, BATCH>;
+#if ROUTED
+        var router_weights: array<f32, BATCH * ROUTERS>;
+        if router_at != NONE {
+#repeat i BATCH
+            for (var r = 0u; r < ROUTERS; r++) {
+                router_weights[i * ROUTERS + r] =
+                    router_weight(router_at + r * HIDDEN_SIZE + min(first + i * WORKGROUP_SIZE, count - 1u));
+            }
+#endrepeat
+        }
+#endif
         if weight_at != NONE {
 #repeat i BATCH
             weights[i] = norms[weight_at + min(first + i * WORKGROUP_SIZE, count - 1u)];
@@ -511,6 +553,10 @@ fn stage_mail(
             if p < steps_of(kind) {
                 polls += u32((*ahead)[2u * p].codes.x == elements[0].y);
                 polls += u32((*ahead)[2u * p + 1u].codes.x == elements[0].y);
+#if QUANTISED
+                polls += u32((*ahead)[2u * p].parameters == elements[0].y);
+                polls += u32((*ahead)[2u * p + 1u].parameters == elements[0].y);
+#endif
             }
 #endrepeat
             if is_there || !keeps_waiting() {
@@ -520,6 +566,13 @@ fn stage_mail(
 #repeat i BATCH
         if first + i * WORKGROUP_SIZE < count {
             var value = bitcast<f32>(elements[i].x);
+#if ROUTED
+            if router_at != NONE {
+                for (var r = 0u; r < ROUTERS; r++) {
+                    router_sums[r] += value * router_weights[i * ROUTERS + r];
+                }
+            }
+#endif
             if weight_at != NONE {
                 square += value * value;
                 value *= weights[i];
@@ -538,6 +591,16 @@ fn stage_mail(
             team_values[team] = sum;
         }
     }
+#if ROUTED
+    if router_at != NONE {
+        for (var r = 0u; r < ROUTERS; r++) {
+            let sum = lane_sum(router_sums[r]);
+            if lane == 0u {
+                team_routers[r * TEAMS + team] = sum;
+            }
+        }
+    }
+#endif
     return all_is_there();
 }
 
@@ -808,7 +871,7 @@ fn attend(
 fn stage_attention(ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> bool {
     let splits = num_splits();
     if splits == 1u {
-        return stage_mail(O, ATTENTION, Q_DIM, tag, NONE, ahead);
+        return stage_mail(O, ATTENTION, Q_DIM, tag, NONE, NONE, ahead);
     }
     // Each part's share of its head's attention.
     for (var i = thread; i < NUM_ATTENTION_HEADS * splits; i += WORKGROUP_SIZE) {
@@ -869,23 +932,12 @@ fn stage_attention(ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> bool {
 }
 
 #if ROUTED
-// input_scale * dot(hidden, router[index]), in every thread; hidden has the tag `expected`.
-fn router_logit(index: u32, expected: u32) -> f32 {
-    var sum = 0.0;
-    for (var c = thread; c < HIDDEN_SIZE; c += WORKGROUP_SIZE) {
-        let weight = router_weight(index * HIDDEN_SIZE + c);
-        sum += collect(c, expected) * weight;
-    }
-    sum = lane_sum(sum);
-    if lane == 0u {
-        team_values[team] = sum;
-    }
-    workgroupBarrier();
+// input_scale * the product with router `index` of those that were staged with, in every thread.
+fn router_logit(index: u32) -> f32 {
     var total = 0.0;
     for (var t = lane; t < TEAMS; t += LANES) {
-        total += team_values[t];
+        total += team_routers[index * TEAMS + t];
     }
-    workgroupBarrier();
     return params.input_scale * lane_sum(total);
 }
 #endif
@@ -905,14 +957,14 @@ fn gate_of(logit: f32) -> f32 {
 }
 
 // What is compared with the threshold before recursion `recursion`, and the gate.
-fn route(recursion: u32, expected: u32) -> vec2<f32> {
-    let logit = router_logit(recursion, expected);
+fn route(recursion: u32) -> vec2<f32> {
+    let logit = router_logit(0u);
     if thread == 0u {
         routed = vec2<f32>(logit, gate_of(logit));
 #if SCRIPTED
         // As in router_expert.
-        let place = active_rows[0].sequence * params.num_recursions + recursion;
-        let bits = pcg4d(vec4<u32>(params.seed_low, params.seed_high, active_rows[0].position, place)).x;
+        let place = sequence * params.num_recursions + recursion;
+        let bits = pcg4d(vec4<u32>(params.seed_low, params.seed_high, position, place)).x;
         routed.x = select(-1.0, 1.0, f32(bits >> 8u) * 5.9604644775390625e-8 < keep[recursion]);
 #endif
     }
@@ -921,40 +973,30 @@ fn route(recursion: u32, expected: u32) -> vec2<f32> {
 #endif
 
 #if TOKEN
-// The depth, and its gate.
-fn route(expected: u32) -> vec2<f32> {
-    for (var r = 0u; r < NUM_RECURSIONS; r++) {
-        let logit = router_logit(r, expected);
-        if thread == 0u {
-            logits[r] = logit;
-        }
+// The depth, and its gate; as in router_token.
+fn route() -> vec2<f32> {
+    var values: array<f32, ROUTERS>;
+    for (var r = 0u; r < ROUTERS; r++) {
+        values[r] = router_logit(r);
     }
-    if thread == 0u {
-        choose();
-    }
-    return workgroupUniformLoad(&routed);
-}
-
-// As in router_token.
-fn choose() {
 #if SOFTMAX
     var top = LOWEST;
-    for (var r = 0u; r < NUM_RECURSIONS; r++) {
-        top = max(top, logits[r]);
+    for (var r = 0u; r < ROUTERS; r++) {
+        top = max(top, values[r]);
     }
     var total = 0.0;
-    for (var r = 0u; r < NUM_RECURSIONS; r++) {
-        total += exp(logits[r] - top);
+    for (var r = 0u; r < ROUTERS; r++) {
+        total += exp(values[r] - top);
     }
 #endif
     var best = LOWEST;
     var chosen = 0u;
     var chosen_gate = 0.0;
-    for (var r = 0u; r < NUM_RECURSIONS; r++) {
+    for (var r = 0u; r < ROUTERS; r++) {
 #if SOFTMAX
-        let gate = params.alpha * (exp(logits[r] - top) / total);
+        let gate = params.alpha * (exp(values[r] - top) / total);
 #else
-        let gate = params.alpha * sigmoid(logits[r]);
+        let gate = params.alpha * sigmoid(values[r]);
 #endif
         var score = gate;
 #if BIAS
@@ -970,20 +1012,49 @@ fn choose() {
             chosen_gate = gate;
         }
     }
-    routed = vec2<f32>(f32(chosen + 1u), chosen_gate);
+    if thread == 0u {
+        routed = vec2<f32>(f32(chosen + 1u), chosen_gate);
+    }
+    return workgroupUniformLoad(&routed);
 }
 #endif
 
-// Where the row's keys and values of a recursion are.
-fn enter_recursion(group: u32) {
-    let place = active_rows[0].sequence * params.num_groups + group;
+// Where the row's keys and values of a group are.
+fn enter_group(group: u32) {
+    kv_group = group;
+    let place = sequence * params.num_groups + group;
     let slot = kv_lengths[place];
     kv_table = place * params.max_pages;
     kv_slot = pages[kv_table + slot / PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE;
     kv_len = slot + 1u;
 }
 
-// All layers; false if results do not come. Streams of the pair of columns that is a thread's own stay in its registers.
+// Elements `column` and `column + 1` of a token's embedding.
+fn embedded(token: u32, column: u32) -> vec2<f32> {
+    let unit = fetch(EMBED, 0u, token, column / QUAD_ELEMS);
+    let within = column % QUAD_ELEMS;
+#if WEIGHT_F16
+    return unpack2x16float(unit.codes[within / 2u]);
+#elif WEIGHT_BF16
+    let word = unit.codes[within / 2u];
+    return bitcast<vec2<f32>>(vec2<u32>(word << 16u, word & 0xffff0000u));
+#elif QUANTISED
+    let eight = within / 8u;
+#if WEIGHT_Q8
+    let codes = code_values(vec2<u32>(unit.codes[2u * eight], unit.codes[2u * eight + 1u]));
+#else
+    let codes = code_values(unit.codes[eight]);
+#endif
+    let four = codes[within / 4u % 2u];
+    let parameters = unpack_parameters(unit.parameters, column / GROUP);
+    return vec2<f32>(four[within % 4u], four[within % 4u + 1u]) * parameters.x + parameters.y;
+#else
+    return bitcast<vec2<f32>>(vec2<u32>(unit.codes[within], unit.codes[within + 1u]));
+#endif
+}
+
+// From the token to its logits; false if results do not come. Streams of the pair of columns that is a thread's own stay in its
+// registers.
 fn run_layers() -> bool {
     let pair = pair_number(thread);
     var own_hidden = vec2<f32>();
@@ -995,8 +1066,11 @@ fn run_layers() -> bool {
     var own_running = vec2<f32>();
     var running_tag = 0u;
 #endif
+    var ahead: array<Unit, 2u * PREFETCH>;
+    var ahead_keys: array<KvUnit, KEYS>;
+    var ahead_values: array<KvUnit, KEYS>;
     if has_pair(DOWN) {
-        own_hidden = hidden[pair];
+        own_hidden = embedded(rows[0].token, 2u * pair);
         post_pair(2u * pair, own_hidden);
     }
     // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
@@ -1009,45 +1083,20 @@ fn run_layers() -> bool {
 #if TOKEN
     var target_depth = 0u;
 #endif
-    var ahead: array<Unit, 2u * PREFETCH>;
-    var ahead_keys: array<KvUnit, KEYS>;
-    var ahead_values: array<KvUnit, KEYS>;
     for (var s = 0u; s < params.num_steps; s++) {
-        if (steps[s].flags & BLOCK_BEGIN) != 0u {
-            var runs = true;
-#if EXPERT
-            let decided = route(steps[s].recursion, hidden_tag);
-            is_selected = (steps[s].flags & ALWAYS) != 0u || decided.x >= params.threshold;
-            gate = decided.y;
-            runs = is_selected;
-            taken += u32(is_selected);
-#elif TOKEN
-            if steps[s].recursion == 0u {
-                let decided = route(hidden_tag);
-                target_depth = u32(decided.x);
-                gate = decided.y;
-                taken = target_depth;
+        let begins = (steps[s].flags & BLOCK_BEGIN) != 0u;
+#if TOKEN
+        if begins && steps[s].recursion > 0u {
+            if target_depth <= steps[s].recursion {
+                // The rest of the shared block is left out.
+                s = params.coda - 1u;
+                continue;
             }
             is_selected = target_depth == steps[s].recursion + 1u;
-            runs = target_depth > steps[s].recursion;
-#else
-            taken += 1u;
-#endif
-            if runs {
-                blocks += 1u;
-                enter_recursion(steps[s].group);
-            } else {
-                // The rest of the shared block is left out.
-                s = params.coda;
-                if s >= params.num_steps {
-                    break;
-                }
-            }
         }
-        if steps[s].recursion == NONE {
-            kv_slot = active_rows[0].kv_slot;
-            kv_len = active_rows[0].kv_len;
-            kv_table = active_rows[0].kv_table;
+#endif
+        if steps[s].group != kv_group {
+            enter_group(steps[s].group);
         }
         prefetch(QKV, steps[s].qkv_proj, &ahead);
 
@@ -1055,14 +1104,20 @@ fn run_layers() -> bool {
         let column = 2u * pair;
         var angle = vec2<f32>();
         if has_pair(QKV) && column < Q_DIM + KV_DIM {
-            angle = rope[active_rows[0].position * (HEAD_DIM / 2u) + column % HEAD_DIM / 2u];
+            angle = rope[position * (HEAD_DIM / 2u) + column % HEAD_DIM / 2u];
         }
         var input_tag = hidden_tag;
         var residual = own_hidden;
+        var router_at = NONE;
 #if ROUTED
         if steps[s].input == 2u {
             input_tag = layer_tag;
             residual = own_layer;
+        }
+#endif
+#if EXPERT
+        if begins {
+            router_at = steps[s].recursion * HIDDEN_SIZE;
         }
 #endif
 #if TOKEN
@@ -1070,9 +1125,37 @@ fn run_layers() -> bool {
             input_tag = running_tag;
             residual = own_running;
         }
+        if begins && steps[s].recursion == 0u {
+            router_at = 0u;
+        }
 #endif
-        if !stage_mail(QKV, steps[s].input * HIDDEN_SIZE, HIDDEN_SIZE, input_tag, 2u * steps[s].norms * HIDDEN_SIZE, &ahead) {
+        let norm_at = 2u * steps[s].norms * HIDDEN_SIZE;
+        if !stage_mail(QKV, steps[s].input * HIDDEN_SIZE, HIDDEN_SIZE, input_tag, norm_at, router_at, &ahead) {
             return false;
+        }
+        if begins {
+#if EXPERT
+            let decided = route(steps[s].recursion);
+            is_selected = (steps[s].flags & ALWAYS) != 0u || decided.x >= params.threshold;
+            gate = decided.y;
+            if !is_selected {
+                // The rest of the shared block is left out.
+                s = params.coda - 1u;
+                continue;
+            }
+            taken += 1u;
+#elif TOKEN
+            if steps[s].recursion == 0u {
+                let decided = route();
+                target_depth = u32(decided.x);
+                gate = decided.y;
+                taken = target_depth;
+                is_selected = target_depth == 1u;
+            }
+#else
+            taken += 1u;
+#endif
+            blocks += 1u;
         }
         let qkv_factor = norm_factor();
         multiply(QKV, steps[s].qkv_proj, &ahead);
@@ -1112,7 +1195,7 @@ fn run_layers() -> bool {
 
         workgroupBarrier();
         prefetch(GATE_UP, steps[s].gate_up_proj, &ahead);
-        if !stage_mail(GATE_UP, MIDDLE, HIDDEN_SIZE, tag, (2u * steps[s].norms + 1u) * HIDDEN_SIZE, &ahead) {
+        if !stage_mail(GATE_UP, MIDDLE, HIDDEN_SIZE, tag, norm_at + HIDDEN_SIZE, NONE, &ahead) {
             return false;
         }
         let mlp_factor = norm_factor();
@@ -1125,7 +1208,7 @@ fn run_layers() -> bool {
 
         workgroupBarrier();
         prefetch(DOWN, steps[s].down_proj, &ahead);
-        if !stage_mail(DOWN, MLP, MLP_DIM, tag, NONE, &ahead) {
+        if !stage_mail(DOWN, MLP, MLP_DIM, tag, NONE, NONE, &ahead) {
             return false;
         }
         multiply(DOWN, steps[s].down_proj, &ahead);
@@ -1164,38 +1247,59 @@ fn run_layers() -> bool {
         }
         workgroupBarrier();
     }
-    if has_pair(DOWN) {
-        hidden[pair] = own_hidden;
+    if (rows[0].flags & ROW_SAMPLE) == 0u {
+        return true;
+    }
+    prefetch(HEAD, 0u, &ahead);
+    if !stage_mail(HEAD, 0u, HIDDEN_SIZE, hidden_tag, params.final_norm * HIDDEN_SIZE, NONE, &ahead) {
+        return false;
+    }
+    let factor = norm_factor();
+    for (var round = 0u; round < HEAD_ROUNDS; round++) {
+        let sums = multiply_pair(HEAD, 0u, round, &ahead);
+        let outputs = pair_number(round * TEAMS + team);
+        if lane == 0u && 2u * outputs < VOCAB_SIZE {
+            logits[outputs] = sums * factor;
+        }
     }
     return true;
 }
 
 // What the last workgroup to leave does: the next dispatch finds counts of 0 and tags that nothing has. The row's lengths and depth
-// are now as the step makes them, or as they were before it.
+// are now as the step makes them, or as they were before it, and the row is listed for its draw, or none is.
 fn conclude() {
     atomicStore(&control[0], first_tag + max(5u * params.num_steps, params.trial_rounds));
     atomicStore(&control[1], 0u);
     if params.trial_rounds > 0u {
         return;
     }
-    let first_length = active_rows[0].sequence * params.num_groups;
-    if atomicLoad(&control[2]) != 0u {
-        rows[0].flags = ROW_FAILED;
-        if params.unshared_group != NONE {
-            kv_lengths[first_length + params.unshared_group] -= 1u;
+    let row = rows[0];
+    var listed = ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, NONE, END_NOTHING);
+    if (row.flags & ROW_ACTIVE) != 0u {
+        if atomicLoad(&control[2]) != 0u {
+            rows[0].flags = ROW_FAILED;
+        } else {
+            let first_length = row.sequence * params.num_groups;
+            if params.unshared_group != NONE {
+                kv_lengths[first_length + params.unshared_group] += 1u;
+            }
+            for (var s = 0u; s < params.num_steps; s++) {
+                let step = steps[s];
+                if (step.flags & BLOCK_BEGIN) != 0u && step.recursion < blocks {
+                    atomicAdd(&control[4u + step.recursion], 1u);
+                    kv_lengths[first_length + step.group] += 1u;
+                }
+            }
+            depth[0] = params.base_depth + taken;
+            if (row.flags & ROW_SAMPLE) != 0u {
+                listed.row = 0u;
+                listed.sequence = row.sequence;
+                listed.position = row.position;
+                listed.recursion = params.base_depth + taken;
+            }
         }
-        return;
     }
-    for (var s = 0u; s < params.num_steps; s++) {
-        let step = steps[s];
-        if (step.flags & BLOCK_BEGIN) != 0u && step.recursion < blocks {
-            atomicAdd(&control[4u + step.recursion], 1u);
-            kv_lengths[first_length + step.group] += 1u;
-        }
-    }
-    if taken > 0u {
-        depth[0] = taken;
-    }
+    active_rows[0] = listed;
 }
 
 // Waits for all workgroups and lets all wait for this one, so many times.
@@ -1233,10 +1337,12 @@ fn main(
     if thread == 0u {
         has_failed = atomicLoad(&control[2]);
     }
+    position = rows[0].position;
+    sequence = rows[0].sequence;
     if all_is_there() {
         if params.trial_rounds > 0u {
             try_rounds();
-        } else {
+        } else if (rows[0].flags & ROW_ACTIVE) != 0u {
             run_layers();
         }
     }

@@ -1,4 +1,4 @@
-//! `decode_layers`: four layers of every shape at two positions, f16, q8 and q4 weights, f16 caches, on as many workgroups as
+//! `decode_layers`: four layers of every shape, embedding and head at two positions, f16, q8 and q4 weights, f16 caches, on as many workgroups as
 //! the device runs at a time; throughput counts the bytes of the weights. Four layers of a small shape stay in a large GPU's
 //! cache, where a whole model's do not.
 
@@ -12,7 +12,7 @@ use mor_kernels::ops::{
 use mor_kernels::oracle::decode_layers::{LayersState, decode_layers};
 use mor_kernels::parity::{self, Output, Rng, Tolerance};
 use mor_kernels::plan::{Grid, PlanBuilder};
-use mor_kernels::rows::{ActiveRow, KvTable, NONE, PAGE_SIZE, ROW_ACTIVE, Row};
+use mor_kernels::rows::{KvTable, NONE, PAGE_SIZE, ROW_ACTIVE, ROW_SAMPLE, Row, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 
 const NUM_LAYERS: u32 = 4;
@@ -51,6 +51,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
             let shape = LayersShape {
                 hidden_size: sizes.hidden_size,
                 mlp_dim: sizes.intermediate_size,
+                vocab_size: sizes.vocab_size,
                 attention,
                 weight_dtype,
                 router_dtype: DType::F32,
@@ -66,24 +67,25 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     }
 }
 
-/// Outputs and inputs of the four products.
-fn products(sizes: &Shape) -> [[usize; 2]; 4] {
+/// Outputs and inputs of the four products of all layers, and of the head.
+fn products(sizes: &Shape) -> [[usize; 2]; 5] {
     let (c, mlp) = (sizes.hidden_size as usize, sizes.intermediate_size as usize);
     let q_dim = (sizes.num_attention_heads * sizes.head_dim) as usize;
     let kv_dim = (sizes.num_key_value_heads * sizes.head_dim) as usize;
-    [[q_dim + 2 * kv_dim, c], [c, q_dim], [2 * mlp, c], [c, mlp]]
+    let layers = [[q_dim + 2 * kv_dim, c], [c, q_dim], [2 * mlp, c], [c, mlp]];
+    let [qkv, o, gate_up, down] = layers.map(|[rows, columns]| [NUM_LAYERS as usize * rows, columns]);
+    [qkv, o, gate_up, down, [sizes.vocab_size as usize, c]]
 }
 
-fn stack_bytes(sizes: &Shape, dtype: DType) -> [u64; 4] {
-    products(sizes).map(|[o, k]| u64::from(NUM_LAYERS) * (o * dtype.row_bytes(k)) as u64)
+fn stack_bytes(sizes: &Shape, dtype: DType) -> [u64; 5] {
+    products(sizes).map(|[o, k]| (o * dtype.row_bytes(k)) as u64)
 }
 
 /// Checks and times the layers of one shape.
 fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape: LayersShape) {
     let mut rng = Rng::new(what);
     let dtype = shape.weight_dtype;
-    let stack = |[o, k]: [usize; 2], rng: &mut Rng| {
-        let rows = NUM_LAYERS as usize * o;
+    let stack = |[rows, k]: [usize; 2], rng: &mut Rng| {
         let (distinct, values) = parity::upload_weight(gpu, rng, DISTINCT_ROWS, k, dtype);
         let packed: Vec<u8> = gpu.read(&distinct).expect("the device answers");
         let packed: Vec<u8> = packed.into_iter().cycle().take(rows * dtype.row_bytes(k)).collect();
@@ -91,7 +93,7 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
         let values: Vec<f32> = values.into_iter().cycle().take(rows * k).collect();
         (weight.into_weight(gpu).expect("a texture of as many bytes fits"), values)
     };
-    let [(qkv, qkv_proj), (o, o_proj), (gate_up, gate_up_proj), (down, down_proj)] =
+    let [(qkv, qkv_proj), (o, o_proj), (gate_up, gate_up_proj), (down, down_proj), (head, lm_head)] =
         products(sizes).map(|product| stack(product, &mut rng));
 
     let (c, head_dim) = (sizes.hidden_size as usize, sizes.head_dim as usize);
@@ -110,25 +112,26 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
         return;
     };
     let floats = |cache: Vec<half::f16>| cache.into_iter().map(half::f16::to_f32).collect();
-    let embedding = rng.normals(c);
     let mut state = LayersState {
         qkv_proj,
         o_proj,
         gate_up_proj,
         down_proj,
-        norms: rng.normals(NUM_LAYERS as usize * 2 * c).into_iter().map(|v| 1.0 + 0.1 * v).collect(),
+        embed_tokens: lm_head.clone(),
+        lm_head,
+        norms: rng.normals((2 * NUM_LAYERS as usize + 1) * c).into_iter().map(|v| 1.0 + 0.1 * v).collect(),
         rope: (0..(POSITIONS[1] as usize + 1) * head_dim / 2)
             .map(|i| [(i as f32 * 0.37).cos(), (i as f32 * 0.37).sin()])
             .collect(),
         pages,
-        kv_lengths: vec![0],
+        kv_lengths: vec![POSITIONS[0]],
         keys: floats(keys),
         values: floats(values),
-        hidden: Vec::new(),
         router: Vec::new(),
         bias_or_keep: Vec::new(),
         depth: 0,
         blocks: 0,
+        logits: Vec::new(),
     };
     let steps: Vec<_> = (0..NUM_LAYERS)
         .map(|layer| LayerStep {
@@ -145,31 +148,22 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
     let table = Tensor::zeros_uniform(gpu, "steps", size_of_val(&steps[..]) as u64).expect("a small buffer fits");
     gpu.write(&table, 0, bytemuck::cast_slice(&steps));
     let [norms, rope] = [&state.norms, state.rope.as_flattened()].map(|values| parity::upload(gpu, values));
-    let (pages, kv_lengths) = (parity::upload_u32(gpu, &state.pages), parity::upload_u32(gpu, &state.kv_lengths));
-    let depth = parity::upload_u32(gpu, &[0]);
+    let pages = parity::upload_u32(gpu, &state.pages);
+    let (kv_lengths, depth) = (parity::upload_u32(gpu, &state.kv_lengths), parity::upload_u32(gpu, &[0]));
+    let sampled = RowSet::new(gpu, "sampled", 1).expect("a small buffer fits");
+    let logits = Output::new(gpu, sizes.vocab_size as usize);
 
     for position in POSITIONS {
         let id = format!("{what}/{position}");
-        let page = max_pages - 1 - position / PAGE_SIZE;
-        let entry = ActiveRow {
-            row: 0,
-            sequence: 0,
-            position,
-            kv_slot: page * PAGE_SIZE + position % PAGE_SIZE,
-            kv_len: position + 1,
-            kv_table: 0,
-            ..ActiveRow::ABSENT
-        };
-        let rows = parity::row_set(gpu, &[entry]);
-        let row = Row { token: 1, position, sequence: 0, flags: ROW_ACTIVE };
-        let next_rows = parity::upload_u32(gpu, bytemuck::cast_slice(&[row]));
-        let hidden = Output::from_values(gpu, &embedding);
+        let row = Row { token: 1, position, sequence: 0, flags: ROW_ACTIVE | ROW_SAMPLE };
+        let rows = parity::upload_u32(gpu, bytemuck::cast_slice(&[row]));
         let params = DecodeLayersParams {
             num_steps: NUM_LAYERS,
             poll_limit: GridExchange::POLL_LIMIT,
             num_groups: 1,
             max_pages,
-            unshared_group: NONE,
+            base_depth: 1,
+            final_norm: 2 * NUM_LAYERS,
             eps: 1e-5,
             attention_scale: shape.attention.scale(),
             ..DecodeLayersParams::default()
@@ -196,6 +190,7 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
         let bindings = DecodeLayersBindings {
             steps: &table,
             rows: &rows,
+            sampled: &sampled,
             qkv_proj: &qkv,
             o_proj: &o,
             gate_up_proj: &gate_up,
@@ -204,13 +199,14 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             rope: &rope,
             pages: &pages,
             kv_lengths: &kv_lengths,
-            next_rows: &next_rows,
             depth: &depth,
             keys: &keys_gpu,
             values: &values_gpu,
-            hidden: &hidden.tensor,
+            logits: &logits.tensor,
             mail: &mail,
             control: &control.tensor,
+            embed_tokens: &head,
+            lm_head: &head,
             router: None,
             bias_or_keep: None,
         };
@@ -234,15 +230,15 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             gpu.write(&control.tensor, 8, &[0; 4]);
             num_workgroups /= 2;
         };
+        // A run has a key more than the one before.
+        let reset = || gpu.write(&kv_lengths, 0, bytemuck::bytes_of(&position));
+        reset();
         gpu.run(&plan).expect("the device answers");
         assert_eq!(control.read_u32(gpu)[2], 0, "{id}: no workgroup waited in vain");
-        state.hidden.clone_from(&embedding);
-        decode_layers(&shape, &params, &steps, &entry, &mut state);
+        state.kv_lengths = vec![position];
+        decode_layers(&shape, &params, &steps, &row, &mut state);
         // Keys and values are stored as halves.
-        parity::assert_close(&id, &hidden.read(gpu), &state.hidden, Tolerance::F16);
-
-        // A run begins with what the one before has made of the stream.
-        let reset = || gpu.write(&hidden.tensor, 0, bytemuck::cast_slice(&embedding));
+        parity::assert_close(&id, &logits.read(gpu), &state.logits, Tolerance::F16);
         let bytes = stack_bytes(sizes, dtype).iter().sum();
         time_read(criterion, gpu, "decode_layers", &format!("{id}/{num_workgroups}"), bytes, &plan, &reset);
     }

@@ -1,5 +1,5 @@
 //! `linear`: the projections of every shape at 512 rows (prefill), those of one shape at every number of rows that decode
-//! batches have, then tiles the device might prefer; f16 weights, and q8 and q4 where ids say so; throughput counts FLOP.
+//! batches have, large ones, then tiles the device might prefer; f16 weights, and q8 and q4 where ids say so; throughput counts FLOP.
 //! Ids end with `half` where activations may be rounded to f16.
 
 use criterion::Criterion;
@@ -47,6 +47,10 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 }
             }
         }
+    }
+    for [n, o, k] in [[4096, 4096, 4096], [2048, 8192, 2048]] {
+        let half = if half_products { "/half" } else { "" };
+        product(criterion, gpu, &format!("{n}x{o}x{k}{half}"), [n, o, k], DType::F16, &[tile(n, o, half_products)]);
     }
     for (name, o, k) in [("down", 960, 2560), ("gate_up", 5120, 960)] {
         for n in [16, 64, 128, 512] {

@@ -1,5 +1,5 @@
-//! `linear_decode`: 1 and 4 rows (decode) of the projections of every shape, f16, bf16, q8 and q4 weights; throughput
-//! counts the bytes of the weights, which are the traffic.
+//! `linear_decode`: 1 and 4 rows (decode) of the projections of every shape and of a large square one, f16, bf16, q8 and q4
+//! weights; throughput counts the bytes of the weights, which are the traffic.
 
 use criterion::Criterion;
 use mor_bench::{SHAPES, record, time_read};
@@ -16,6 +16,10 @@ use mor_kernels::tensor::{DType, Tensor};
 /// few enough that the CPU makes and checks a head of a hundred million weights in seconds.
 const DISTINCT_ROWS: usize = 251;
 
+/// The types that are timed, with their ids.
+const FORMATS: [(DType, &str); 4] =
+    [(DType::F16, "f16"), (DType::BF16, "bf16"), (DType::Q8, "q8"), (DType::Q4, "q4")];
+
 pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     for shape in SHAPES {
         let (c, mlp) = (shape.hidden_size, shape.intermediate_size);
@@ -30,10 +34,14 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
             ("lm_head", c, shape.vocab_size, true),
         ];
         for (name, k, o, normed) in projections {
-            for (dtype, suffix) in [(DType::F16, "f16"), (DType::BF16, "bf16"), (DType::Q8, "q8"), (DType::Q4, "q4")] {
+            for (dtype, suffix) in FORMATS {
                 product(criterion, gpu, &format!("{}/{name}/{suffix}", shape.name), [o, k], normed, dtype);
             }
         }
+    }
+    // Longer than a phase of any shape: how near the kernel comes to the device's bandwidth. A software rasteriser has none to show.
+    for (dtype, suffix) in FORMATS.into_iter().filter(|_| !gpu.caps().is_cpu) {
+        product(criterion, gpu, &format!("square/8192/{suffix}"), [8192, 8192], false, dtype);
     }
 }
 

@@ -156,7 +156,9 @@ fn every_token_can_take_all_recursions() {
     let rows: Vec<Value> = serde_json::from_str(&bench("expert_middle_cycle_r3", ("8", "4"), &rest)).unwrap();
     assert!(rows.iter().all(|row| row["mean_depth"] == 3.0 && row["depths"] == "full-depth"), "{rows:?}");
     let model = golden("token_middle_cycle_r3");
-    refused(&["bench", "--model", &model, "-p", "8", "-n", "4", "--mode", "full-depth"], &["token choice"]);
+    for mode in ["full-depth", "by-capacity"] {
+        refused(&["bench", "--model", &model, "-p", "8", "-n", "4", "--mode", mode], &["token choice", mode]);
+    }
 }
 
 #[test]

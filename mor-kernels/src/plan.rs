@@ -17,7 +17,8 @@ use crate::tensor::{DType, Tensor};
 pub enum Grid<'a> {
     /// Known when the plan is recorded.
     Fixed([u32; 3]),
-    /// Known to the device: `(x, ceil(rows / rows_per_workgroup), z)`, and no workgroup at all for no rows.
+    /// Known to the device: `(x, ceil(rows / rows_per_workgroup), z)`, and no workgroup at all for no rows. Of a
+    /// [`fixed`](RowSet::fixed) set, known when the plan is recorded.
     Rows {
         /// The set whose count decides.
         set: &'a RowSet,
@@ -318,11 +319,15 @@ impl<'g> PlanBuilder<'g> {
                 Workgroups::Direct(counts)
             }
             Grid::Rows { set, x, rows_per_workgroup, z } => {
-                let rows = set.capacity as u32;
-                self.check_grid(K::NAME, [x, rows.div_ceil(rows_per_workgroup), z])?;
-                let index = self.grid_index(K::NAME, [x, rows_per_workgroup, z, 0])?;
-                // Row sets are no parts of anything.
-                Workgroups::Indirect { buffer: set.dispatch.buffer.clone(), offset: 16 + 12 * index as u64 }
+                let counts = [x, (set.capacity as u32).div_ceil(rows_per_workgroup), z];
+                self.check_grid(K::NAME, counts)?;
+                if set.is_fixed {
+                    Workgroups::Direct(counts)
+                } else {
+                    let index = self.grid_index(K::NAME, [x, rows_per_workgroup, z, 0])?;
+                    // Row sets are no parts of anything.
+                    Workgroups::Indirect { buffer: set.dispatch.buffer.clone(), offset: 16 + 12 * index as u64 }
+                }
             }
         };
         let names: Vec<_> = bindings.iter().map(|b| format!("{}{:?}", b.tensor.label(), b.tensor.shape())).collect();

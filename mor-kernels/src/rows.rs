@@ -113,6 +113,8 @@ pub struct RowSet {
     pub dispatch: Tensor,
     /// Most rows the list can hold.
     pub capacity: usize,
+    /// Whether grids are for `capacity` rows, whatever the list has; see [`RowSet::fixed`].
+    pub is_fixed: bool,
 }
 
 impl RowSet {
@@ -127,6 +129,7 @@ impl RowSet {
             active: Tensor::zeros(gpu, &format!("{label}.active"), DType::U32, &[entries, words])?,
             dispatch: Tensor::zeros(gpu, &format!("{label}.dispatch"), DType::U32, &[4 + 3 * MAX_GRIDS])?,
             capacity,
+            is_fixed: false,
         })
     }
 
@@ -138,6 +141,13 @@ impl RowSet {
     pub fn limited_to(&self, capacity: usize) -> Self {
         assert!(capacity <= self.capacity, "a set of {} rows has no room for {capacity}", self.capacity);
         Self { capacity, ..self.clone() }
+    }
+
+    /// The same set, over which kernels have grids for all rows that it can hold: what follows a kernel that lists rows without
+    /// sizing grids. Only kernels that look for [`NONE`] may run over it.
+    #[must_use]
+    pub fn fixed(&self) -> Self {
+        Self { is_fixed: true, ..self.clone() }
     }
 
     /// Allocates a set holding `rows`, padded with [`ActiveRow::ABSENT`]: for tests and benches of kernels

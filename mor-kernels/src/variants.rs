@@ -319,6 +319,7 @@ fn add_decode_layers(list: &mut List) {
         let shape = LayersShape {
             hidden_size,
             mlp_dim,
+            vocab_size: [333, 49152][i % 2],
             attention: AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table },
             weight_dtype: WEIGHT_DTYPES[i % WEIGHT_DTYPES.len()],
             router_dtype: PLAIN_DTYPES[i / 4 % PLAIN_DTYPES.len()],

@@ -100,7 +100,7 @@ pub(crate) struct LayerStacks {
     pub(crate) gate_up_proj: Tensor,
     /// `[matrices, C, I]`.
     pub(crate) down_proj: Tensor,
-    /// `[layers, 2, C]` f32.
+    /// `[2 * layers + 1, C]` f32: two of each layer, and the head's.
     pub(crate) norms: Tensor,
 }
 
@@ -457,13 +457,14 @@ impl<'a> Loader<'a> {
             return Ok(None);
         }
         let width = layers[0].input_layernorm.num_elems();
-        let norms = Tensor::zeros(self.gpu, "norms", DType::F32, &[layers.len(), 2, width])?;
-        for l in 0..layers.len() {
+        let norms = Tensor::zeros(self.gpu, "norms", DType::F32, &[2 * layers.len() + 1, width])?;
+        let of_layers = (0..layers.len()).flat_map(|l| {
             let ids = self.checkpoint.layer(l);
-            for (i, id) in [ids.input_layernorm, ids.post_attention_layernorm].into_iter().enumerate() {
-                let values = self.checkpoint.to_f32(id);
-                self.gpu.write(&norms, (4 * (2 * l + i) * width) as u64, bytemuck::cast_slice(&values));
-            }
+            [ids.input_layernorm, ids.post_attention_layernorm]
+        });
+        for (i, id) in of_layers.chain([self.checkpoint.norm()]).enumerate() {
+            let values = self.checkpoint.to_f32(id);
+            self.gpu.write(&norms, (4 * i * width) as u64, bytemuck::cast_slice(&values));
         }
         let stack = |label| self.stacks[label].0.clone();
         Ok(Some(LayerStacks {

@@ -1,15 +1,15 @@
-//! [`LayersTensors`]: all layers of a decode step of one sequence in one dispatch, where model and device allow it.
+//! [`LayersTensors`]: a decode step of one sequence, up to its logits, in one dispatch, where model and device allow it.
 
 use mor_kernels::ops::{
     ALWAYS, BLOCK_BEGIN, BLOCK_END, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, ExpertGate, GridExchange,
     LayerRouting, LayerStep, LayersShape, TokenGate,
 };
-use mor_kernels::plan::{Grid, PlanBuilder};
-use mor_kernels::rows::NONE;
+use mor_kernels::plan::PlanBuilder;
+use mor_kernels::rows::{NONE, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{KernelError, Result};
 
-use crate::model::{KvTensors, MorModel, SampleTensors, StepTensors};
+use crate::model::{KvTensors, MorModel, StepTensors};
 use crate::{Gating, Mode, RouterFunc, UNSHARED_GROUP};
 
 /// Streams of [`LayerStep`].
@@ -20,7 +20,7 @@ const LAYER: u32 = 2;
 /// Rounds of a trial of the kernel itself.
 const TRIAL_ROUNDS: u32 = 100;
 
-/// What a step needs whose layers are one dispatch, [`DecodeLayers`].
+/// What a step needs that is one dispatch up to its logits, [`DecodeLayers`].
 #[derive(Clone, Debug)]
 pub struct LayersTensors {
     kernel: DecodeLayers,
@@ -28,16 +28,18 @@ pub struct LayersTensors {
     steps: Tensor,
     mail: Tensor,
     control: Tensor,
+    /// The row to draw for; its grid is fixed.
+    sampled: RowSet,
 }
 
 impl LayersTensors {
-    /// For steps of `step`, which has room for one row, over the caches `kv`; `None` where the model has what the kernel has not
+    /// For steps of `step`, which has room for one row and the tensor that its rows come from, over the caches `kv`; `None` where the model has what the kernel has not
     /// (adapters, encodings, K/V that recursions share, routers of two matrices or with an auxiliary one, matrices of different
-    /// types), or the device cannot run it. Waits for trials of how many workgroups run at a time.
+    /// types, a head of several parts), or the device cannot run it. Waits for trials of how many workgroups run at a time.
     ///
     /// # Errors
     /// [`KernelError`] of a device that fails otherwise.
-    pub fn new(model: &MorModel, step: &StepTensors, kv: &KvTensors, sample: &SampleTensors) -> Result<Option<Self>> {
+    pub fn new(model: &MorModel, step: &StepTensors, kv: &KvTensors) -> Result<Option<Self>> {
         let (Some(shape), Some(steps)) = (shape(model), steps(model, kv)) else { return Ok(None) };
         if step.capacity != 1 {
             return Ok(None);
@@ -63,6 +65,8 @@ impl LayersTensors {
             additive: (config.gating == Gating::Additive).into(),
             max_depth: model.max_depth() as u32,
             num_recursions: config.num_recursions as u32,
+            base_depth: (config.mode == Mode::Vanilla).into(),
+            final_norm: 2 * config.num_hidden_layers as u32,
             coda: steps.iter().rposition(|step| step.recursion != NONE).map_or(0, |last| last as u32 + 1),
             seed_low: seed as u32,
             seed_high: (seed >> 32) as u32,
@@ -85,8 +89,9 @@ impl LayersTensors {
                 steps: table.clone(),
                 mail: Tensor::zeros(gpu, "mail", DType::U32, &[kernel.mail_elems(), 2])?,
                 control: Tensor::zeros(gpu, "control", DType::U32, &[4 + config.num_recursions])?,
+                sampled: step.sampled.fixed(),
             };
-            if layers.passes_trial(model, step, kv, sample)? {
+            if layers.passes_trial(model, step, kv)? {
                 if tuned.is_none() {
                     gpu.remember(&name, num_workgroups);
                 }
@@ -99,24 +104,17 @@ impl LayersTensors {
     }
 
     /// Whether the kernel's workgroups run at a time.
-    fn passes_trial(
-        &self,
-        model: &MorModel,
-        step: &StepTensors,
-        kv: &KvTensors,
-        sample: &SampleTensors,
-    ) -> Result<bool> {
+    fn passes_trial(&self, model: &MorModel, step: &StepTensors, kv: &KvTensors) -> Result<bool> {
         let gpu = model.gpu();
         let mut plan = PlanBuilder::new(gpu)?;
         let params = DecodeLayersParams { trial_rounds: TRIAL_ROUNDS, ..self.params };
-        let grid = Grid::Fixed([self.kernel.num_workgroups, 1, 1]);
-        plan.dispatch(&self.kernel, &self.bindings(model, step, kv, sample), &params, grid)?;
+        self.kernel.record(&mut plan, self.bindings(model, step, kv), params)?;
         gpu.run(&plan.finish()?)?;
         let control: Vec<u32> = gpu.read(&self.control)?;
         Ok(control[2] == 0)
     }
 
-    /// Records the layers over the row of the step, from `step.hidden` to `step.hidden`.
+    /// Records the step over the row `step.rows`, up to `step.logits`; a token is to be drawn for the rows that are returned.
     ///
     /// # Errors
     /// As [`PlanBuilder::dispatch`].
@@ -126,9 +124,9 @@ impl LayersTensors {
         model: &MorModel,
         step: &StepTensors,
         kv: &KvTensors,
-        sample: &SampleTensors,
-    ) -> Result<()> {
-        self.kernel.record(plan, self.bindings(model, step, kv, sample), self.params)
+    ) -> Result<&RowSet> {
+        self.kernel.record(plan, self.bindings(model, step, kv), self.params)?;
+        Ok(&self.sampled)
     }
 
     fn bindings<'a>(
@@ -136,7 +134,6 @@ impl LayersTensors {
         model: &'a MorModel,
         step: &'a StepTensors,
         kv: &'a KvTensors,
-        sample: &'a SampleTensors,
     ) -> DecodeLayersBindings<'a> {
         let weights = model.weights();
         let stacks = weights.stacks.as_ref().expect("shape() asks for them");
@@ -144,7 +141,8 @@ impl LayersTensors {
         let routers = weights.routers.as_ref();
         DecodeLayersBindings {
             steps: &self.steps,
-            rows: &step.all,
+            rows: &step.rows,
+            sampled: &self.sampled,
             qkv_proj: &stacks.qkv_proj,
             o_proj: &stacks.o_proj,
             gate_up_proj: &stacks.gate_up_proj,
@@ -153,13 +151,14 @@ impl LayersTensors {
             rope: &kv.rope,
             pages: &kv.pages,
             kv_lengths: &kv.lengths,
-            next_rows: &sample.next_rows,
             depth: &step.depth,
             keys,
             values,
-            hidden: &step.hidden,
+            logits: &step.logits,
             mail: &self.mail,
             control: &self.control,
+            embed_tokens: &weights.embed_tokens.shards[0].tensor,
+            lm_head: &weights.lm_head.shards[0].tensor,
             router: routers.map(|routers| &routers.router.output),
             bias_or_keep: model.script().map(|(_, keep)| keep).or(routers.and_then(|routers| routers.bias.as_ref())),
         }
@@ -195,7 +194,11 @@ fn shape(model: &MorModel) -> Option<LayersShape> {
     });
     let linear =
         weights.routers.as_ref().is_none_or(|routers| routers.router.hidden.is_empty() && routers.aux.is_none());
-    if !plain || !linear || config.is_routed() != weights.routers.is_some() {
+    let weight_dtype = weights.layers[0].o_proj.weight.dtype;
+    let whole = [&weights.embed_tokens, &weights.lm_head]
+        .iter()
+        .all(|matrix| matrix.shards.len() == 1 && matrix.dtype == weight_dtype);
+    if !plain || !linear || !whole || config.is_routed() != weights.routers.is_some() {
         return None;
     }
     let routing = match config.mode {
@@ -217,8 +220,9 @@ fn shape(model: &MorModel) -> Option<LayersShape> {
     Some(LayersShape {
         hidden_size: config.hidden_size as u32,
         mlp_dim: weights.layers[0].down_proj.weight.in_features as u32,
+        vocab_size: config.vocab_size as u32,
         attention: model.attention_shape(),
-        weight_dtype: weights.layers[0].o_proj.weight.dtype,
+        weight_dtype,
         router_dtype: weights.routers.as_ref().map_or(DType::F32, |routers| routers.router.output.dtype()),
         routing,
     })

@@ -209,7 +209,7 @@ pub struct StepTensors {
     partials: Tensor,
     halves: Option<HalfTensors>,
     depthwise: Option<DepthwiseTensors>,
-    /// Of decode steps of one row: runs all layers in one dispatch.
+    /// Of decode steps of one row: one dispatch up to the logits.
     pub layers: Option<LayersTensors>,
 }
 
@@ -662,6 +662,12 @@ impl MorModel {
     ) -> Result<()> {
         let (phase, routing, logit_rows) = how;
         let recorder = Recorder { model: self, step, kv, sample, phase, routing };
+        if let Some(layers) = &step.layers {
+            plan.part(BLOCK);
+            let sampled = layers.record(plan, self, step, kv)?;
+            plan.part(CODA);
+            return recorder.record_draw(plan, sampled);
+        }
         plan.part(PRELUDE);
         let stream = recorder.record_layers(plan, after_recursion)?;
         plan.part(CODA);
@@ -669,7 +675,7 @@ impl MorModel {
             LogitRows::Sampled => {
                 recorder.record_set(plan, Selection::Sample, 0, &step.sampled, None)?;
                 recorder.record_head(plan, stream, &step.sampled)?;
-                recorder.record_draw(plan)
+                recorder.record_draw(plan, &step.sampled)
             }
             LogitRows::All => recorder.record_head(plan, stream, &step.all),
         }
@@ -719,15 +725,6 @@ impl<'a> Recorder<'a> {
         let (config, step) = (self.config(), self.step);
         let last = config.num_hidden_layers - 1;
         let middle = config.sharing.is_middle();
-        if let Some(layers) = &step.layers {
-            let selection = if config.mode == Mode::Vanilla { Selection::Fixed } else { Selection::Begin };
-            let group = self.model.has_unshared_layers().then_some(UNSHARED_GROUP);
-            self.record_set(plan, selection, 0, &step.all, group)?;
-            self.record_embedding(plan, &step.hidden)?;
-            plan.part(BLOCK);
-            layers.record(plan, self.model, step, self.kv, self.sample)?;
-            return Ok(&step.hidden);
-        }
         match config.mode {
             Mode::Vanilla => {
                 // A vanilla token takes its layers once: depth 1.
@@ -862,7 +859,7 @@ impl<'a> Recorder<'a> {
             stream = &step.layer_out;
         }
         self.record_head(plan, stream, &step.sampled)?;
-        self.record_draw(plan)?;
+        self.record_draw(plan, &step.sampled)?;
 
         plan.part(PRELUDE);
         self.record_slots(plan, SlotPhase::Enter { next_rows: &self.sample.next_rows }, all, middle)?;
@@ -1405,10 +1402,10 @@ impl<'a> Recorder<'a> {
         self.record_linear(plan, rows, input, head, Epilogue::Store { out: &self.step.logits }, params)
     }
 
-    /// Draws the tokens that follow the rows of `sampled`.
-    fn record_draw(&self, plan: &mut PlanBuilder<'_>) -> Result<()> {
+    /// Draws the tokens that follow `rows`.
+    fn record_draw(&self, plan: &mut PlanBuilder<'_>, rows: &RowSet) -> Result<()> {
         let (step, sample) = (self.step, self.sample);
-        let (rows, logits, partials) = (&step.sampled, &step.logits, &step.partials);
+        let (logits, partials) = (&step.logits, &step.partials);
         let (sampling, seen) = (&sample.sampling, &sample.seen);
         let vocab_size = self.config().vocab_size as u32;
         let logits_stride = self.model.logits_stride() as u32;

@@ -215,7 +215,7 @@ impl Runner {
         let mut persistent = None;
         if options.persistent && num_slots == 1 && !options.batch_invariant {
             let mut tensors = decode_tensors(Batching::Lockstep)?;
-            tensors.layers = LayersTensors::new(model, &tensors, &kv.tensors, &sample)?;
+            tensors.layers = LayersTensors::new(model, &tensors, &kv.tensors)?;
             persistent = Some(tensors).filter(|tensors| tensors.layers.is_some());
         }
         let (batching, decode_tensors) = match persistent {
@@ -396,11 +396,11 @@ impl Runner {
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
     pub fn logits(&self, model: &MorModel, last_was_decode: bool) -> Result<Vec<(usize, Vec<f32>)>> {
         let tensors = self.prefill_tensors.as_ref().filter(|_| !last_was_decode).unwrap_or(&self.decode_tensors);
-        let count = model.gpu().read::<u32>(&tensors.sampled.dispatch)?[0] as usize;
         let rows: Vec<ActiveRow> = model.gpu().read(&tensors.sampled.active)?;
         let logits: Vec<f32> = model.gpu().read(&tensors.logits)?;
         let logits = logits.chunks(model.logits_stride()).map(|row| row[..model.config().vocab_size].to_vec());
-        Ok(rows.iter().map(|row| row.sequence as usize).zip(logits).take(count).collect())
+        let listed = rows.iter().take_while(|row| row.row != NONE).map(|row| row.sequence as usize);
+        Ok(listed.zip(logits).collect())
     }
 
     /// Rows each recursion's block has processed in decode and prefill steps since the runner was made; one number for

@@ -34,7 +34,7 @@ pub(super) struct Row {
     pub(super) matrix_tflop_per_s: Option<f64>,
     pub(super) model: String,
     pub(super) model_mode: String,
-    /// `routed` or `full-depth`.
+    /// `routed`, `by-capacity` or `full-depth`.
     pub(super) depths: String,
     pub(super) parameters: u64,
     pub(super) effective_parameters: u64,

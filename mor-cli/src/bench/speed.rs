@@ -56,7 +56,7 @@ pub(crate) struct SpeedArgs {
     /// Run on every adapter of the machine, one after the other
     #[arg(long)]
     all_devices: bool,
-    /// Recursions that a token takes: as its routers say, or all
+    /// Recursions that a token takes: as its routers say, by draws as many as the capacities say, or all
     #[arg(long, value_enum, default_value_t = DepthMode::Routed)]
     mode: DepthMode,
     /// Leave the comparison with the CPU out, which takes long for large models
@@ -72,7 +72,9 @@ pub(crate) struct SpeedArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum DepthMode {
+    /// What routers with random weights say means nothing, but depths are what a routed model's speed depends on.
     Routed,
+    ByCapacity,
     FullDepth,
 }
 
@@ -80,6 +82,7 @@ impl DepthMode {
     fn name(self) -> &'static str {
         match self {
             DepthMode::Routed => "routed",
+            DepthMode::ByCapacity => "by-capacity",
             DepthMode::FullDepth => "full-depth",
         }
     }
@@ -152,9 +155,9 @@ impl SpeedArgs {
                 model.name()
             ));
         }
-        if self.mode == DepthMode::FullDepth && config.mode == Mode::Token {
+        if self.mode != DepthMode::Routed && config.mode == Mode::Token {
             let found = "token choice fixes depths before the first recursion";
-            return Err(bad_input!("--mode full-depth: {}: {found}, expected another mode", model.name()));
+            return Err(bad_input!("--mode {}: {}: {found}, expected another mode", self.mode.name(), model.name()));
         }
         Ok(())
     }
@@ -232,8 +235,13 @@ fn measure(args: &SpeedArgs, model: &Model, device: DeviceSelector, tests: &[Tes
         row.check_logit_difference = Some(check.logit_difference);
     }
     drop(checkpoint);
-    if args.mode == DepthMode::FullDepth && session.config().mode == Mode::Expert {
-        let script = ScriptedRouter::full_depth(session.config());
+    let script = match args.mode {
+        _ if session.config().mode != Mode::Expert => None,
+        DepthMode::Routed => None,
+        DepthMode::ByCapacity => Some(ScriptedRouter::by_capacity(session.config(), 0)),
+        DepthMode::FullDepth => Some(ScriptedRouter::full_depth(session.config())),
+    };
+    if let Some(script) = script {
         session = session.with_scripted_router(&script)?;
     }
 

@@ -1,4 +1,4 @@
-//! Runs all layers of a decode step of one row in one dispatch.
+//! Runs a decode step of one row, from its token to its logits, in one dispatch.
 
 use super::attention_decode::AttentionShape;
 use super::grid_exchange::GridExchange;
@@ -44,9 +44,11 @@ pub struct LayersShape {
     pub hidden_size: u32,
     /// Elements inside the MLP, a multiple of 8.
     pub mlp_dim: u32,
+    /// Tokens V.
+    pub vocab_size: u32,
     /// Heads and caches; pages only.
     pub attention: AttentionShape,
-    /// Type of all four matrices.
+    /// Type of the four matrices of layers, of the embeddings and of the head.
     pub weight_dtype: DType,
     /// Type of the router.
     pub router_dtype: DType,
@@ -54,7 +56,8 @@ pub struct LayersShape {
     pub routing: LayerRouting,
 }
 
-/// All layers of a decode step of one row in one dispatch, whose workgroups wait for each other between the phases of a layer.
+/// A decode step of one row in one dispatch, whose workgroups wait for each other between the phases of a layer: embedding, layers
+/// and head. The draw comes after, from the list and the logits that it leaves.
 ///
 /// It needs a device that runs all of them at a time and whose coherent storage is coherent: [`DecodeLayers::most_workgroups`] finds out.
 /// Should a workgroup ever wait in vain, the step ends without effect: `control[2]` is 1 and the row's flags are
@@ -111,7 +114,7 @@ pub struct LayerStep {
     pub recursion: u32,
     /// [`BLOCK_BEGIN`], [`BLOCK_END`] and [`ALWAYS`].
     pub flags: u32,
-    /// K/V group that the recursion stores in and attends to.
+    /// K/V group that it stores in and attends to.
     pub group: u32,
     /// Unused; uniform arrays have strides of 16 bytes.
     pub reserved: u32,
@@ -131,7 +134,7 @@ pub struct DecodeLayersParams {
     pub num_groups: u32,
     /// Pages a table has room for.
     pub max_pages: u32,
-    /// K/V group that the row has been given a slot in before, or [`NONE`](crate::rows::NONE).
+    /// K/V group of the layers in no recursion, or [`NONE`](crate::rows::NONE).
     pub unshared_group: u32,
     /// Whether a block's output is added without its gate.
     pub additive: u32,
@@ -141,6 +144,10 @@ pub struct DecodeLayersParams {
     pub num_recursions: u32,
     /// The first step after the shared block.
     pub coda: u32,
+    /// What recursions are added to in the row's depth: 1 in vanilla models.
+    pub base_depth: u32,
+    /// Place of the head's norm within `norms`, in vectors.
+    pub final_norm: u32,
     /// Seed of the script, low half.
     pub seed_low: u32,
     /// High half.
@@ -164,8 +171,11 @@ pub struct DecodeLayersParams {
 pub struct DecodeLayersBindings<'a> {
     /// Uniform of [`LayerStep`], as many as the table has room for.
     pub steps: &'a Tensor,
-    /// The row, or none; with its K/V slot in the unshared group.
-    pub rows: &'a RowSet,
+    /// `[1]` of [`Row`](crate::rows::Row); written where a workgroup waits in vain.
+    pub rows: &'a Tensor,
+    /// Of one row or more: the row if a token is to be drawn, or none. Its counts are not written: a
+    /// [`fixed`](RowSet::fixed) set.
+    pub sampled: &'a RowSet,
     /// `[matrices, q and kv columns, C]`.
     pub qkv_proj: &'a Tensor,
     /// `[matrices, C, q columns]`.
@@ -174,7 +184,7 @@ pub struct DecodeLayersBindings<'a> {
     pub gate_up_proj: &'a Tensor,
     /// `[matrices, C, mlp_dim]`.
     pub down_proj: &'a Tensor,
-    /// `[layers, 2, C]` f32: before attention, before the MLP.
+    /// `[2 * layers + 1, C]` f32: of each layer before attention and before the MLP; somewhere the head's.
     pub norms: &'a Tensor,
     /// `[positions, head_dim / 2]` of (cos, sin).
     pub rope: &'a Tensor,
@@ -182,21 +192,23 @@ pub struct DecodeLayersBindings<'a> {
     pub pages: &'a Tensor,
     /// `[sequences, num_groups]` u32; updated for the recursions that the row takes.
     pub kv_lengths: &'a Tensor,
-    /// `[1]` of [`Row`](crate::rows::Row); written where a workgroup waits in vain.
-    pub next_rows: &'a Tensor,
     /// `[1]` u32: recursions taken.
     pub depth: &'a Tensor,
     /// `[slots of all caches, kv columns]`.
     pub keys: &'a Tensor,
     /// `[slots of all caches, kv columns]`.
     pub values: &'a Tensor,
-    /// `[1, C]` f32: the row's embedding before, its last layer's output after.
-    pub hidden: &'a Tensor,
+    /// `[1, V]` f32, V up to the next even number.
+    pub logits: &'a Tensor,
     /// `[DecodeLayers::mail_elems(), 2]` u32, zeros before the first call: results on their way.
     pub mail: &'a Tensor,
     /// `[4 + R]` u32, zeros before the first call; then the last tag that is taken, 0, 1 if a workgroup waited in vain, 0, and
     /// the rows that took each recursion.
     pub control: &'a Tensor,
+    /// `[V, C]`.
+    pub embed_tokens: &'a Tensor,
+    /// `[V, C]`; may be the same.
+    pub lm_head: &'a Tensor,
     /// `[R, C]`, of routed models.
     pub router: Option<&'a Tensor>,
     /// Token choice: `[R]` f32; a script: `[R]` shares.
@@ -233,7 +245,11 @@ impl DecodeLayers {
         // Twice as many threads leave each too few registers for what is on its way (measured on an H200).
         let workgroup_size = caps.max_workgroup_size.min(512);
         // Measured on an H200: more on its way takes more registers than there are, and integers take them too.
-        let (prefetch, batch) = if shape.weight_dtype.is_quantized() { (1, 2) } else { (4, 4) };
+        let (prefetch, batch) = match shape.weight_dtype.is_quantized() {
+            true => (1, 2),
+            // Few elements are waited for at once.
+            false => (4, if shape.mlp_dim <= 4 * workgroup_size { 4 } else { 2 }),
+        };
         let kernel = Self { shape, max_steps, workgroup_size, num_workgroups, prefetch, batch, keys: 2 };
         let refuse = |what, found: u32, limit: u32, why: &str| {
             Err(KernelError::Limit {
@@ -277,7 +293,7 @@ impl DecodeLayers {
             let limit = caps.max_workgroup_storage_bytes;
             return refuse("workgroup memory in bytes", storage, limit, "the device offers");
         }
-        let buffers = 18;
+        let buffers = 20;
         if buffers > caps.max_storage_buffers {
             return refuse("storage bindings", buffers, caps.max_storage_buffers, "the device offers");
         }
@@ -310,6 +326,15 @@ impl DecodeLayers {
         self.shape.attention.num_key_value_heads * self.shape.attention.head_dim
     }
 
+    /// Routers that are computed at a time, of routed models.
+    fn routers(&self) -> Option<u32> {
+        match self.shape.routing {
+            LayerRouting::Fixed => None,
+            LayerRouting::Expert { .. } => Some(1),
+            LayerRouting::Token { num_recursions, .. } => Some(num_recursions),
+        }
+    }
+
     fn max_splits(&self) -> u32 {
         (self.num_workgroups / self.shape.attention.num_attention_heads).clamp(1, MAX_SPLITS)
     }
@@ -324,18 +349,26 @@ impl DecodeLayers {
         }
     }
 
-    /// How the four products are divided: q, k and v; output; gate and up; down.
+    /// How the four products of a layer are divided: q, k and v; output; gate and up; down.
     fn divisions(&self, caps: &DeviceCaps) -> [Division; 4] {
         let (hidden_size, mlp_dim) = (self.shape.hidden_size, self.shape.mlp_dim);
+        let teams = self.workgroup_size / caps.lanes().width();
         [
-            self.divide(caps, self.q_dim() + 2 * self.kv_dim(), hidden_size),
-            self.divide(caps, hidden_size, self.q_dim()),
-            self.divide(caps, 2 * mlp_dim, hidden_size),
-            self.divide(caps, hidden_size, mlp_dim),
+            self.divide(caps, [self.q_dim() + 2 * self.kv_dim(), hidden_size], teams),
+            self.divide(caps, [hidden_size, self.q_dim()], teams),
+            self.divide(caps, [2 * mlp_dim, hidden_size], teams),
+            self.divide(caps, [hidden_size, mlp_dim], teams),
         ]
     }
 
-    fn divide(&self, caps: &DeviceCaps, rows: u32, in_features: u32) -> Division {
+    /// How the head is divided. Its outputs, of which a workgroup has more than threads, go where they belong as soon as a team has
+    /// them, so no teams share any.
+    fn head_division(&self, caps: &DeviceCaps) -> Division {
+        self.divide(caps, [self.shape.vocab_size, self.shape.hidden_size], 1)
+    }
+
+    /// The fastest division that lets up to `max_split` teams, a power of two, share a pair of outputs.
+    fn divide(&self, caps: &DeviceCaps, [rows, in_features]: [u32; 2], max_split: u32) -> Division {
         let dtype = self.shape.weight_dtype;
         let lanes = caps.lanes().width();
         let teams = self.workgroup_size / lanes;
@@ -353,12 +386,12 @@ impl DecodeLayers {
             let steps = if steps > self.prefetch { steps.next_multiple_of(self.prefetch) } else { steps };
             (pairs.div_ceil(teams / split), steps)
         };
-        let splits = (0..=teams.ilog2()).map(|log2| 1 << log2);
+        let splits = (0..=max_split.ilog2()).map(|log2| 1 << log2);
         let split = splits.min_by_key(|split| {
             let (rounds, steps) = split_into(*split);
             rounds * (steps + 1)
         });
-        let split = split.expect("a workgroup has a team");
+        let split = split.expect("one team may always have a pair");
         let (rounds, steps) = split_into(split);
         Division { rows, quads, stride, split, steps, rounds }
     }
@@ -374,7 +407,7 @@ impl DecodeLayers {
         (activation.max((3 + teams) * head_quads), partials.max(teams).max(parts))
     }
 
-    /// Records the kernel over the row of the set, if it has one.
+    /// Records the kernel over the row, if it takes part.
     ///
     /// # Errors
     /// [`KernelError::Shape`] if the mail is too small, the router has another size, or tensors are there without use or
@@ -402,7 +435,7 @@ impl DecodeLayers {
         if let Some(router) = b.router {
             check_router(Self::NAME, router, self.shape.router_dtype, p.num_recursions, self.shape.hidden_size)?;
         }
-        plan.dispatch(self, &b, &p, Grid::rows(b.rows, self.num_workgroups, 1))
+        plan.dispatch(self, &b, &p, Grid::Fixed([self.num_workgroups, 1, 1]))
     }
 }
 
@@ -462,8 +495,8 @@ impl Kernel for DecodeLayers {
         if shape.weight_dtype.is_quantized() {
             definitions = definitions.u32("GROUP", quantize::GROUP as u32).u32("UNIT_CODES", self.quad_elems() / 8);
         }
-        if let LayerRouting::Token { num_recursions, .. } = shape.routing {
-            definitions = definitions.u32("NUM_RECURSIONS", num_recursions);
+        if let Some(routers) = self.routers() {
+            definitions = definitions.u32("ROUTERS", routers);
         }
         const NAMES: [[&str; 6]; 4] = [
             ["QKV_ROWS", "QKV_QUADS", "QKV_STRIDE", "QKV_SPLIT", "QKV_STEPS", "QKV_ROUNDS"],
@@ -476,13 +509,19 @@ impl Kernel for DecodeLayers {
                 definitions = definitions.u32(name, value);
             }
         }
+        let head = self.head_division(caps);
         definitions
+            .u32("VOCAB_SIZE", head.rows)
+            .u32("HEAD_QUADS", head.quads)
+            .u32("HEAD_STRIDE", head.stride)
+            .u32("HEAD_STEPS", head.steps)
+            .u32("HEAD_ROUNDS", head.rounds)
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
         let mut bindings = vec![
             Binding::uniform(1, b.steps),
-            Binding::read(2, &b.rows.active),
+            Binding::write(2, &b.sampled.active),
             Binding::weight(3, b.qkv_proj),
             Binding::weight(4, b.o_proj),
             Binding::weight(5, b.gate_up_proj),
@@ -491,28 +530,28 @@ impl Kernel for DecodeLayers {
             Binding::read(8, b.rope),
             Binding::read(9, b.pages),
             Binding::write(10, b.kv_lengths),
-            Binding::write(11, b.next_rows),
+            Binding::write(11, b.rows),
             Binding::write(12, b.depth),
             Binding::write(13, b.keys),
             Binding::write(14, b.values),
-            Binding::write(15, b.hidden),
+            Binding::write(15, b.logits),
             Binding::write(16, b.mail),
             Binding::write(17, b.control),
+            // A row of it.
+            Binding::read(18, b.embed_tokens),
+            Binding::weight(19, b.lm_head),
         ];
-        bindings.extend(b.router.map(|router| Binding::read(18, router)));
-        bindings.extend(b.bias_or_keep.map(|tensor| Binding::read(19, tensor)));
+        bindings.extend(b.router.map(|router| Binding::read(20, router)));
+        bindings.extend(b.bias_or_keep.map(|tensor| Binding::read(21, tensor)));
         bindings
     }
 
     fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32 {
         let (staged, partials) = self.storage(caps);
-        // Logits and what is decided.
-        let routing = match self.shape.routing {
-            LayerRouting::Fixed => 0,
-            LayerRouting::Expert { .. } => 8,
-            LayerRouting::Token { num_recursions, .. } => 8 + 4 * num_recursions,
-        };
-        16 * staged + 8 * partials + 4 * (self.workgroup_size / caps.lanes().width()) + routing + 4
+        let teams = self.workgroup_size / caps.lanes().width();
+        // Parts of the routers' products, and what is decided.
+        let routing = self.routers().map_or(0, |routers| 8 + 4 * routers * teams);
+        16 * staged + 8 * partials + 4 * teams + routing + 4
     }
 }
 
@@ -527,15 +566,18 @@ mod tests {
     const NUM_PAGES: usize = 64;
     const NUM_RECURSIONS: usize = 3;
     const NUM_GROUPS: usize = 1 + NUM_RECURSIONS;
+    /// Odd, and more than a round of one workgroup.
+    const VOCAB_SIZE: u32 = 333;
+    const TOKEN: u32 = 291;
 
     /// A model of a first layer, two layers that recur three times and a last layer, and one row of it.
     struct Case {
         shape: LayersShape,
         params: DecodeLayersParams,
         steps: Vec<LayerStep>,
-        entry: ActiveRow,
+        row: Row,
         state: LayersState,
-        weights: [Tensor; 4],
+        weights: [Tensor; 6],
         router: Option<Tensor>,
     }
 
@@ -544,7 +586,7 @@ mod tests {
         let kv_table = KvTable::Pages;
         let attention = AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table };
         let router_dtype = if weight_dtype.is_quantized() { DType::F16 } else { weight_dtype };
-        LayersShape { hidden_size, mlp_dim, attention, weight_dtype, router_dtype, routing }
+        LayersShape { hidden_size, mlp_dim, vocab_size: VOCAB_SIZE, attention, weight_dtype, router_dtype, routing }
     }
 
     impl Case {
@@ -563,11 +605,13 @@ mod tests {
                 shape.attention.num_key_value_heads as usize * head_dim,
             );
             let mut matrix =
-                |rows: usize, columns: usize| parity::upload_weight(gpu, rng, 4 * rows, columns, shape.weight_dtype);
-            let (qkv, qkv_proj) = matrix(q_dim + 2 * kv_dim, c);
-            let (o, o_proj) = matrix(c, q_dim);
-            let (gate_up, gate_up_proj) = matrix(2 * mlp_dim, c);
-            let (down, down_proj) = matrix(c, mlp_dim);
+                |rows: usize, columns: usize| parity::upload_weight(gpu, rng, rows, columns, shape.weight_dtype);
+            let (qkv, qkv_proj) = matrix(4 * (q_dim + 2 * kv_dim), c);
+            let (o, o_proj) = matrix(4 * c, q_dim);
+            let (gate_up, gate_up_proj) = matrix(4 * 2 * mlp_dim, c);
+            let (down, down_proj) = matrix(4 * c, mlp_dim);
+            let (embed, embed_tokens) = matrix(VOCAB_SIZE as usize, c);
+            let (head, lm_head) = matrix(VOCAB_SIZE as usize, c);
             let is_routed = shape.routing != LayerRouting::Fixed;
             let (router, router_values) = parity::upload_weight(gpu, rng, NUM_RECURSIONS, c, shape.router_dtype);
 
@@ -579,7 +623,7 @@ mod tests {
             pages.truncate(NUM_GROUPS * MAX_PAGES);
             let pages: Vec<u32> = std::iter::repeat_n(u32::MAX, pages.len()).chain(pages).collect();
             let mut kv_lengths = vec![7; NUM_GROUPS];
-            kv_lengths.push(position as u32 + 1);
+            kv_lengths.push(position as u32);
             kv_lengths.extend(lengths.map(|length| length as u32));
             let slot = |group: usize, key: usize| {
                 let page = pages[(NUM_GROUPS + group) * MAX_PAGES + key / PAGE_SIZE as usize];
@@ -603,15 +647,8 @@ mod tests {
                     }
                 }
             }
-            let entry = ActiveRow {
-                row: 0,
-                sequence: 1,
-                position: position as u32,
-                kv_slot: slot(0, position) as u32,
-                kv_len: position as u32 + 1,
-                kv_table: (NUM_GROUPS * MAX_PAGES) as u32,
-                ..ActiveRow::ABSENT
-            };
+            let row =
+                Row { token: TOKEN, position: position as u32, sequence: 1, flags: ROW_ACTIVE | ROW_SAMPLE };
             let mut steps = Vec::new();
             // The layers of the block are tied; norms are stored once for each.
             for (layer, matrix) in [0, 1, 2, 1, 2, 1, 2, 3].into_iter().enumerate() {
@@ -652,6 +689,8 @@ mod tests {
                 max_depth: NUM_RECURSIONS as u32,
                 num_recursions: NUM_RECURSIONS as u32,
                 coda: 7,
+                base_depth: 0,
+                final_norm: 2 * steps.len() as u32,
                 seed_low: 3,
                 seed_high: 4,
                 eps: 1e-5,
@@ -666,7 +705,9 @@ mod tests {
                 o_proj,
                 gate_up_proj,
                 down_proj,
-                norms: (0..steps.len() * 2 * c).map(|_| 1.0 + 0.1 * rng.normal()).collect(),
+                embed_tokens,
+                lm_head,
+                norms: (0..(2 * steps.len() + 1) * c).map(|_| 1.0 + 0.1 * rng.normal()).collect(),
                 rope: (0..(position + 1) * head_dim / 2)
                     .map(|i| [(i as f32 * 0.37).cos(), (i as f32 * 0.37).sin()])
                     .collect(),
@@ -674,14 +715,14 @@ mod tests {
                 kv_lengths,
                 keys,
                 values,
-                hidden: rng.normals(c),
                 router: router_values,
                 bias_or_keep: vec![0.6, 0.5, 0.4],
                 depth: 0,
                 blocks: 0,
+                logits: Vec::new(),
             };
             let router = is_routed.then_some(router);
-            Self { shape, params, steps, entry, state, weights: [qkv, o, gate_up, down], router }
+            Self { shape, params, steps, row, state, weights: [qkv, o, gate_up, down, embed, head], router }
         }
 
         /// Runs the kernel of `num_workgroups` and compares with the oracle; with `fails`, that nothing has changed.
@@ -695,14 +736,14 @@ mod tests {
                 }
                 _ => parity::upload(gpu, cache),
             });
-            let hidden = Output::from_values(gpu, &self.state.hidden);
+            let logits = Output::new(gpu, VOCAB_SIZE.next_multiple_of(2) as usize);
             let mail = Output::from_words(gpu, &vec![0; 2 * kernel.mail_elems()]);
             let mut table = self.steps.clone();
             table.resize(max_steps as usize, LayerStep::default());
             let steps = Tensor::zeros_uniform(gpu, "steps", size_of_val(&table[..]) as u64).expect("it fits");
             gpu.write(&steps, 0, bytemuck::cast_slice(&table));
-            let row = Row { token: 9, position: self.entry.position, sequence: 1, flags: ROW_ACTIVE | ROW_SAMPLE };
-            let next_rows = parity::upload_u32(gpu, bytemuck::cast_slice(&[row]));
+            let row = parity::upload_u32(gpu, bytemuck::cast_slice(&[self.row]));
+            let sampled = RowSet::from_rows(gpu, "sampled", &[ActiveRow { row: 5, ..ActiveRow::ABSENT }]).expect("it fits");
             let kv_lengths = Output::from_words(gpu, &self.state.kv_lengths);
             let depth = Output::from_words(gpu, &[self.state.depth]);
             let control = Output::from_words(gpu, &[0; 4 + NUM_RECURSIONS]);
@@ -714,7 +755,8 @@ mod tests {
             };
             let bindings = DecodeLayersBindings {
                 steps: &steps,
-                rows: &parity::row_set(gpu, &[self.entry]),
+                rows: &row,
+                sampled: &sampled,
                 qkv_proj: &self.weights[0],
                 o_proj: &self.weights[1],
                 gate_up_proj: &self.weights[2],
@@ -723,13 +765,14 @@ mod tests {
                 rope: &parity::upload(gpu, self.state.rope.as_flattened()),
                 pages: &parity::upload_u32(gpu, &self.state.pages),
                 kv_lengths: &kv_lengths.tensor,
-                next_rows: &next_rows,
                 depth: &depth.tensor,
                 keys: &caches[0],
                 values: &caches[1],
-                hidden: &hidden.tensor,
+                logits: &logits.tensor,
                 mail: &mail.tensor,
                 control: &control.tensor,
+                embed_tokens: &self.weights[4],
+                lm_head: &self.weights[5],
                 router: self.router.as_ref(),
                 bias_or_keep: extra.as_ref(),
             };
@@ -740,19 +783,22 @@ mod tests {
             }
             parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([num_workgroups, 1, 1])));
 
-            let rows: Vec<Row> = gpu.read(&next_rows).expect("the device answers");
+            let rows: Vec<Row> = gpu.read(&row).expect("the device answers");
+            let listed: Vec<ActiveRow> = gpu.read(&sampled.active).expect("the device answers");
             if fails {
-                assert_eq!(rows[0], Row { flags: ROW_FAILED, ..row }, "{what}: the row can be fed again");
-                let mut lengths = self.state.kv_lengths.clone();
-                lengths[NUM_GROUPS] -= 1;
-                assert_eq!(kv_lengths.read_u32(gpu), lengths, "{what}: lengths as before the step");
+                assert_eq!(rows[0], Row { flags: ROW_FAILED, ..self.row }, "{what}: the row can be fed again");
+                assert_eq!(kv_lengths.read_u32(gpu), self.state.kv_lengths, "{what}: lengths as before the step");
                 assert_eq!(control.read_u32(gpu)[1..], [0, 1, 0, 0, 0, 0], "{what}");
+                assert_eq!(listed[0], ActiveRow::ABSENT, "{what}: nothing to draw for");
                 return 0;
             }
             let mut want = self.state.clone();
-            decode_layers(&self.shape, &self.params, &self.steps, &self.entry, &mut want);
-            assert_eq!(rows[0], row, "{what}: the row stays");
+            decode_layers(&self.shape, &self.params, &self.steps, &self.row, &mut want);
+            assert_eq!(rows[0], self.row, "{what}: the row stays");
             assert_eq!(depth.read_u32(gpu), [want.depth], "{what}: depth");
+            let (sequence, position) = (self.row.sequence, self.row.position);
+            let drawn = ActiveRow { row: 0, sequence, position, recursion: want.depth, ..ActiveRow::ABSENT };
+            assert_eq!(listed[0], drawn, "{what}: what to draw for");
             assert_eq!(kv_lengths.read_u32(gpu), want.kv_lengths, "{what}: lengths");
             let took = |r: u32| u32::from(want.blocks > r);
             let tags = 5 * self.steps.len() as u32 + 1;
@@ -761,7 +807,8 @@ mod tests {
             // Eight layers of f32 sums, and keys and values whose last bit may turn.
             let is_half = self.shape.attention.kv_dtype == DType::F16;
             let tolerance = if is_half { Tolerance::F16 } else { Tolerance { absolute: 1e-4, relative: 1e-4 } };
-            parity::assert_close(&format!("{what} hidden"), &hidden.read(gpu), &want.hidden, tolerance);
+            let got = &logits.read(gpu)[..VOCAB_SIZE as usize];
+            parity::assert_close(&format!("{what} logits"), got, &want.logits, tolerance);
             for (name, cache, want) in [("keys", &caches[0], &want.keys), ("values", &caches[1], &want.values)] {
                 let got: Vec<f32> = if is_half {
                     let halves: Vec<half::f16> = gpu.read(cache).expect("the device answers");

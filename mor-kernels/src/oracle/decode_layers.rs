@@ -1,11 +1,11 @@
-//! CPU reference of `decode_layers`: the layers one after the other, sums in f64.
+//! CPU reference of `decode_layers`: embedding, the layers one after the other, head, sums in f64.
 
 use crate::ops::{
     ALWAYS, BLOCK_BEGIN, BLOCK_END, DecodeLayersParams, ExpertGate, LayerRouting, LayerStep, LayersShape,
     RouterExpertParams, TokenGate,
 };
 use crate::oracle::router_expert::script;
-use crate::rows::{ActiveRow, NONE, PAGE_SIZE};
+use crate::rows::{ActiveRow, NONE, PAGE_SIZE, Row};
 use crate::tensor::DType;
 
 /// What the kernel reads and writes, as f32 of the values that it sees.
@@ -19,7 +19,11 @@ pub struct LayersState {
     pub gate_up_proj: Vec<f32>,
     /// `[matrices, C, mlp_dim]`.
     pub down_proj: Vec<f32>,
-    /// `[layers, 2, C]`.
+    /// `[V, C]`.
+    pub embed_tokens: Vec<f32>,
+    /// `[V, C]`.
+    pub lm_head: Vec<f32>,
+    /// `[2 * layers + 1, C]`.
     pub norms: Vec<f32>,
     /// `[positions, D / 2]` of (cos, sin).
     pub rope: Vec<[f32; 2]>,
@@ -31,8 +35,6 @@ pub struct LayersState {
     pub keys: Vec<f32>,
     /// `[slots, kv columns]`; updated.
     pub values: Vec<f32>,
-    /// The embedding, and then the last layer's output.
-    pub hidden: Vec<f32>,
     /// `[R, C]`.
     pub router: Vec<f32>,
     /// Token choice's bias `[R]`, or the script's shares `[R]`.
@@ -41,6 +43,8 @@ pub struct LayersState {
     pub depth: u32,
     /// Blocks run; written.
     pub blocks: u32,
+    /// `[V]`; written.
+    pub logits: Vec<f32>,
 }
 
 fn product(w: &[f32], place: u32, rows: usize, x: &[f64]) -> Vec<f64> {
@@ -58,12 +62,12 @@ fn sigmoid(v: f64) -> f64 {
     1.0 / (1.0 + (-v).exp())
 }
 
-/// The step of the row `entry`.
+/// The step of `row`.
 pub fn decode_layers(
     shape: &LayersShape,
     p: &DecodeLayersParams,
     steps: &[LayerStep],
-    entry: &ActiveRow,
+    row: &Row,
     state: &mut LayersState,
 ) {
     let (c, mlp_dim) = (shape.hidden_size as usize, shape.mlp_dim as usize);
@@ -76,18 +80,21 @@ pub fn decode_layers(
         let weights = &state.router[r * c..][..c];
         f64::from(p.input_scale) * weights.iter().zip(hidden).map(|(w, x)| f64::from(*w) * x).sum::<f64>()
     };
-    let hidden = state.hidden.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
-    let mut streams = [hidden, vec![f64::NAN; c], vec![f64::NAN; c]];
-    let (mut kv_slot, mut kv_len, mut kv_table) = (0, 0, 0);
+    let embedding = &state.embed_tokens[row.token as usize * c..][..c];
+    let embedding = embedding.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
+    let mut streams = [embedding, vec![f64::NAN; c], vec![f64::NAN; c]];
     let (mut selected, mut gate, mut target_depth) = (false, 0.0, 0);
     let mut taken = 0;
     let mut added = Vec::new();
     let mut s = 0;
     while s < steps.len() {
         let step = &steps[s];
-        if step.recursion == NONE {
-            (kv_slot, kv_len, kv_table) = (entry.kv_slot, entry.kv_len, entry.kv_table);
-        } else if step.flags & BLOCK_BEGIN != 0 {
+        let group = (row.sequence * p.num_groups + step.group) as usize;
+        let slot = state.kv_lengths[group];
+        let kv_table = group as u32 * p.max_pages;
+        let kv_slot = state.pages[(kv_table + slot / PAGE_SIZE) as usize] * PAGE_SIZE + slot % PAGE_SIZE;
+        let kv_len = slot + 1;
+        if step.flags & BLOCK_BEGIN != 0 {
             let r = step.recursion as usize;
             let runs = match shape.routing {
                 LayerRouting::Fixed => {
@@ -103,7 +110,13 @@ pub fn decode_layers(
                     };
                     let mut decision = [value as f32];
                     if scripted {
-                        let before = ActiveRow { row: 0, recursion: step.recursion.wrapping_sub(1), ..*entry };
+                        let before = ActiveRow {
+                            row: 0,
+                            sequence: row.sequence,
+                            position: row.position,
+                            recursion: step.recursion.wrapping_sub(1),
+                            ..ActiveRow::ABSENT
+                        };
                         let params = RouterExpertParams {
                             num_recursions: p.num_recursions,
                             seed_low: p.seed_low,
@@ -147,19 +160,14 @@ pub fn decode_layers(
                 continue;
             }
             state.blocks += 1;
-            let group = entry.sequence * p.num_groups + step.group;
-            let slot = state.kv_lengths[group as usize];
-            kv_table = group * p.max_pages;
-            kv_slot = state.pages[(kv_table + slot / PAGE_SIZE) as usize] * PAGE_SIZE + slot % PAGE_SIZE;
-            kv_len = slot + 1;
-            added.push(group as usize);
+            added.push(group);
         }
         let x = streams[step.input as usize].clone();
         let norm = |which: usize| &state.norms[(2 * step.norms as usize + which) * c..][..c];
         let mut qkv = product(&state.qkv_proj, step.qkv_proj, q_dim + 2 * kv_dim, &normed(&x, norm(0), p.eps));
         for pair in 0..(q_dim + kv_dim) / 2 {
             let [cos, sin] =
-                state.rope[entry.position as usize * head_dim / 2 + 2 * pair % head_dim / 2].map(f64::from);
+                state.rope[row.position as usize * head_dim / 2 + 2 * pair % head_dim / 2].map(f64::from);
             let (a, b) = (qkv[2 * pair], qkv[2 * pair + 1]);
             (qkv[2 * pair], qkv[2 * pair + 1]) = (a * cos - b * sin, b * cos + a * sin);
         }
@@ -173,10 +181,10 @@ pub fn decode_layers(
             (step.first_slot + page * PAGE_SIZE + key % PAGE_SIZE) as usize
         };
         let mut attended = vec![0.0; q_dim];
-        let group = (heads.num_attention_heads / heads.num_key_value_heads) as usize;
+        let sharing = (heads.num_attention_heads / heads.num_key_value_heads) as usize;
         for head in 0..heads.num_attention_heads as usize {
             let q = &qkv[head * head_dim..][..head_dim];
-            let at = |key: u32| slot_of(key) * kv_dim + head / group * head_dim;
+            let at = |key: u32| slot_of(key) * kv_dim + head / sharing * head_dim;
             let scores: Vec<f64> = (0..kv_len)
                 .map(|key| {
                     let k = &state.keys[at(key)..][..head_dim];
@@ -210,8 +218,11 @@ pub fn decode_layers(
     for group in added {
         state.kv_lengths[group] += 1;
     }
-    if taken > 0 {
-        state.depth = taken;
+    if p.unshared_group != NONE {
+        state.kv_lengths[(row.sequence * p.num_groups + p.unshared_group) as usize] += 1;
     }
-    state.hidden = streams[0].iter().map(|v| *v as f32).collect();
+    state.depth = p.base_depth + taken;
+    let norm = &state.norms[p.final_norm as usize * c..][..c];
+    let logits = product(&state.lm_head, 0, shape.vocab_size as usize, &normed(&streams[0], norm, p.eps));
+    state.logits = logits.into_iter().map(|v| v as f32).collect();
 }
