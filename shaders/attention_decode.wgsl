@@ -3,20 +3,21 @@
 //           m = max l_k; partial_stats[i, h, s] = (m, sum exp(l_k - m)); partial_out[i, h, s] = sum exp(l_k - m) * value_k[g];
 //           with one split instead out[i, h] = partial_out / sum, and there are no statistics
 // Why       one row is too little work for a large device unless its keys are divided; all query heads of a
-//           key-value head go together, so that K and V are read once
+//           key-value head go together, so that K and V are read once; memory is busy only while every thread has loads on
+//           their way, so the next keys and values are fetched before the present ones are all computed with
 // Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32;
 //           partial_out [n, H, NUM_SPLITS, D] f32; partial_stats [n, H, NUM_SPLITS, 2] f32; row-major, D a multiple of 8
 // Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 partial_out write;
 //           7 partial_stats write [SPLIT]
 // Grid      (G * HEAD_BLOCKS, n, NUM_SPLITS) workgroups; split s has the keys [s, s + 1) * chunk,
 //           chunk = ceil(kv_len / NUM_SPLITS) rounded up to whole pages
-// Spec      WORKGROUP_SIZE power of two; LANES threads share a key, 8 elements each, WIDTH threads leave one partial
-//           result; HEADS <= 4 query heads of the GROUP_SIZE that share a kv head, in HEAD_BLOCKS workgroups; KEYS
-//           fetched at a time; NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, HEAD_UNITS = D / 8; SPLIT:
-//           NUM_SPLITS > 1; KV_F16; KV_SLOTS: kv_table lists keys, not pages; SUBGROUP: WIDTH lanes exchange by
-//           subgroup operations; ALONE: with SUBGROUP, LANES = WORKGROUP_SIZE, so nothing is merged; TILE_IN_PAGE: with
-//           ALONE and pages, KEYS divides PAGE_SIZE; workgroup memory (WORKGROUP_SIZE / WIDTH) * HEADS * (4 * D + 8) bytes,
-//           none with ALONE
+// Spec      WORKGROUP_SIZE power of two; LANES threads share a key, 8 elements each; WIDTH threads, with SUBGROUP part of a
+//           subgroup, leave one partial result; HEADS <= 4 query heads of the GROUP_SIZE that share a kv head, in
+//           HEAD_BLOCKS workgroups; KEYS that a thread fetches at a time: WIDTH / LANES * KEYS divides PAGE_SIZE;
+//           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, HEAD_UNITS = D / 8; SPLIT: NUM_SPLITS > 1; KV_F16; KV_SLOTS:
+//           kv_table lists keys, not pages; SUBGROUP: WIDTH lanes exchange by subgroup operations; ALONE: with SUBGROUP,
+//           LANES = WORKGROUP_SIZE, so nothing is merged; workgroup memory (WORKGROUP_SIZE / WIDTH) * HEADS * (4 * D + 8)
+//           bytes, none with ALONE
 // Limits    D <= 256; a split without keys writes (-3.4028234e38, 0) and zeros
 // Numerics  f32 throughout; running maximum per thread group, merged once at the end
 // Source    Dao et al. 2023, Flash-Decoding; Milakov and Gimelshein 2018 (arXiv 1805.02867)
@@ -40,8 +41,8 @@ struct Params {
 
 const LOWEST: f32 = -3.4028234e38;
 const HEAD_QUADS: u32 = 2u * HEAD_UNITS;
-const SLICES: u32 = WORKGROUP_SIZE / LANES;
 const PARTS: u32 = WORKGROUP_SIZE / WIDTH;
+const SLICES: u32 = WIDTH / LANES;
 const LANES_LOG2: u32 = firstTrailingBit(LANES);
 const WIDTH_LOG2: u32 = firstTrailingBit(WIDTH);
 
@@ -76,6 +77,30 @@ fn key_sum(value: f32) -> f32 {
 }
 #endif
 
+#if SUBGROUP
+// Keys of a tile.
+const TILE: u32 = SLICES * KEYS;
+
+// Where the units of the tile's keys `slice`, `SLICES + slice`, .. are; keys past the end are the last one.
+fn units_of(table: u32, tile: u32, slice: u32, end: u32, kv_head: u32, unit: u32) -> array<u32, KEYS> {
+    var at: array<u32, KEYS>;
+#if !KV_SLOTS
+    // A tile lies in one page.
+    let first = kv_table[table + tile / PAGE_SIZE] * PAGE_SIZE;
+#endif
+#repeat i KEYS
+    let key = min(tile + i * SLICES + slice, end - 1u);
+#if KV_SLOTS
+    let slot = kv_slot(table, key);
+#else
+    let slot = first + key % PAGE_SIZE;
+#endif
+    at[i] = (slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + unit;
+#endrepeat
+    return at;
+}
+#endif
+
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -92,7 +117,7 @@ fn main(
     let thread = local;
 #endif
     let lane = thread % LANES;
-    let slice = thread / LANES;
+    let part = thread / WIDTH;
     // Lanes past the head repeat its last unit and are not counted.
     let unit = min(lane, HEAD_UNITS - 1u);
 
@@ -116,35 +141,49 @@ fn main(
     }
 
 #if SUBGROUP
-    // LANES lanes hold a key, and K and V of KEYS keys are fetched together: no barrier before the merge.
+    // WIDTH lanes go through tiles of their own, without a barrier before the merge. The next keys are on their way during
+    // the softmax, the next values during the next scores.
+    let slice = thread % WIDTH / LANES;
     let counted = select(0.0, params.scale, lane < HEAD_UNITS);
     var query: array<mat2x4<f32>, HEADS>;
     for (var h = 0u; h < HEADS; h++) {
         query[h] = q[(head + min(h, num_heads - 1u)) * HEAD_UNITS + unit] * counted;
     }
-    for (var base = start; base < end; base += SLICES * KEYS) {
+    var at: array<u32, KEYS>;
+    var key_ahead: array<KvUnit, KEYS>;
+    var value_ahead: array<KvUnit, KEYS>;
+    if start + part * TILE < end {
+        at = units_of(table, start + part * TILE, slice, end, kv_head, unit);
+#repeat i KEYS
+        key_ahead[i] = keys[at[i]];
+#endrepeat
+#repeat i KEYS
+        value_ahead[i] = values[at[i]];
+#endrepeat
+    }
+    for (var base = start; base < end; base += PARTS * TILE) {
+        let tile = base + part * TILE;
+        let next = tile + PARTS * TILE;
         var scores: array<vec4<f32>, KEYS>;
-        var value: array<mat2x4<f32>, KEYS>;
+        // Keys past the end are the last one, which the maximum may count twice.
         var tile_highest = highest;
-#if TILE_IN_PAGE
-        let first_slot = kv_slot(table, base);
-#endif
-        for (var i = 0u; i < KEYS; i++) {
-            let key = base + i * SLICES + slice;
-#if TILE_IN_PAGE
-            let slot = first_slot + min(i, end - 1u - base);
-#else
-            let slot = kv_slot(table, min(key, end - 1u));
-#endif
-            let at = (slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + unit;
-            let key_unit = unpack_kv(keys[at]);
-            value[i] = unpack_kv(values[at]);
-            var score = vec4<f32>(0.0);
-            for (var h = 0u; h < HEADS; h++) {
-                score[h] = key_sum(unit_dot(query[h], key_unit));
-            }
-            scores[i] = score;
-            tile_highest = select(tile_highest, max(tile_highest, score), key < end);
+#repeat i KEYS
+        let key_unit = unpack_kv(key_ahead[i]);
+        var score = vec4<f32>(0.0);
+        for (var h = 0u; h < HEADS; h++) {
+            score[h] = key_sum(unit_dot(query[h], key_unit));
+        }
+        scores[i] = score;
+        tile_highest = max(tile_highest, score);
+#endrepeat
+        tile_highest = select(highest, tile_highest, tile < end);
+        // At most one turn, as below, which compilers cannot know: they leave the loads here instead of moving them to
+        // where their results are used.
+        for (var coming = next; coming < end; coming += end) {
+            at = units_of(table, coming, slice, end, kv_head, unit);
+#repeat i KEYS
+            key_ahead[i] = keys[at[i]];
+#endrepeat
         }
         let keep = exp(highest - tile_highest);
         highest = tile_highest;
@@ -152,13 +191,18 @@ fn main(
         for (var h = 0u; h < HEADS; h++) {
             out[h] = out[h] * keep[h];
         }
-        for (var i = 0u; i < KEYS; i++) {
-            let inside = base + i * SLICES + slice < end;
-            let p = select(vec4<f32>(0.0), exp(scores[i] - highest), inside);
-            sum += p;
-            for (var h = 0u; h < HEADS; h++) {
-                out[h] = out[h] + value[i] * p[h];
-            }
+#repeat i KEYS
+        let value = unpack_kv(value_ahead[i]);
+        let p = select(vec4<f32>(0.0), exp(scores[i] - highest), tile + i * SLICES + slice < end);
+        sum += p;
+        for (var h = 0u; h < HEADS; h++) {
+            out[h] = out[h] + value * p[h];
+        }
+#endrepeat
+        for (var coming = next; coming < end; coming += end) {
+#repeat i KEYS
+            value_ahead[i] = values[at[i]];
+#endrepeat
         }
     }
 #if !ALONE
@@ -200,7 +244,7 @@ fn main(
         }
         workgroupBarrier();
         var tile_highest = highest;
-        for (var i = slice; i < num_keys; i += SLICES) {
+        for (var i = part; i < num_keys; i += PARTS) {
             tile_highest = max(tile_highest, part_out[i]);
         }
         let keep = exp(highest - tile_highest);
@@ -209,7 +253,7 @@ fn main(
         for (var h = 0u; h < HEADS; h++) {
             out[h] = out[h] * keep[h];
         }
-        for (var i = slice; i < num_keys; i += SLICES) {
+        for (var i = part; i < num_keys; i += PARTS) {
             let at = (kv_slot(table, tile + i) * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + unit;
             let value = unpack_kv(values[at]);
             let p = exp(part_out[i] - highest);
@@ -240,7 +284,6 @@ fn main(
         }
     }
 #else
-    let part = thread / WIDTH;
     if thread % WIDTH < HEAD_UNITS {
         for (var h = 0u; h < HEADS; h++) {
             let at = (part * HEADS + h) * HEAD_QUADS + 2u * lane;

@@ -21,7 +21,7 @@
 //           QKV_ROWS, O_ROWS, GATE_UP_ROWS, DOWN_ROWS; units a row QKV_QUADS, O_QUADS, GATE_UP_QUADS, DOWN_QUADS, and
 //           from row to row QKV_STRIDE, O_STRIDE, GATE_UP_STRIDE, DOWN_STRIDE; teams a pair of outputs QKV_SPLIT,
 //           O_SPLIT, GATE_UP_SPLIT, DOWN_SPLIT; units a lane QKV_STEPS, O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a
-//           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS; of the head's VOCAB_SIZE, HEAD_QUADS, HEAD_STRIDE,
+//           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
 //           HEAD_STEPS, HEAD_ROUNDS. QUAD_ELEMS elements of a unit; PREFETCH of the
 //           units on their way before the activation is there; KEY_LANES lanes a key, KEYS fetched at a time; BATCH
 //           elements that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for itself,
@@ -31,7 +31,7 @@
 //           WEIGHT_Q4, groups of GROUP, UNIT_CODES eights of codes a unit) or neither; KV_F16; ROUTER_F16, ROUTER_BF16
 //           or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
-//           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 4 bytes of workgroup memory, with ROUTED
+//           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 24 bytes of workgroup memory, with ROUTED
 //           8 + 4 * ROUTERS * TEAMS more. A value that is polled params.poll_limit times in vain ends the step:
 //           control[2] = 1, flags of the row = ROW_FAILED, K/V lengths as before
 // Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split
@@ -82,7 +82,7 @@ struct LayerStep {
     output: u32,
     // Recursion that it belongs to, or NONE.
     recursion: u32,
-    // BLOCK_BEGIN, BLOCK_END, ALWAYS.
+    // ENTER, BLOCK_BEGIN, BLOCK_END, ALWAYS.
     flags: u32,
     // K/V group in which the row is given a slot.
     group: u32,
@@ -92,6 +92,7 @@ struct LayerStep {
 const BLOCK_BEGIN: u32 = 1u;
 const BLOCK_END: u32 = 2u;
 const ALWAYS: u32 = 4u;
+const ENTER: u32 = 8u;
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<uniform> steps: array<LayerStep, MAX_STEPS>;
@@ -125,13 +126,17 @@ const ALWAYS: u32 = 4u;
 @group(0) @binding(21) var<storage, read> keep: array<f32>;
 #endif
 
-// The products of a layer, that of the head, and the table of embeddings, which has its shape.
-const QKV: u32 = 0u;
-const O: u32 = 1u;
-const GATE_UP: u32 = 2u;
-const DOWN: u32 = 3u;
-const HEAD: u32 = 4u;
-const EMBED: u32 = 5u;
+// The products: those of a layer, QKV, O, GATE_UP and DOWN, and that of the HEAD, whose shape the table EMBED has.
+const QKV_FEATURES: u32 = HIDDEN_SIZE;
+const O_FEATURES: u32 = Q_DIM;
+const GATE_UP_FEATURES: u32 = HIDDEN_SIZE;
+const DOWN_FEATURES: u32 = MLP_DIM;
+const HEAD_FEATURES: u32 = HIDDEN_SIZE;
+const EMBED_FEATURES: u32 = HIDDEN_SIZE;
+const HEAD_SPLIT: u32 = 1u;
+const EMBED_ROWS: u32 = HEAD_ROWS;
+const EMBED_QUADS: u32 = HEAD_QUADS;
+const EMBED_STRIDE: u32 = HEAD_STRIDE;
 
 const LOWEST: f32 = -3.4028234e38;
 const TEAMS: u32 = WORKGROUP_SIZE / LANES;
@@ -218,16 +223,17 @@ var<private> first_tag: u32;
 var<private> tag: u32;
 var<private> team: u32;
 var<private> lane: u32;
-var<private> position: u32;
-var<private> sequence: u32;
+// What all threads know alike is in workgroup memory, because registers are few: they hold the weights on their way.
+struct KvPlace {
+    slot: u32,
+    len: u32,
+    table: u32,
+}
 // Of the row in the present layer's caches.
-var<private> kv_group: u32 = NONE;
-var<private> kv_slot: u32;
-var<private> kv_len: u32;
-var<private> kv_table: u32;
+var<workgroup> kv: KvPlace;
 // Recursions that the row's depth counts, and blocks that it ran.
-var<private> taken: u32 = 0u;
-var<private> blocks: u32 = 0u;
+var<workgroup> taken: u32;
+var<workgroup> blocks: u32;
 
 fn lane_sum(value: f32) -> f32 {
 #if SUBGROUP_EXACT
@@ -253,117 +259,40 @@ fn lane_max(value: f32) -> f32 {
 #endif
 }
 
-// Of product `kind`, a constant in every call.
-fn outputs_of(kind: u32) -> u32 {
-    switch kind {
-        case QKV: { return QKV_ROWS; }
-        case O: { return O_ROWS; }
-        case GATE_UP: { return GATE_UP_ROWS; }
-        case DOWN: { return DOWN_ROWS; }
-        default: { return VOCAB_SIZE; }
-    }
-}
+// Products differ in constants alone, and each has functions of its own, called from one place: compilers inline those, and know
+// all sizes then.
+fn quad_QKV(at: u32) -> vec4<u32> { return qkv_proj[at]; }
+fn quad_O(at: u32) -> vec4<u32> { return o_proj[at]; }
+fn quad_GATE_UP(at: u32) -> vec4<u32> { return gate_up_proj[at]; }
+fn quad_DOWN(at: u32) -> vec4<u32> { return down_proj[at]; }
+fn quad_HEAD(at: u32) -> vec4<u32> { return lm_head[at]; }
+fn quad_EMBED(at: u32) -> vec4<u32> { return embed_tokens[at]; }
 
-fn quads_of(kind: u32) -> u32 {
-    switch kind {
-        case QKV: { return QKV_QUADS; }
-        case O: { return O_QUADS; }
-        case GATE_UP: { return GATE_UP_QUADS; }
-        case DOWN: { return DOWN_QUADS; }
-        default: { return HEAD_QUADS; }
-    }
-}
-
-fn stride_of(kind: u32) -> u32 {
-    switch kind {
-        case QKV: { return QKV_STRIDE; }
-        case O: { return O_STRIDE; }
-        case GATE_UP: { return GATE_UP_STRIDE; }
-        case DOWN: { return DOWN_STRIDE; }
-        default: { return HEAD_STRIDE; }
-    }
-}
-
-fn in_features_of(kind: u32) -> u32 {
-    switch kind {
-        case QKV: { return HIDDEN_SIZE; }
-        case O: { return Q_DIM; }
-        case GATE_UP: { return HIDDEN_SIZE; }
-        case DOWN: { return MLP_DIM; }
-        default: { return HIDDEN_SIZE; }
-    }
-}
-
-fn split_of(kind: u32) -> u32 {
-    switch kind {
-        case QKV: { return QKV_SPLIT; }
-        case O: { return O_SPLIT; }
-        case GATE_UP: { return GATE_UP_SPLIT; }
-        case DOWN: { return DOWN_SPLIT; }
-        default: { return 1u; }
-    }
-}
-
-fn steps_of(kind: u32) -> u32 {
-    switch kind {
-        case QKV: { return QKV_STEPS; }
-        case O: { return O_STEPS; }
-        case GATE_UP: { return GATE_UP_STEPS; }
-        case DOWN: { return DOWN_STEPS; }
-        default: { return HEAD_STEPS; }
-    }
-}
-
-fn rounds_of(kind: u32) -> u32 {
-    switch kind {
-        case QKV: { return QKV_ROUNDS; }
-        case O: { return O_ROUNDS; }
-        case GATE_UP: { return GATE_UP_ROUNDS; }
-        case DOWN: { return DOWN_ROUNDS; }
-        default: { return HEAD_ROUNDS; }
-    }
-}
-
-fn quad(kind: u32, at: u32) -> vec4<u32> {
-    switch kind {
-        case QKV: { return qkv_proj[at]; }
-        case O: { return o_proj[at]; }
-        case GATE_UP: { return gate_up_proj[at]; }
-        case DOWN: { return down_proj[at]; }
-        case HEAD: { return lm_head[at]; }
-        default: { return embed_tokens[at]; }
-    }
-}
-
+#for P in QKV O GATE_UP DOWN HEAD EMBED
 #if QUANTISED
-fn parameter_word(kind: u32, at: u32) -> u32 {
-    switch kind {
-        case QKV: { return qkv_proj[at / 4u][at % 4u]; }
-        case O: { return o_proj[at / 4u][at % 4u]; }
-        case GATE_UP: { return gate_up_proj[at / 4u][at % 4u]; }
-        case DOWN: { return down_proj[at / 4u][at % 4u]; }
-        case HEAD: { return lm_head[at / 4u][at % 4u]; }
-        default: { return embed_tokens[at / 4u][at % 4u]; }
-    }
+fn parameter_word_$P(at: u32) -> u32 {
+    return quad_$P(at / 4u)[at % 4u];
 }
 #endif
 
 // Unit `unit` of row `row` of matrix `place` of a stack; those past the end are the last one.
-fn fetch(kind: u32, place: u32, row: u32, unit: u32) -> Unit {
-    let outputs = outputs_of(kind);
-    let start = (place * outputs + min(row, outputs - 1u)) * stride_of(kind);
-    let at = min(unit, quads_of(kind) - 1u);
+fn fetch_$P(place: u32, row: u32, unit: u32) -> Unit {
+    let outputs = $P_ROWS;
+    let start = (place * outputs + min(row, outputs - 1u)) * $P_STRIDE;
+    let at = min(unit, $P_QUADS - 1u);
 #if QUANTISED
     let group = at * QUAD_ELEMS / GROUP;
-    return Unit(quad(kind, start + at), parameter_word(kind, start * 4u + parameters_at(group, in_features_of(kind))));
+    return Unit(quad_$P(start + at), parameter_word_$P(start * 4u + parameters_at(group, $P_FEATURES)));
 #else
-    return Unit(quad(kind, start + at));
+    return Unit(quad_$P(start + at));
 #endif
 }
+#endfor
 
+#for P in QKV O GATE_UP DOWN HEAD
 // Products of unit `unit` of two rows with the staged activation.
-fn pair_product(kind: u32, a: Unit, b: Unit, unit: u32) -> vec2<f32> {
-    let quads = quads_of(kind);
+fn pair_product_$P(a: Unit, b: Unit, unit: u32) -> vec2<f32> {
+    let quads = $P_QUADS;
 #if WEIGHT_F16
     let x0 = staged[unit];
     let x1 = staged[quads + unit];
@@ -410,62 +339,65 @@ fn pair_product(kind: u32, a: Unit, b: Unit, unit: u32) -> vec2<f32> {
     return vec2<f32>(dot(bitcast<vec4<f32>>(a.codes), x0), dot(bitcast<vec4<f32>>(b.codes), x0));
 #endif
 }
+#endfor
 
 // The pair of outputs that is number `local` of this workgroup.
 fn pair_number(local: u32) -> u32 {
     return local * NUM_WORKGROUPS + own_workgroup;
 }
 
-
+#for P in QKV O GATE_UP DOWN HEAD
 // Sends for the first units of a product: nothing that they depend on has to be waited for.
-fn prefetch(kind: u32, place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
-    let split = split_of(kind);
+fn prefetch_$P(place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
+    let split = $P_SPLIT;
     let row = 2u * pair_number(team / split);
 #repeat p PREFETCH
-    if p < steps_of(kind) {
+    if p < $P_STEPS {
         let unit = (p * split + team % split) * LANES + lane;
-        (*ahead)[2u * p] = fetch(kind, place, row, unit);
-        (*ahead)[2u * p + 1u] = fetch(kind, place, row + 1u, unit);
+        (*ahead)[2u * p] = fetch_$P(place, row, unit);
+        (*ahead)[2u * p + 1u] = fetch_$P(place, row + 1u, unit);
     }
 #endrepeat
 }
 
 // Multiplies the pair of rows that is this team's in a round with the staged activation, or its part of them, and sends for what is
 // multiplied next.
-fn multiply_pair(kind: u32, place: u32, round: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> vec2<f32> {
-    let split = split_of(kind);
+fn multiply_pair_$P(place: u32, round: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> vec2<f32> {
+    let split = $P_SPLIT;
     let in_a_round = TEAMS / split;
     let row = 2u * pair_number(round * in_a_round + team / split);
     let next_row = 2u * pair_number((round + 1u) * in_a_round + team / split);
     var sums = vec2<f32>();
-    for (var step = 0u; step < steps_of(kind); step += PREFETCH) {
-        let last_of_round = step + PREFETCH >= steps_of(kind);
-        let more = !last_of_round || round + 1u < rounds_of(kind);
+    for (var step = 0u; step < $P_STEPS; step += PREFETCH) {
+        let last_of_round = step + PREFETCH >= $P_STEPS;
+        let more = !last_of_round || round + 1u < $P_ROUNDS;
         let coming_row = select(row, next_row, last_of_round);
         let coming_step = select(step + PREFETCH, 0u, last_of_round);
 #repeat p PREFETCH
-        if p < steps_of(kind) {
+        if p < $P_STEPS {
             let a = (*ahead)[2u * p];
             let b = (*ahead)[2u * p + 1u];
             if more {
                 let coming = ((coming_step + p) * split + team % split) * LANES + lane;
-                (*ahead)[2u * p] = fetch(kind, place, coming_row, coming);
-                (*ahead)[2u * p + 1u] = fetch(kind, place, coming_row + 1u, coming);
+                (*ahead)[2u * p] = fetch_$P(place, coming_row, coming);
+                (*ahead)[2u * p + 1u] = fetch_$P(place, coming_row + 1u, coming);
             }
             let unit = ((step + p) * split + team % split) * LANES + lane;
-            if unit < quads_of(kind) {
-                sums += pair_product(kind, a, b, unit);
+            if unit < $P_QUADS {
+                sums += pair_product_$P(a, b, unit);
             }
         }
 #endrepeat
     }
     return vec2<f32>(lane_sum(sums.x), lane_sum(sums.y));
 }
+#endfor
 
+#for P in QKV O GATE_UP DOWN
 // Multiplies this workgroup's rows with the staged activation; sums of teams go to `partials`.
-fn multiply(kind: u32, place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
-    for (var round = 0u; round < rounds_of(kind); round++) {
-        let sums = multiply_pair(kind, place, round, ahead);
+fn multiply_$P(place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
+    for (var round = 0u; round < $P_ROUNDS; round++) {
+        let sums = multiply_pair_$P(place, round, ahead);
         if lane == 0u {
             partials[round * TEAMS + team] = sums;
         }
@@ -474,13 +406,13 @@ fn multiply(kind: u32, place: u32, ahead: ptr<function, array<Unit, 2u * PREFETC
 }
 
 // Pairs of outputs that this workgroup may have.
-fn pairs_of(kind: u32) -> u32 {
-    return rounds_of(kind) * (TEAMS / split_of(kind));
+fn pairs_of_$P() -> u32 {
+    return $P_ROUNDS * (TEAMS / $P_SPLIT);
 }
 
 // The product's outputs of pair number `local` of this workgroup.
-fn product(kind: u32, local: u32) -> vec2<f32> {
-    let split = split_of(kind);
+fn product_$P(local: u32) -> vec2<f32> {
+    let split = $P_SPLIT;
     let in_a_round = TEAMS / split;
     let first = local / in_a_round * TEAMS + local % in_a_round * split;
     var sum = vec2<f32>();
@@ -491,21 +423,22 @@ fn product(kind: u32, local: u32) -> vec2<f32> {
 }
 
 // Whether this thread has a pair to finish, and which.
-fn has_pair(kind: u32) -> bool {
-    return thread < pairs_of(kind) && 2u * pair_number(thread) < outputs_of(kind);
+fn has_pair_$P() -> bool {
+    return thread < pairs_of_$P() && 2u * pair_number(thread) < $P_ROWS;
 }
+#endfor
 
+#for P in QKV O GATE_UP DOWN HEAD
 // Element `element` of the activation of a product.
-fn stage(kind: u32, element: u32, value: f32) {
+fn stage_$P(element: u32, value: f32) {
     let within = element % QUAD_ELEMS;
-    staged[within / 4u * quads_of(kind) + element / QUAD_ELEMS][within % 4u] = value;
+    staged[within / 4u * $P_QUADS + element / QUAD_ELEMS][within % 4u] = value;
 }
 
-// Stages `count` elements from place `at` of the mail on, as an activation of product `kind`, times a norm's weight from
+// Stages `count` elements from place `at` of the mail on, as the activation of the product, times a norm's weight from
 // `weight_at` on unless that is NONE; leaves the teams' sums of squares, and of the products with routers from `router_at` on
 // unless that is NONE. False if they do not come.
-fn stage_mail(
-    kind: u32,
+fn stage_mail_$P(
     at: u32,
     count: u32,
     expected: u32,
@@ -550,7 +483,7 @@ fn stage_mail(
 #endrepeat
             // Compilers would move the loads to where their results are used; a poll more or less does no harm.
 #repeat p PREFETCH
-            if p < steps_of(kind) {
+            if p < $P_STEPS {
                 polls += u32((*ahead)[2u * p].codes.x == elements[0].y);
                 polls += u32((*ahead)[2u * p + 1u].codes.x == elements[0].y);
 #if QUANTISED
@@ -577,13 +510,13 @@ fn stage_mail(
                 square += value * value;
                 value *= weights[i];
             }
-            stage(kind, first + i * WORKGROUP_SIZE, value);
+            stage_$P(first + i * WORKGROUP_SIZE, value);
         }
 #endrepeat
     }
     // The last unit may have more elements than there are.
-    for (var element = count + thread; element < quads_of(kind) * QUAD_ELEMS; element += WORKGROUP_SIZE) {
-        stage(kind, element, 0.0);
+    for (var element = count + thread; element < $P_QUADS * QUAD_ELEMS; element += WORKGROUP_SIZE) {
+        stage_$P(element, 0.0);
     }
     if weight_at != NONE {
         let sum = lane_sum(square);
@@ -603,6 +536,7 @@ fn stage_mail(
 #endif
     return all_is_there();
 }
+#endfor
 
 // A barrier of the workgroup after all its threads have what they waited for; false if one has not.
 fn all_is_there() -> bool {
@@ -625,7 +559,7 @@ fn post_pair(at: u32, value: vec2<f32>) {
 }
 
 fn kv_at(step_slot: u32, key: u32, kv_head: u32, unit: u32) -> u32 {
-    let slot = step_slot + pages[kv_table + key / PAGE_SIZE] * PAGE_SIZE + key % PAGE_SIZE;
+    let slot = step_slot + pages[kv.table + key / PAGE_SIZE] * PAGE_SIZE + key % PAGE_SIZE;
     return ((slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + unit) * KV_QUADS;
 }
 
@@ -660,7 +594,7 @@ fn unpack_kv(unit: KvUnit) -> mat2x4<f32> {
 
 // Stores columns `column` and `column + 1` of the row's key or value.
 fn store_kv(is_key: bool, step_slot: u32, column: u32, value: vec2<f32>) {
-    let element = (step_slot + kv_slot) * KV_DIM + column;
+    let element = (step_slot + kv.slot) * KV_DIM + column;
 #if KV_F16
     let word = pack2x16float(value);
     if is_key {
@@ -683,7 +617,7 @@ fn store_kv(is_key: bool, step_slot: u32, column: u32, value: vec2<f32>) {
 // Parts that the keys are split into, each a workgroup's.
 fn num_splits() -> u32 {
     // Few keys are read sooner than what becomes of them is merged.
-    let keys = select(kv_len, 1u, kv_len <= ALONE_KEYS);
+    let keys = select(kv.len, 1u, kv.len <= ALONE_KEYS);
     return min((keys + SPLIT_KEYS - 1u) / SPLIT_KEYS, MAX_SPLITS);
 }
 
@@ -695,6 +629,7 @@ struct AttentionPart {
 }
 
 fn attention_part(item: u32) -> AttentionPart {
+    let kv_len = kv.len;
     let chunk = (kv_len + num_splits() - 1u) / num_splits();
     let split = item / NUM_ATTENTION_HEADS;
     return AttentionPart(
@@ -717,7 +652,7 @@ fn prefetch_kv(
         let kv_head = part.head / (NUM_ATTENTION_HEADS / NUM_KEY_VALUE_HEADS);
 #repeat i KEYS
         let key = part.start + i * SLICES + thread / KEY_LANES;
-        if key + 1u < kv_len {
+        if key + 1u < kv.len {
             let at = kv_at(step_slot, key, kv_head, unit);
             (*ahead_keys)[i] = key_unit(at);
             (*ahead_values)[i] = value_unit(at);
@@ -750,6 +685,7 @@ fn attend(
     ahead_keys: ptr<function, array<KvUnit, KEYS>>,
     ahead_values: ptr<function, array<KvUnit, KEYS>>,
 ) -> bool {
+    let kv_len = kv.len;
     let splits = num_splits();
     let key_lane = lane % KEY_LANES;
     let unit = min(key_lane, HEAD_UNITS - 1u);
@@ -871,7 +807,7 @@ fn attend(
 fn stage_attention(ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> bool {
     let splits = num_splits();
     if splits == 1u {
-        return stage_mail(O, ATTENTION, Q_DIM, tag, NONE, NONE, ahead);
+        return stage_mail_O(ATTENTION, Q_DIM, tag, NONE, NONE, ahead);
     }
     // Each part's share of its head's attention.
     for (var i = thread; i < NUM_ATTENTION_HEADS * splits; i += WORKGROUP_SIZE) {
@@ -926,7 +862,7 @@ fn stage_attention(ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> bool {
 #endrepeat
             }
         }
-        stage(O, element, value);
+        stage_O(element, value);
     }
     return all_is_there();
 }
@@ -963,8 +899,8 @@ fn route(recursion: u32) -> vec2<f32> {
         routed = vec2<f32>(logit, gate_of(logit));
 #if SCRIPTED
         // As in router_expert.
-        let place = sequence * params.num_recursions + recursion;
-        let bits = pcg4d(vec4<u32>(params.seed_low, params.seed_high, position, place)).x;
+        let place = rows[0].sequence * params.num_recursions + recursion;
+        let bits = pcg4d(vec4<u32>(params.seed_low, params.seed_high, rows[0].position, place)).x;
         routed.x = select(-1.0, 1.0, f32(bits >> 8u) * 5.9604644775390625e-8 < keep[recursion]);
 #endif
     }
@@ -1021,17 +957,16 @@ fn route() -> vec2<f32> {
 
 // Where the row's keys and values of a group are.
 fn enter_group(group: u32) {
-    kv_group = group;
-    let place = sequence * params.num_groups + group;
+    let place = rows[0].sequence * params.num_groups + group;
     let slot = kv_lengths[place];
-    kv_table = place * params.max_pages;
-    kv_slot = pages[kv_table + slot / PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE;
-    kv_len = slot + 1u;
+    kv.table = place * params.max_pages;
+    kv.slot = pages[place * params.max_pages + slot / PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE;
+    kv.len = slot + 1u;
 }
 
 // Elements `column` and `column + 1` of a token's embedding.
 fn embedded(token: u32, column: u32) -> vec2<f32> {
-    let unit = fetch(EMBED, 0u, token, column / QUAD_ELEMS);
+    let unit = fetch_EMBED(0u, token, column / QUAD_ELEMS);
     let within = column % QUAD_ELEMS;
 #if WEIGHT_F16
     return unpack2x16float(unit.codes[within / 2u]);
@@ -1069,42 +1004,32 @@ fn run_layers() -> bool {
     var ahead: array<Unit, 2u * PREFETCH>;
     var ahead_keys: array<KvUnit, KEYS>;
     var ahead_values: array<KvUnit, KEYS>;
-    if has_pair(DOWN) {
+    if has_pair_DOWN() {
         own_hidden = embedded(rows[0].token, 2u * pair);
         post_pair(2u * pair, own_hidden);
     }
     // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
     workgroupBarrier();
     var hidden_tag = tag;
-#if ROUTED
-    var is_selected = false;
-    var gate = 0.0;
-#endif
-#if TOKEN
-    var target_depth = 0u;
-#endif
     for (var s = 0u; s < params.num_steps; s++) {
         let begins = (steps[s].flags & BLOCK_BEGIN) != 0u;
 #if TOKEN
-        if begins && steps[s].recursion > 0u {
-            if target_depth <= steps[s].recursion {
-                // The rest of the shared block is left out.
-                s = params.coda - 1u;
-                continue;
-            }
-            is_selected = target_depth == steps[s].recursion + 1u;
+        if begins && steps[s].recursion > 0u && workgroupUniformLoad(&routed).x <= f32(steps[s].recursion) {
+            // The rest of the shared block is left out.
+            s = params.coda - 1u;
+            continue;
         }
 #endif
-        if steps[s].group != kv_group {
+        if thread == 0u && (steps[s].flags & ENTER) != 0u {
             enter_group(steps[s].group);
         }
-        prefetch(QKV, steps[s].qkv_proj, &ahead);
+        prefetch_QKV(steps[s].qkv_proj, &ahead);
 
         // Queries, keys and values.
         let column = 2u * pair;
         var angle = vec2<f32>();
-        if has_pair(QKV) && column < Q_DIM + KV_DIM {
-            angle = rope[position * (HEAD_DIM / 2u) + column % HEAD_DIM / 2u];
+        if has_pair_QKV() && column < Q_DIM + KV_DIM {
+            angle = rope[rows[0].position * (HEAD_DIM / 2u) + column % HEAD_DIM / 2u];
         }
         var input_tag = hidden_tag;
         var residual = own_hidden;
@@ -1130,38 +1055,34 @@ fn run_layers() -> bool {
         }
 #endif
         let norm_at = 2u * steps[s].norms * HIDDEN_SIZE;
-        if !stage_mail(QKV, steps[s].input * HIDDEN_SIZE, HIDDEN_SIZE, input_tag, norm_at, router_at, &ahead) {
+        if !stage_mail_QKV(steps[s].input * HIDDEN_SIZE, HIDDEN_SIZE, input_tag, norm_at, router_at, &ahead) {
             return false;
         }
         if begins {
+            var passes = 1u;
 #if EXPERT
-            let decided = route(steps[s].recursion);
-            is_selected = (steps[s].flags & ALWAYS) != 0u || decided.x >= params.threshold;
-            gate = decided.y;
-            if !is_selected {
+            if route(steps[s].recursion).x < params.threshold && (steps[s].flags & ALWAYS) == 0u {
                 // The rest of the shared block is left out.
                 s = params.coda - 1u;
                 continue;
             }
-            taken += 1u;
 #elif TOKEN
             if steps[s].recursion == 0u {
-                let decided = route();
-                target_depth = u32(decided.x);
-                gate = decided.y;
-                taken = target_depth;
-                is_selected = target_depth == 1u;
+                passes = u32(route().x);
+            } else {
+                passes = 0u;
             }
-#else
-            taken += 1u;
 #endif
-            blocks += 1u;
+            if thread == 0u {
+                taken += passes;
+                blocks += 1u;
+            }
         }
         let qkv_factor = norm_factor();
-        multiply(QKV, steps[s].qkv_proj, &ahead);
+        multiply_QKV(steps[s].qkv_proj, &ahead);
         tag += 1u;
-        if has_pair(QKV) {
-            let v = product(QKV, thread) * qkv_factor;
+        if has_pair_QKV() {
+            let v = product_QKV(thread) * qkv_factor;
             let rotated = vec2<f32>(v.x * angle.x - v.y * angle.y, v.y * angle.x + v.x * angle.y);
             if column < Q_DIM {
                 post_pair(QUERY + column, rotated);
@@ -1175,7 +1096,7 @@ fn run_layers() -> bool {
         }
 
         workgroupBarrier();
-        prefetch(O, steps[s].o_proj, &ahead);
+        prefetch_O(steps[s].o_proj, &ahead);
         prefetch_kv(steps[s].first_slot, &ahead_keys, &ahead_values);
         if !attend(steps[s].first_slot, &ahead_keys, &ahead_values) {
             return false;
@@ -1185,46 +1106,49 @@ fn run_layers() -> bool {
         if !stage_attention(&ahead) {
             return false;
         }
-        multiply(O, steps[s].o_proj, &ahead);
+        multiply_O(steps[s].o_proj, &ahead);
         tag += 1u;
         var own_middle = vec2<f32>();
-        if has_pair(O) {
-            own_middle = residual + product(O, thread);
+        if has_pair_O() {
+            own_middle = residual + product_O(thread);
             post_pair(MIDDLE + column, own_middle);
         }
 
         workgroupBarrier();
-        prefetch(GATE_UP, steps[s].gate_up_proj, &ahead);
-        if !stage_mail(GATE_UP, MIDDLE, HIDDEN_SIZE, tag, norm_at + HIDDEN_SIZE, NONE, &ahead) {
+        prefetch_GATE_UP(steps[s].gate_up_proj, &ahead);
+        if !stage_mail_GATE_UP(MIDDLE, HIDDEN_SIZE, tag, norm_at + HIDDEN_SIZE, NONE, &ahead) {
             return false;
         }
         let mlp_factor = norm_factor();
-        multiply(GATE_UP, steps[s].gate_up_proj, &ahead);
+        multiply_GATE_UP(steps[s].gate_up_proj, &ahead);
         tag += 1u;
-        if has_pair(GATE_UP) {
-            let v = product(GATE_UP, thread) * mlp_factor;
+        if has_pair_GATE_UP() {
+            let v = product_GATE_UP(thread) * mlp_factor;
             post(MLP + pair, v.x / (1.0 + exp(-v.x)) * v.y, tag);
         }
 
         workgroupBarrier();
-        prefetch(DOWN, steps[s].down_proj, &ahead);
-        if !stage_mail(DOWN, MLP, MLP_DIM, tag, NONE, NONE, &ahead) {
+        prefetch_DOWN(steps[s].down_proj, &ahead);
+        if !stage_mail_DOWN(MLP, MLP_DIM, tag, NONE, NONE, &ahead) {
             return false;
         }
-        multiply(DOWN, steps[s].down_proj, &ahead);
+        multiply_DOWN(steps[s].down_proj, &ahead);
         tag += 1u;
         var y = vec2<f32>();
-        if has_pair(DOWN) {
-            y = own_middle + product(DOWN, thread);
+        if has_pair_DOWN() {
+            y = own_middle + product_DOWN(thread);
         }
         var output = 0u;
 #if ROUTED
         output = steps[s].output;
         if (steps[s].flags & BLOCK_END) != 0u {
-            // Token choice passes what is not yet the last recursion's on.
-            output = select(1u, 0u, is_selected);
-            if is_selected {
-                y = own_hidden + select(gate, 1.0, params.additive != 0u) * y;
+            output = 0u;
+#if TOKEN
+            // What is not yet the last recursion's goes on.
+            output = select(1u, 0u, routed.x == f32(steps[s].recursion + 1u));
+#endif
+            if output == 0u {
+                y = own_hidden + select(routed.y, 1.0, params.additive != 0u) * y;
             }
         }
         if output == 2u {
@@ -1242,7 +1166,7 @@ fn run_layers() -> bool {
             own_hidden = y;
             hidden_tag = tag;
         }
-        if has_pair(DOWN) {
+        if has_pair_DOWN() {
             post_pair(output * HIDDEN_SIZE + column, y);
         }
         workgroupBarrier();
@@ -1250,15 +1174,15 @@ fn run_layers() -> bool {
     if (rows[0].flags & ROW_SAMPLE) == 0u {
         return true;
     }
-    prefetch(HEAD, 0u, &ahead);
-    if !stage_mail(HEAD, 0u, HIDDEN_SIZE, hidden_tag, params.final_norm * HIDDEN_SIZE, NONE, &ahead) {
+    prefetch_HEAD(0u, &ahead);
+    if !stage_mail_HEAD(0u, HIDDEN_SIZE, hidden_tag, params.final_norm * HIDDEN_SIZE, NONE, &ahead) {
         return false;
     }
     let factor = norm_factor();
     for (var round = 0u; round < HEAD_ROUNDS; round++) {
-        let sums = multiply_pair(HEAD, 0u, round, &ahead);
+        let sums = multiply_pair_HEAD(0u, round, &ahead);
         let outputs = pair_number(round * TEAMS + team);
-        if lane == 0u && 2u * outputs < VOCAB_SIZE {
+        if lane == 0u && 2u * outputs < HEAD_ROWS {
             logits[outputs] = sums * factor;
         }
     }
@@ -1336,9 +1260,9 @@ fn main(
     tag = first_tag;
     if thread == 0u {
         has_failed = atomicLoad(&control[2]);
+        taken = 0u;
+        blocks = 0u;
     }
-    position = rows[0].position;
-    sequence = rows[0].sequence;
     if all_is_there() {
         if params.trial_rounds > 0u {
             try_rounds();

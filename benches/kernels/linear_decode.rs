@@ -17,8 +17,7 @@ use mor_kernels::tensor::{DType, Tensor};
 const DISTINCT_ROWS: usize = 251;
 
 /// The types that are timed, with their ids.
-const FORMATS: [(DType, &str); 4] =
-    [(DType::F16, "f16"), (DType::BF16, "bf16"), (DType::Q8, "q8"), (DType::Q4, "q4")];
+const FORMATS: [(DType, &str); 4] = [(DType::F16, "f16"), (DType::BF16, "bf16"), (DType::Q8, "q8"), (DType::Q4, "q4")];
 
 pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     for shape in SHAPES {

@@ -4,6 +4,8 @@
 //! * `#if NAME`, `#if !NAME`, `#elif NAME`, `#else`, `#endif` keep or drop lines by flag; they nest.
 //! * `#repeat i COUNT` to `#endrepeat` is written COUNT times, a constant, in blocks with `const i`; they nest. What must
 //!   be unrolled is, whatever the driver's compiler thinks of it.
+//! * `#for P in A B` to `#endfor` is written once for each name, with `$P` replaced by it, within words too; they nest. Functions
+//!   that are called from one place are inlined, whatever the driver's compiler thinks of their size.
 //! * `enable NAME;` moves to the top, where WGSL wants it.
 //! * Every constant of the specialisation becomes a `const` at the top, so a number that Rust and WGSL
 //!   both need is written in Rust only.
@@ -84,36 +86,50 @@ pub(crate) fn specialise(name: &str, source: Option<&str>, definitions: &Definit
     Ok(out)
 }
 
-/// Copies `lines` of the shader `name` to `out`, the repeated ones as often as they ask for.
+/// Copies `lines` of the shader `name` to `out`, those of `#repeat` and `#for` as often as they ask for.
 fn repeat(name: &str, lines: &[&str], definitions: &Definitions, out: &mut String) -> Result<(), String> {
-    let directive = |line: &str| line.trim_start().strip_prefix("#repeat ").map(str::to_owned);
     let mut next = 0;
     while next < lines.len() {
-        let Some(header) = directive(lines[next]) else {
-            if lines[next].trim_start().starts_with('#') {
-                return Err(format!("{name}: {} without #repeat", lines[next].trim()));
+        let line = lines[next].trim();
+        let Some((word, header)) = ["repeat", "for"].iter().find_map(|word| {
+            let header = line.strip_prefix('#')?.strip_prefix(word)?.strip_prefix(' ')?;
+            Some((word, header))
+        }) else {
+            if let Some(word) = line.strip_prefix("#end") {
+                return Err(format!("{name}: {line} without #{word}"));
             }
             out.push_str(lines[next]);
             out.push('\n');
             next += 1;
             continue;
         };
+        let (begins, ends) = (format!("#{word} "), format!("#end{word}"));
         let mut depth = 0;
         let end = lines[next..].iter().position(|line| {
-            depth += i32::from(directive(line).is_some()) - i32::from(line.trim_start() == "#endrepeat");
+            depth += i32::from(line.trim_start().starts_with(&begins)) - i32::from(line.trim() == ends);
             depth == 0
         });
-        let end = next + end.ok_or_else(|| format!("{name}: #repeat {header} without #endrepeat"))?;
+        let end = next + end.ok_or_else(|| format!("{name}: {line} without {ends}"))?;
+        let inner = &lines[next + 1..end];
+        next = end + 1;
+        if *word == "for" {
+            let (placeholder, names) =
+                header.split_once(" in ").ok_or_else(|| format!("{name}: {line} has no names"))?;
+            for each in names.split_whitespace() {
+                let inner: Vec<_> = inner.iter().map(|line| line.replace(&format!("${placeholder}"), each)).collect();
+                repeat(name, &inner.iter().map(String::as_str).collect::<Vec<_>>(), definitions, out)?;
+            }
+            continue;
+        }
         let (index, count) = header.split_once(' ').ok_or_else(|| format!("{name}: #repeat {header} has no count"))?;
         let Some(&Constant::U32(count)) = definitions.constants.get(count.trim()) else {
             return Err(format!("{name}: #repeat {header} counts to no constant of the specialisation"));
         };
         for i in 0..count {
             writeln!(out, "{{\nconst {index}: u32 = {i}u;").expect("writing to a String cannot fail");
-            repeat(name, &lines[next + 1..end], definitions, out)?;
+            repeat(name, inner, definitions, out)?;
             out.push_str("}\n");
         }
-        next = end + 1;
     }
     Ok(())
 }
@@ -157,8 +173,9 @@ fn expand(
                 expand(path.trim(), None, definitions, imported, enables, body)?;
             }
         } else {
-            let is_repeat = directive.starts_with("#repeat ") || directive == "#endrepeat";
-            if directive.starts_with('#') && !is_repeat {
+            let is_repeated =
+                ["#repeat ", "#for ", "#endrepeat", "#endfor"].iter().any(|word| directive.starts_with(word));
+            if directive.starts_with('#') && !is_repeated {
                 return Err(format!("{}: unknown directive {directive}", at()));
             }
             // Comments and blank lines are for readers of the source, not for drivers.
@@ -184,6 +201,12 @@ mod tests {
         let source = "#if ON\n#repeat i N\na[i]();\n#endrepeat\n#else\nb();\n#endif";
         let expected = "const N: u32 = 2u;\n{\nconst i: u32 = 0u;\na[i]();\n}\n{\nconst i: u32 = 1u;\na[i]();\n}\n";
         assert_eq!(specialised(source).as_deref(), Ok(expected));
+        let source = "#for P in QKV O\n#repeat i N\nread_$P(i, $P_ROWS);\n#endrepeat\n#endfor";
+        let blocks = ["QKV", "O"].map(|p| {
+            let call = format!("read_{p}(i, {p}_ROWS);");
+            format!("{{\nconst i: u32 = 0u;\n{call}\n}}\n{{\nconst i: u32 = 1u;\n{call}\n}}\n")
+        });
+        assert_eq!(specialised(source), Ok(format!("const N: u32 = 2u;\n{}", blocks.concat())));
         for (source, message) in [
             ("#if ON", "mine.wgsl: #if without #endif"),
             ("\n#endif", "mine.wgsl:2: #endif without #if"),
@@ -193,6 +216,9 @@ mod tests {
             ("#import shared/none", "no shader source named shared/none"),
             ("#repeat i N", "mine: #repeat i N without #endrepeat"),
             ("#endrepeat", "mine: #endrepeat without #repeat"),
+            ("#for P in A", "mine: #for P in A without #endfor"),
+            ("#endfor", "mine: #endfor without #for"),
+            ("#for P\n#endfor", "mine: #for P has no names"),
             ("#repeat i\n#endrepeat", "mine: #repeat i has no count"),
             ("#repeat i M\n#endrepeat", "mine: #repeat i M counts to no constant of the specialisation"),
         ] {

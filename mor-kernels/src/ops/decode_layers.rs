@@ -89,6 +89,9 @@ pub const BLOCK_BEGIN: u32 = 1;
 pub const BLOCK_END: u32 = 2;
 /// [`LayerStep::flags`]: every row that comes as far as the recursion takes it.
 pub const ALWAYS: u32 = 4;
+/// [`LayerStep::flags`]: its K/V group is another than that of the step before, or there is none before. So has the first step
+/// after the shared block, which early exits go to.
+pub const ENTER: u32 = 8;
 
 /// A layer of the step. Mirrors `struct LayerStep` of the shader.
 #[repr(C)]
@@ -112,7 +115,7 @@ pub struct LayerStep {
     pub output: u32,
     /// Recursion that it belongs to, or [`NONE`](crate::rows::NONE).
     pub recursion: u32,
-    /// [`BLOCK_BEGIN`], [`BLOCK_END`] and [`ALWAYS`].
+    /// [`BLOCK_BEGIN`], [`BLOCK_END`], [`ALWAYS`] and [`ENTER`].
     pub flags: u32,
     /// K/V group that it stores in and attends to.
     pub group: u32,
@@ -244,12 +247,10 @@ impl DecodeLayers {
     pub fn new(caps: &DeviceCaps, shape: LayersShape, max_steps: u32, num_workgroups: u32) -> Result<Self> {
         // Twice as many threads leave each too few registers for what is on its way (measured on an H200).
         let workgroup_size = caps.max_workgroup_size.min(512);
-        // Measured on an H200: more on its way takes more registers than there are, and integers take them too.
-        let (prefetch, batch) = match shape.weight_dtype.is_quantized() {
-            true => (1, 2),
-            // Few elements are waited for at once.
-            false => (4, if shape.mlp_dim <= 4 * workgroup_size { 4 } else { 2 }),
-        };
+        // Measured on an H200: more on its way takes more registers than there are. A quantised row is half as many units.
+        let prefetch = if shape.weight_dtype.is_quantized() { 2 } else { 4 };
+        // What a thread has of a stream.
+        let batch = shape.hidden_size.div_ceil(workgroup_size).next_power_of_two().clamp(2, 4);
         let kernel = Self { shape, max_steps, workgroup_size, num_workgroups, prefetch, batch, keys: 2 };
         let refuse = |what, found: u32, limit: u32, why: &str| {
             Err(KernelError::Limit {
@@ -511,7 +512,7 @@ impl Kernel for DecodeLayers {
         }
         let head = self.head_division(caps);
         definitions
-            .u32("VOCAB_SIZE", head.rows)
+            .u32("HEAD_ROWS", head.rows)
             .u32("HEAD_QUADS", head.quads)
             .u32("HEAD_STRIDE", head.stride)
             .u32("HEAD_STEPS", head.steps)
@@ -551,7 +552,7 @@ impl Kernel for DecodeLayers {
         let teams = self.workgroup_size / caps.lanes().width();
         // Parts of the routers' products, and what is decided.
         let routing = self.routers().map_or(0, |routers| 8 + 4 * routers * teams);
-        16 * staged + 8 * partials + 4 * teams + routing + 4
+        16 * staged + 8 * partials + 4 * teams + routing + 24
     }
 }
 
@@ -647,8 +648,7 @@ mod tests {
                     }
                 }
             }
-            let row =
-                Row { token: TOKEN, position: position as u32, sequence: 1, flags: ROW_ACTIVE | ROW_SAMPLE };
+            let row = Row { token: TOKEN, position: position as u32, sequence: 1, flags: ROW_ACTIVE | ROW_SAMPLE };
             let mut steps = Vec::new();
             // The layers of the block are tied; norms are stored once for each.
             for (layer, matrix) in [0, 1, 2, 1, 2, 1, 2, 3].into_iter().enumerate() {
@@ -662,7 +662,7 @@ mod tests {
                     (false, true) => 2,
                     _ => 0,
                 };
-                let ends = in_block && !first;
+                let (ends, enters) = (in_block && !first, first || !in_block);
                 steps.push(LayerStep {
                     qkv_proj: matrix,
                     o_proj: 3 - matrix,
@@ -673,7 +673,9 @@ mod tests {
                     input,
                     output: if first && is_routed { 2 } else { 0 },
                     recursion,
-                    flags: (BLOCK_BEGIN * u32::from(first)) | (BLOCK_END * u32::from(ends)),
+                    flags: (BLOCK_BEGIN * u32::from(first))
+                        | (BLOCK_END * u32::from(ends))
+                        | (ENTER * u32::from(enters)),
                     group: if in_block { 1 + recursion } else { 0 },
                     reserved: 0,
                 });
@@ -743,7 +745,8 @@ mod tests {
             let steps = Tensor::zeros_uniform(gpu, "steps", size_of_val(&table[..]) as u64).expect("it fits");
             gpu.write(&steps, 0, bytemuck::cast_slice(&table));
             let row = parity::upload_u32(gpu, bytemuck::cast_slice(&[self.row]));
-            let sampled = RowSet::from_rows(gpu, "sampled", &[ActiveRow { row: 5, ..ActiveRow::ABSENT }]).expect("it fits");
+            let sampled =
+                RowSet::from_rows(gpu, "sampled", &[ActiveRow { row: 5, ..ActiveRow::ABSENT }]).expect("it fits");
             let kv_lengths = Output::from_words(gpu, &self.state.kv_lengths);
             let depth = Output::from_words(gpu, &[self.state.depth]);
             let control = Output::from_words(gpu, &[0; 4 + NUM_RECURSIONS]);

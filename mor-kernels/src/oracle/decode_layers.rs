@@ -166,8 +166,7 @@ pub fn decode_layers(
         let norm = |which: usize| &state.norms[(2 * step.norms as usize + which) * c..][..c];
         let mut qkv = product(&state.qkv_proj, step.qkv_proj, q_dim + 2 * kv_dim, &normed(&x, norm(0), p.eps));
         for pair in 0..(q_dim + kv_dim) / 2 {
-            let [cos, sin] =
-                state.rope[row.position as usize * head_dim / 2 + 2 * pair % head_dim / 2].map(f64::from);
+            let [cos, sin] = state.rope[row.position as usize * head_dim / 2 + 2 * pair % head_dim / 2].map(f64::from);
             let (a, b) = (qkv[2 * pair], qkv[2 * pair + 1]);
             (qkv[2 * pair], qkv[2 * pair + 1]) = (a * cos - b * sin, b * cos + a * sin);
         }
