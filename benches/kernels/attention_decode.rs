@@ -1,7 +1,7 @@
 //! `attention_decode`: 1 row of every shape over short, usual and long contexts, f16 cache.
 
 use criterion::Criterion;
-use mor_bench::{SHAPES, record, time_read};
+use mor_bench::{SHAPES, is_wanted, record, time_read};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{AttentionDecode, AttentionDecodeBindings, AttentionDecodeParams, AttentionShape};
 use mor_kernels::oracle::attention_decode::{AttentionInputs, merge_partials};
@@ -23,6 +23,9 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
         };
         for kv_len in [256, 2048, 32768] {
             let id = format!("{}/{kv_len}", sizes.name);
+            if !is_wanted(&format!("attention_decode/{id}")) {
+                continue;
+            }
             let cache_elems = kv_len * (shape.num_key_value_heads * shape.head_dim) as usize;
             if gpu.caps().is_cpu && cache_elems > 1 << 21 {
                 eprintln!("{id} skipped: too slow to prepare and run on a CPU");

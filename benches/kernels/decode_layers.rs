@@ -3,7 +3,7 @@
 //! cache, where a whole model's do not.
 
 use criterion::Criterion;
-use mor_bench::{SHAPES, Shape, record, time_read};
+use mor_bench::{SHAPES, Shape, is_wanted, record, time_read};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{
     AttentionShape, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, ENTER, GridExchange, LayerRouting,
@@ -57,6 +57,9 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 router_dtype: DType::F32,
                 routing: LayerRouting::Fixed,
             };
+            if !is_wanted(&format!("decode_layers/{what}")) {
+                continue;
+            }
             let bytes = stack_bytes(sizes, weight_dtype).into_iter().max().unwrap_or(0);
             if bytes > caps.max_storage_binding_bytes {
                 eprintln!("{what} skipped: {bytes} bytes of weights are more than one binding holds");

@@ -3,7 +3,7 @@
 //! Ids end with `half` where activations may be rounded to f16.
 
 use criterion::Criterion;
-use mor_bench::{SHAPES, Shape, record, time_flop};
+use mor_bench::{SHAPES, Shape, is_wanted, record, time_flop};
 use mor_kernels::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{Linear, LinearBindings, LinearTile, Prologue};
@@ -145,6 +145,9 @@ fn tile_id(tile: LinearTile) -> String {
 
 /// Checks and times `y [n, o] = x [n, k] w^T` with each of `tiles`.
 fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3], dtype: DType, tiles: &[LinearTile]) {
+    if !is_wanted(&format!("linear/{what}")) {
+        return;
+    }
     let mut rng = Rng::new(what);
     let (n_len, o_len, k_len) = (n as usize, o as usize, k as usize);
     let rows = parity::row_set(gpu, &parity::some_rows(&mut rng, n_len, n_len));

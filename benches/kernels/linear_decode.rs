@@ -2,7 +2,7 @@
 //! weights; throughput counts the bytes of the weights, which are the traffic.
 
 use criterion::Criterion;
-use mor_bench::{SHAPES, record, time_read};
+use mor_bench::{SHAPES, is_wanted, record, time_read};
 use mor_kernels::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{LinearDecode, LinearDecodeBindings, Prologue};
@@ -46,6 +46,9 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
 
 /// Checks and times `y [n, o] = norm(x [n, k]) w^T`, the norm only if `normed`.
 fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [o, k]: [u32; 2], normed: bool, dtype: DType) {
+    if !is_wanted(&format!("linear_decode/{what}")) {
+        return;
+    }
     let bytes = u64::from(o) * dtype.row_bytes(k as usize) as u64;
     if bytes > gpu.caps().max_storage_binding_bytes {
         eprintln!("{what} skipped: {bytes} bytes of weights are more than one binding holds");

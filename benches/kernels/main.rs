@@ -1,4 +1,4 @@
-//! One module per kernel; `cargo bench -p mor-bench -- rms_norm` runs one.
+//! One module per kernel; `cargo bench -p mor-bench -- rms_norm/` runs one.
 
 mod attention_decode;
 mod attention_prefill;
@@ -19,6 +19,8 @@ mod slots_compact;
 mod tokens_compact;
 
 use criterion::Criterion;
+use mor_bench::is_wanted;
+use mor_kernels::Gpu;
 
 fn main() {
     let gpu = mor_kernels::parity::gpu();
@@ -27,22 +29,30 @@ fn main() {
         .warm_up_time(std::time::Duration::from_millis(500))
         .measurement_time(std::time::Duration::from_secs(1))
         .configure_from_args();
-    attention_decode::bench(&mut criterion, gpu);
-    attention_prefill::bench(&mut criterion, gpu);
-    cross_entropy::bench(&mut criterion, gpu);
-    decode_layers::bench(&mut criterion, gpu);
-    embed_tokens::bench(&mut criterion, gpu);
-    grid_exchange::bench(&mut criterion, gpu);
-    linear::bench(&mut criterion, gpu);
-    linear_decode::bench(&mut criterion, gpu);
-    read_words::bench(&mut criterion, gpu);
-    rms_norm::bench(&mut criterion, gpu);
-    router_expert::bench(&mut criterion, gpu);
-    router_token::bench(&mut criterion, gpu);
-    router_topk::bench(&mut criterion, gpu);
-    sample_partial::bench(&mut criterion, gpu);
-    sample_token::bench(&mut criterion, gpu);
-    slots_compact::bench(&mut criterion, gpu);
-    tokens_compact::bench(&mut criterion, gpu);
+    type Bench = fn(&mut Criterion, &Gpu);
+    let kernels: [(&str, Bench); 17] = [
+        ("attention_decode", attention_decode::bench),
+        ("attention_prefill", attention_prefill::bench),
+        ("cross_entropy", cross_entropy::bench),
+        ("decode_layers", decode_layers::bench),
+        ("embed_tokens", embed_tokens::bench),
+        ("grid_exchange", grid_exchange::bench),
+        ("linear", linear::bench),
+        ("linear_decode", linear_decode::bench),
+        ("read_words", read_words::bench),
+        ("rms_norm", rms_norm::bench),
+        ("router_expert", router_expert::bench),
+        ("router_token", router_token::bench),
+        ("router_topk", router_topk::bench),
+        ("sample_partial", sample_partial::bench),
+        ("sample_token", sample_token::bench),
+        ("slots_compact", slots_compact::bench),
+        ("tokens_compact", tokens_compact::bench),
+    ];
+    for (name, bench) in kernels {
+        if is_wanted(&format!("{name}/")) {
+            bench(&mut criterion, gpu);
+        }
+    }
     criterion.final_summary();
 }

@@ -61,6 +61,15 @@ const fn shape(name: &'static str, hidden: u32, mlp: u32, heads: u32, kv_heads: 
 /// Most runs of a plan between two timestamps.
 pub const MAX_BATCH: usize = 100;
 
+/// Whether benchmarks whose ids begin with `name` are asked for: criterion's own filters come too late, since to prepare one and to
+/// compare it with its oracle takes longer than to time it. Filters that are not plain prefixes ask for all.
+pub fn is_wanted(name: &str) -> bool {
+    let is_plain = |filter: &str| filter.chars().all(|c| c.is_alphanumeric() || "_/ -".contains(c));
+    let mut filters = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).peekable();
+    filters.peek().is_none()
+        || filters.any(|filter| !is_plain(&filter) || filter.starts_with(name) || name.starts_with(&filter))
+}
+
 /// Records a plan, or explains why it cannot run here and returns `None` (a shape too large for a small device).
 pub fn record(
     gpu: &Gpu,

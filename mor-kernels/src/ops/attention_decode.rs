@@ -471,7 +471,7 @@ mod tests {
         let caps = DeviceCaps { is_cpu: false, ..parity::gpu().caps().clone() };
         let shape = shape([15, 5, 64], DType::F16, KvTable::Pages);
         let splits = |rows, kv_len| AttentionDecode::suggest_splits(&shape, rows, kv_len, &caps);
-        assert_eq!([splits(1, 1), splits(1, 256), splits(1, 2048), splits(1, 32768)], [1, 2, 16, 64]);
-        assert_eq!([splits(8, 2048), splits(64, 2048), splits(0, 0)], [8, 1, 1]);
+        assert_eq!([splits(1, 1), splits(1, 256), splits(1, 2048), splits(1, 32768)], [1, 2, 16, 32]);
+        assert_eq!([splits(8, 2048), splits(64, 2048), splits(0, 0)], [4, 1, 1]);
     }
 }
