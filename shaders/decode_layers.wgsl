@@ -268,13 +268,17 @@ fn quad_DOWN(at: u32) -> vec4<u32> { return down_proj[at]; }
 fn quad_HEAD(at: u32) -> vec4<u32> { return lm_head[at]; }
 fn quad_EMBED(at: u32) -> vec4<u32> { return embed_tokens[at]; }
 
-#for P in QKV O GATE_UP DOWN HEAD EMBED
 #if QUANTISED
-fn parameter_word_$P(at: u32) -> u32 {
-    return quad_$P(at / 4u)[at % 4u];
-}
+// One word of a unit, where to fetch the unit would be four times as much.
+fn word_QKV(at: u32) -> u32 { return qkv_proj[at / 4u][at % 4u]; }
+fn word_O(at: u32) -> u32 { return o_proj[at / 4u][at % 4u]; }
+fn word_GATE_UP(at: u32) -> u32 { return gate_up_proj[at / 4u][at % 4u]; }
+fn word_DOWN(at: u32) -> u32 { return down_proj[at / 4u][at % 4u]; }
+fn word_HEAD(at: u32) -> u32 { return lm_head[at / 4u][at % 4u]; }
+fn word_EMBED(at: u32) -> u32 { return embed_tokens[at / 4u][at % 4u]; }
 #endif
 
+#for P in QKV O GATE_UP DOWN HEAD EMBED
 // Unit `unit` of row `row` of matrix `place` of a stack; those past the end are the last one.
 fn fetch_$P(place: u32, row: u32, unit: u32) -> Unit {
     let outputs = $P_ROWS;
@@ -282,7 +286,7 @@ fn fetch_$P(place: u32, row: u32, unit: u32) -> Unit {
     let at = min(unit, $P_QUADS - 1u);
 #if QUANTISED
     let group = at * QUAD_ELEMS / GROUP;
-    return Unit(quad_$P(start + at), parameter_word_$P(start * 4u + parameters_at(group, $P_FEATURES)));
+    return Unit(quad_$P(start + at), word_$P(start * 4u + parameters_at(group, $P_FEATURES)));
 #else
     return Unit(quad_$P(start + at));
 #endif

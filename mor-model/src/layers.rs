@@ -259,7 +259,7 @@ fn steps(model: &MorModel, kv: &KvTensors) -> Option<Vec<LayerStep>> {
         };
         let always = begins && config.mode == Mode::Expert && model.takes_all(recursion? as usize);
         let group = place.read_group as u32;
-        let enters = steps.last().is_none_or(|before| before.group != group);
+        let enters = steps.last().is_none_or(|before: &LayerStep| before.group != group);
         let layer = &weights.layers[l];
         steps.push(LayerStep {
             qkv_proj: layer.qkv_proj.weight.place?,

@@ -144,6 +144,8 @@ pub struct Runner {
     sample: SampleTensors,
     batching: Batching,
     decode_tensors: StepTensors,
+    /// What a wait in vain took out of use; it has counted rows.
+    given_up: Option<LayersTensors>,
     /// By number of slots and of key splits.
     decode: BTreeMap<(usize, u32), Arc<Plan>>,
     prefill_tensors: Option<StepTensors>,
@@ -227,6 +229,7 @@ impl Runner {
             sample,
             batching,
             decode_tensors,
+            given_up: None,
             decode: BTreeMap::new(),
             prefill_tensors: None,
             prefill: BTreeMap::new(),
@@ -266,7 +269,8 @@ impl Runner {
     /// flight does nothing until then.
     pub fn recover(&mut self, model: &MorModel, reply: &Reply) {
         let Some(row) = reply.next_rows.iter().find(|row| row.flags == ROW_FAILED) else { return };
-        if self.decode_tensors.layers.take().is_some() {
+        if let Some(layers) = self.decode_tensors.layers.take() {
+            self.given_up = Some(layers);
             tracing::warn!("workgroups did not run at a time; decode goes on layer by layer");
             self.decode.clear();
         }
@@ -415,7 +419,7 @@ impl Runner {
                 *rows += u64::from(model.gpu().read::<u32>(&set.dispatch)?[1]);
             }
         }
-        if let Some(layers) = &self.decode_tensors.layers {
+        if let Some(layers) = self.decode_tensors.layers.as_ref().or(self.given_up.as_ref()) {
             rows.iter_mut().zip(layers.rows_processed(model)?).for_each(|(rows, more)| *rows += more);
         }
         Ok(rows)

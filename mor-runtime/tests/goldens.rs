@@ -148,7 +148,7 @@ fn some_cases_match_on_every_profile() {
 }
 
 /// Both prompts of a case decode together, as a ragged batch, in lockstep and, where the model can, depth-wise; then each alone,
-/// all layers of a step in one dispatch, where the model can. Each must equal its golden trace, which was made alone.
+/// a step in one dispatch, where the model can. Each must equal its golden trace, which was made alone.
 fn check_decodes(gpu: &Gpu, cases: Vec<GoldenCase>) -> Largest {
     let mut largest = Largest::default();
     for case in cases {

@@ -247,7 +247,7 @@ impl DecodeLayers {
     pub fn new(caps: &DeviceCaps, shape: LayersShape, max_steps: u32, num_workgroups: u32) -> Result<Self> {
         // Twice as many threads leave each too few registers for what is on its way (measured on an H200).
         let workgroup_size = caps.max_workgroup_size.min(512);
-        // Measured on an H200: more on its way takes more registers than there are. A quantised row is half as many units.
+        // Measured on an H200. A quantised row is half as many units.
         let prefetch = if shape.weight_dtype.is_quantized() { 2 } else { 4 };
         // What a thread has of a stream.
         let batch = shape.hidden_size.div_ceil(workgroup_size).next_power_of_two().clamp(2, 4);
