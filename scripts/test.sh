@@ -8,8 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh tests
 . scripts/env.sh
 
+say() { printf '\n==> [%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*" >&2; }
 run() {
-    printf '\n==> [%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"
+    say "$*"
     "$@"
 }
 
@@ -17,24 +18,30 @@ run cargo fmt --all --check
 run cargo clippy --workspace --all-targets --locked -- -D warnings
 # The program without what is optional, and the libraries with little else.
 run cargo clippy --package mor-cli --no-default-features --locked -- -D warnings
-# --bench by name: the workspace's features and artefacts stay those of the tests below.
-run cargo test --workspace --locked --bench kernels
 run env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 
-# The test programs two at a time: on a software rasteriser each leaves cores idle between its dispatches. As under
-# `cargo test`, each runs in the folder of its package; what it prints comes as a whole when it ends.
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-run cargo test --workspace --locked --no-run --message-format json-render-diagnostics >"$work/artifacts"
-sed -n 's|.*"manifest_path":"\([^"]*\)/Cargo.toml".*"profile":{[^}]*"test":true}.*"executable":"\([^"]*\)".*|\1\n\2|p' \
-    "$work/artifacts" >"$work/programs"
+# Builds what `cargo test` runs, and lists FOLDER|PROGRAM for each, the folder being its package's.
+build() {
+    run cargo test --workspace --locked --no-run --message-format json-render-diagnostics "$@" |
+        sed -n 's,.*"manifest_path":"\([^"]*\)/Cargo.toml".*"profile":{[^}]*"test":true}.*"executable":"\([^"]*\)".*,\1|\2,p'
+}
+# Prints what the program printed when it has ended, as a whole.
 run_program() {
-    local start=$SECONDS status=0 name=${2##*/}
-    (cd "$1" && "$2") >"$work/$name" 2>&1 || status=$?
-    printf '\n==> %ds %s %s\n%s\n' $((SECONDS - start)) "${1##*/}" "${name%-*}" "$(<"$work/$name")"
+    local folder=${1%|*} program=${1##*|} status=0 start=$SECONDS
+    local name=${program##*/}
+    (cd "$folder" && "$program") >"$logs/$name" 2>&1 || status=$?
+    printf '\n==> %s %s, %ds\n%s\n' "${folder##*/}" "${name%-*}" $((SECONDS - start)) "$(<"$logs/$name")"
     return $status
 }
-export work
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+export logs
 export -f run_program
-run xargs -d '\n' -n 2 -P 2 bash -c 'run_program "$@"' run_program <"$work/programs"
+
+# --bench by name: the workspace's features and artefacts stay those of the tests.
+programs=$(build --bench kernels && build)
+[ -n "$programs" ] || { say "cargo named no test programs"; exit 1; }
+# Two at a time: on a software rasteriser each leaves cores idle, where it compiles a kernel or has one test left.
+say "$(wc -l <<<"$programs") test programs, benches among them"
+tr '\n' '\0' <<<"$programs" | xargs -0 -n 1 -P 2 bash -c 'run_program "$1"' run_program
 run cargo test --workspace --locked --doc

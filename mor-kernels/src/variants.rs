@@ -138,9 +138,9 @@ impl List {
 
 /// The specialisations of every kernel on every kind of device; many share their text.
 ///
-/// Whatever a flag or a size meets in a shader it meets here. What it does not meet, as a linear kernel's epilogue its
-/// weight's type, is combined in full only on the likeliest kind of device or in one tile of each kind, and takes turns on
-/// the others: so every pair is there everywhere or nearly, and every combination somewhere.
+/// Flags and sizes that meet in a shader are combined. Those that do not, as the epilogue of a linear kernel and the type
+/// of its weight, are combined in full on the likeliest kind of device or in one tile of each kind, and take turns on the
+/// others: each value is on every device, each combination on some.
 pub fn all() -> Vec<Variant> {
     let mut variants = Vec::new();
     for (i, (device, caps)) in devices().into_iter().enumerate() {
@@ -211,8 +211,8 @@ fn add_linear(list: &mut List) {
         }
     }
     for (t, tile) in tiles.iter().copied().enumerate() {
-        // The first tile of its kind has every type of weight. In the others the types take turns: they meet a tile where
-        // it unpacks them, which a kind has in common.
+        // The first tile of its kind has every type of weight. In the others the types take turns: what unpacks them is
+        // the same in all tiles of a kind.
         let of_kind = |other: &LinearTile| discriminant(other) == discriminant(&tile);
         let is_first = !tiles[..t].iter().any(of_kind);
         let [tile_m, tile_n] = tile.size();
@@ -241,8 +241,8 @@ fn add_linear(list: &mut List) {
 
 fn add_linear_decode(list: &mut List) {
     use PrologueKind as P;
-    // The likeliest device has every combination. On the others each prologue and epilogue meet once, with types of weights
-    // and numbers of rows taking turns from device to device.
+    // The likeliest device has every combination. On the others each prologue meets each epilogue once; types of weights
+    // take turns, with a single row and without, and begin elsewhere on each device.
     let mut turn = list.turn;
     for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 2, head_dim: 64 }] {
         for epilogue in epilogues(prologue) {
@@ -257,9 +257,9 @@ fn add_linear_decode(list: &mut List) {
             turn += 1;
         }
     }
-    // Activations staged at once and in chunks, with each number of rows: all of these together decide what is staged.
+    // Activations staged at once and in chunks, with each number of rows: together these decide what is staged.
     for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 8, head_dim: 64 }] {
-        // Staged as a compact input is.
+        // A stream is staged as a compact input is.
         if prologue == P::Stream && !list.is_likeliest() {
             continue;
         }
