@@ -22,8 +22,10 @@ run env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 
 # Builds what `cargo test` runs, and lists FOLDER|PROGRAM for each, the folder being its package's.
 build() {
+    local manifest='"manifest_path":"\([^"]*\)/Cargo.toml"' tests='"profile":{[^}]*"test":true}'
+    local program='"executable":"\([^"]*\)"'
     run cargo test --workspace --locked --no-run --message-format json-render-diagnostics "$@" |
-        sed -n 's,.*"manifest_path":"\([^"]*\)/Cargo.toml".*"profile":{[^}]*"test":true}.*"executable":"\([^"]*\)".*,\1|\2,p'
+        sed -n "s,.*$manifest.*$tests.*$program.*,\1|\2,p"
 }
 # Prints what the program printed when it has ended, as a whole.
 run_program() {
@@ -41,7 +43,7 @@ export -f run_program
 # --bench by name: the workspace's features and artefacts stay those of the tests.
 programs=$(build --bench kernels && build)
 [ -n "$programs" ] || { say "cargo named no test programs"; exit 1; }
-# Two at a time: on a software rasteriser each leaves cores idle, where it compiles a kernel or has one test left.
+# Two at a time: on a software rasteriser each leaves cores idle, as where it compiles a kernel or has one test left.
 say "$(wc -l <<<"$programs") test programs, benches among them"
 tr '\n' '\0' <<<"$programs" | xargs -0 -n 1 -P 2 bash -c 'run_program "$1"' run_program
 run cargo test --workspace --locked --doc
