@@ -2,6 +2,7 @@
 //! the sizes that change its text. Tests translate and inspect them without a GPU.
 
 use std::fmt::Debug;
+use std::mem::discriminant;
 
 use crate::caps::DeviceCaps;
 use crate::epilogue::EpilogueKind;
@@ -58,7 +59,7 @@ impl Variant {
     }
 }
 
-/// The kinds of devices that specialisations tell apart, each with its own limits and with WebGPU's.
+/// The kinds of devices that specialisations tell apart, each with its own limits and then with WebGPU's.
 fn devices() -> Vec<(String, DeviceCaps)> {
     // Smallest and largest subgroup. 8 is llvmpipe with 256-bit vectors, 32 NVIDIA and Apple, 64 AMD GCN, 32 to 64
     // AMD RDNA, 8 to 32 Intel, 4 and 16 Arm; 4 to 128 is what WebGPU leaves open.
@@ -109,10 +110,17 @@ fn devices() -> Vec<(String, DeviceCaps)> {
 struct List {
     device: String,
     caps: DeviceCaps,
+    /// Number of the kind of device, the same with either limits: where the turns begin of what takes turns.
+    turn: usize,
     variants: Vec<Variant>,
 }
 
 impl List {
+    /// Whether most GPUs are of this kind: NVIDIA's and Apple's.
+    fn is_likeliest(&self) -> bool {
+        self.caps.subgroup_sizes == Some((32, 32)) && !self.caps.cooperative_matrices
+    }
+
     fn add<K: Kernel + Debug>(&mut self, kernel: &K) {
         let definitions = kernel.definitions(&self.caps);
         self.variants.push(Variant {
@@ -128,11 +136,15 @@ impl List {
     }
 }
 
-/// Every specialisation on every kind of device; many share their text.
+/// The specialisations of every kernel on every kind of device; many share their text.
+///
+/// Flags and sizes that meet in a shader are combined. Those that do not, as the epilogue of a linear kernel and the type
+/// of its weight, are combined in full on the likeliest kind of device or in one tile of each kind, and take turns on the
+/// others: each value is on every device, each combination on some.
 pub fn all() -> Vec<Variant> {
     let mut variants = Vec::new();
-    for (device, caps) in devices() {
-        let mut list = List { device, caps, variants };
+    for (i, (device, caps)) in devices().into_iter().enumerate() {
+        let mut list = List { device, caps, turn: i / 2, variants };
         add_attention(&mut list);
         add_linear(&mut list);
         add_linear_decode(&mut list);
@@ -198,13 +210,22 @@ fn add_linear(list: &mut List) {
             }
         }
     }
-    for tile in tiles {
+    for (t, tile) in tiles.iter().copied().enumerate() {
+        // The first tile of its kind has every type of weight. In the others the types take turns: what unpacks them is
+        // the same in all tiles of a kind.
+        let of_kind = |other: &LinearTile| discriminant(other) == discriminant(&tile);
+        let is_first = !tiles[..t].iter().any(of_kind);
+        let [tile_m, tile_n] = tile.size();
+        let mut turn = (tile_m + tile_n) as usize / 16;
         let prologues = [P::Compact, P::Stream, P::Norm];
         for prologue in prologues.into_iter().filter(|prologue| *prologue != P::Norm || tile.fuses_norm()) {
             for epilogue in epilogues(prologue) {
-                for weight_dtype in WEIGHT_DTYPES {
-                    list.add(&Linear { in_features: 960, weight_dtype, prologue, epilogue, tile });
+                for (i, weight_dtype) in WEIGHT_DTYPES.into_iter().enumerate() {
+                    if is_first || i == turn % WEIGHT_DTYPES.len() {
+                        list.add(&Linear { in_features: 960, weight_dtype, prologue, epilogue, tile });
+                    }
                 }
+                turn += 1;
             }
         }
         if tile.multiplies_halves() {
@@ -220,17 +241,28 @@ fn add_linear(list: &mut List) {
 
 fn add_linear_decode(list: &mut List) {
     use PrologueKind as P;
+    // The likeliest device has every combination. On the others each prologue meets each epilogue once; types of weights
+    // take turns, with a single row and without, and begin elsewhere on each device.
+    let mut turn = list.turn;
     for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 2, head_dim: 64 }] {
         for epilogue in epilogues(prologue) {
-            for dtype in WEIGHT_DTYPES {
-                let kernel = LinearDecode::new(&list.caps, [2560, 960], dtype, prologue, epilogue, 1);
-                list.add(&kernel);
-                list.add(&LinearDecode { single_row: true, ..kernel });
+            for (i, dtype) in WEIGHT_DTYPES.into_iter().enumerate() {
+                for single_row in [false, true] {
+                    if list.is_likeliest() || 2 * i + usize::from(single_row) == turn % (2 * WEIGHT_DTYPES.len()) {
+                        let kernel = LinearDecode::new(&list.caps, [2560, 960], dtype, prologue, epilogue, 1);
+                        list.add(&LinearDecode { single_row, ..kernel });
+                    }
+                }
             }
+            turn += 1;
         }
     }
-    // Activations staged at once and in chunks, with each number of rows.
+    // Activations staged at once and in chunks, with each number of rows: together these decide what is staged.
     for prologue in [P::Compact, P::Stream, P::Norm, P::Merge { num_splits: 8, head_dim: 64 }] {
+        // A stream is staged as a compact input is.
+        if prologue == P::Stream && !list.is_likeliest() {
+            continue;
+        }
         for in_features in [960, 8192] {
             for max_rows in [1, 2, 4, 8] {
                 for dtype in [DType::F16, DType::Q8, DType::Q4] {
@@ -311,8 +343,7 @@ fn add_decode_layers(list: &mut List) {
     // Small heads, which subgroups of 4 share too; a real model's; one head of keys and values, and padded units.
     let sizes = [[64, 96, 6, 2, 16], [960, 2560, 15, 5, 64], [72, 200, 3, 3, 24], [160, 440, 5, 1, 128]];
     // Every routing twice; types and sizes take turns. Each takes long to translate, so other devices than the likeliest get a few.
-    let is_likeliest = list.caps.subgroup_sizes == Some((32, 32)) && !list.caps.cooperative_matrices;
-    for i in (0..2 * routings.len()).step_by(if is_likeliest { 1 } else { 7 }) {
+    for i in (0..2 * routings.len()).step_by(if list.is_likeliest() { 1 } else { 7 }) {
         let [hidden_size, mlp_dim, num_attention_heads, num_key_value_heads, head_dim] = sizes[i % sizes.len()];
         let kv_dtype = if i / 2 % 2 == 0 { DType::F16 } else { DType::F32 };
         let kv_table = KvTable::Pages;

@@ -8,7 +8,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::{Declared, bindings, distinct, parse, uses_matrices};
-use mor_kernels::variants;
 use naga::{Module, ScalarKind, TypeInner};
 
 /// Fields of a kernel file's header, in order, after the line with the kernel's name.
@@ -65,8 +64,8 @@ fn every_kernel_has_its_four_files() {
 #[test]
 fn the_registry_reaches_every_kernel_and_branch() {
     let mut seen: BTreeMap<&str, Vec<BTreeSet<&str>>> = BTreeMap::new();
-    for variant in variants::all() {
-        seen.entry(variant.kernel).or_default().push(variant.flags.into_iter().collect());
+    for variant in distinct() {
+        seen.entry(variant.kernel).or_default().push(variant.flags.iter().copied().collect());
     }
     assert!(seen.keys().copied().eq(mor_shaders::kernel_names()), "{:?}", seen.keys());
     for (kernel, specialisations) in seen {
@@ -181,7 +180,7 @@ fn headers_tell_bindings_and_specialisations() {
     let mut always: BTreeMap<&str, Vec<bool>> =
         listed.iter().map(|(kernel, bindings)| (*kernel, vec![true; bindings.len()])).collect();
     for variant in distinct() {
-        let (module, _) = parse(&variant);
+        let (module, _) = parse(variant);
         let holds = |condition: &String| match condition.strip_prefix('!') {
             Some(flag) => !variant.flags.contains(&flag),
             None => variant.flags.contains(&condition.as_str()),
@@ -273,7 +272,7 @@ fn parameters_mirror_their_shaders() {
         let text = read(&wrapper);
         let name = text.split("type Params = ").nth(1).and_then(|rest| rest.split(';').next()).expect("Params");
         let path = if name == "LinearParams" { "mor-kernels/src/epilogue.rs" } else { &wrapper };
-        let (module, _) = parse(&variant);
+        let (module, _) = parse(variant);
         let (words, span) = shader_struct(&module, "Params").expect("every kernel has parameters");
         assert_eq!(words, rust_struct(path, name), "{}: shader, then {name}", variant.kernel);
         // Bound in whole units of 16 bytes.
@@ -290,8 +289,8 @@ fn structs_of_tensors_mirror_their_shaders() {
         ("sample_token", "Sampling", "ops/sample_token.rs", "GpuSampling", size_of::<mor_kernels::ops::GpuSampling>()),
         ("decode_layers", "LayerStep", "ops/decode_layers.rs", "LayerStep", size_of::<mor_kernels::ops::LayerStep>()),
     ] {
-        let variant = distinct().into_iter().find(|variant| variant.kernel == kernel).expect("the kernel exists");
-        let (module, _) = parse(&variant);
+        let variant = distinct().iter().find(|variant| variant.kernel == kernel).expect("the kernel exists");
+        let (module, _) = parse(variant);
         let (words, span) = shader_struct(&module, name).expect("the kernel has the struct");
         assert_eq!(words, rust_struct(&format!("mor-kernels/src/{path}"), mirror), "shader, then {mirror}");
         assert_eq!(span as usize, bytes, "{mirror}");

@@ -84,7 +84,7 @@ fn every_variant_translates() {
         workers.into_iter().flat_map(|worker| worker.join().expect("a worker panicked")).collect()
     });
     let mut per_kernel = BTreeMap::<_, usize>::new();
-    for variant in &variants {
+    for variant in variants {
         *per_kernel.entry(variant.kernel).or_default() += 1;
     }
     let count = |count: &AtomicUsize| count.load(Ordering::Relaxed);
@@ -254,7 +254,7 @@ fn entry_point<E: std::fmt::Display>(language: &str, names: &[Result<String, E>]
 fn every_variant_keeps_the_limits() {
     for variant in distinct() {
         let what = &variant.description;
-        let (module, info) = parse(&variant);
+        let (module, info) = parse(variant);
         let [entry] = &module.entry_points[..] else { panic!("{what}: one entry point") };
         assert_eq!(entry.name, "main", "{what}");
 

@@ -1,18 +1,22 @@
 //! What the tests without a GPU share: specialisations seen through naga.
 
 use std::collections::HashSet;
+use std::sync::LazyLock;
 
 use mor_kernels::variants::{self, Variant};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
 
 /// One variant of every text: the first that has it, those with WebGPU's limits before the others.
-pub(crate) fn distinct() -> Vec<Variant> {
-    let mut variants = variants::all();
-    variants.sort_by_key(|variant| !variant.has_webgpu_limits());
-    let mut seen = HashSet::new();
-    variants.retain(|variant| seen.insert(variant.wgsl.clone()));
-    variants
+pub(crate) fn distinct() -> &'static [Variant] {
+    static DISTINCT: LazyLock<Vec<Variant>> = LazyLock::new(|| {
+        let mut variants = variants::all();
+        variants.sort_by_key(|variant| !variant.has_webgpu_limits());
+        let mut seen = HashSet::new();
+        variants.retain(|variant| seen.insert(variant.wgsl.clone()));
+        variants
+    });
+    &DISTINCT
 }
 
 /// Parses and validates; subgroup operations pass only where the specialisation asks for them.
