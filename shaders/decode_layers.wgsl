@@ -1,35 +1,35 @@
-// decode_layers: compute a decode step of one row, from its token to its logits, in one dispatch, whose workgroups wait for each other.
-// Math      hidden = embed_tokens[token]; a layer of steps[s], x its input stream: m = x + o(attention(qkv(norm(x)))); y = m +
-//           down(swiglu(gate_up(norm(m)))); y into its output stream, or hidden += gate * y at a block's end. Before a
-//           block: EXPERT gates l = input_scale * dot(hidden, router[r]) and ends at l < threshold; TOKEN chooses the
-//           depth at the first. logits = lm_head(norm(hidden))
+// decode_layers: a decode step of one row, from its token to its logits, in one dispatch whose workgroups wait for each other.
+// Math      hidden = embed_tokens[token]; a layer of steps[s], x its input stream: m = x + o(attention(qkv(norm(x))));
+//           y = m + down(swiglu(gate_up(norm(m)))); y into its output stream, or hidden += gate * y at a block's end.
+//           Before a block: EXPERT gates l = input_scale * dot(hidden, router[r]) and ends at l < threshold; TOKEN
+//           chooses the depth at the first. logits = lm_head(norm(hidden))
 // Why       a layer is five phases of some microseconds; as dispatches each costs as much again to begin and to end.
 //           Here the weights of the next phase are on their way while the last one's results are waited for, and an
 //           early exit skips what is left
-// Shapes    active_rows [1], the row to draw for; steps [num_steps]; qkv_proj, o_proj, gate_up_proj, down_proj [matrices, O, K],
-//           embed_tokens, lm_head [V, C] units of 16 bytes, or quantised rows; norms [N, C]; rope [positions, D / 2, 2]; pages
-//           [sequences, groups, max_pages]; kv_lengths [sequences, groups]; rows [1]; depth [1]; keys, values [slots of all
-//           caches, G, D] f32 or f16; logits [V], V up to the next even number; control [4 + R]; router [R, C]; bias [R]; keep
-//           [R]; mail [hidden C; running C; layer C; middle C; q; k; v; attention H S D; statistics H S 2; mlp] of (bits, tag)
+// Shapes    active_rows [1], the row to draw for; steps [num_steps]; qkv_proj, o_proj, gate_up_proj, down_proj
+//           [matrices, O, K], embed_tokens, lm_head [V, C] units of 16 bytes, or quantised rows; norms [N, C]; rope
+//           [positions, D / 2, 2]; pages [sequences, groups, max_pages]; kv_lengths [sequences, groups]; rows [1]; depth
+//           [1]; keys, values [slots of all caches, G, D] f32 or f16; logits [V], V up to the next even number; control
+//           [4 + R]; router [R, C]; bias [R]; keep [R]; mail [hidden C; running C; layer C; middle C; q; k; v; attention
+//           H S D; statistics H S 2; mlp] of (bits, tag)
 // Bindings  0 params uniform; 1 steps uniform; 2 active_rows write; 3 qkv_proj read; 4 o_proj read; 5 gate_up_proj read;
 //           6 down_proj read; 7 norms read; 8 rope read; 9 pages read; 10 kv_lengths write; 11 rows write; 12 depth
-//           write; 13 keys write; 14 values write; 15 logits write; 16 mail write; 17 control write; 18 embed_tokens read;
-//           19 lm_head read; 20 router read [ROUTED]; 21 bias read [BIAS]; 21 keep read [SCRIPTED]
-// Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time, or (0, 0, 0)
+//           write; 13 keys write; 14 values write; 15 logits write; 16 mail write; 17 control write; 18 embed_tokens
+//           read; 19 lm_head read; 20 router read [ROUTED]; 21 bias read [BIAS]; 21 keep read [SCRIPTED]
+// Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time
 // Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; HIDDEN_SIZE, MLP_DIM,
 //           NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of each of the four products: outputs
 //           QKV_ROWS, O_ROWS, GATE_UP_ROWS, DOWN_ROWS; units a row QKV_QUADS, O_QUADS, GATE_UP_QUADS, DOWN_QUADS, and
 //           from row to row QKV_STRIDE, O_STRIDE, GATE_UP_STRIDE, DOWN_STRIDE; teams a pair of outputs QKV_SPLIT,
 //           O_SPLIT, GATE_UP_SPLIT, DOWN_SPLIT; units a lane QKV_STEPS, O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a
 //           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
-//           HEAD_STEPS, HEAD_ROUNDS. QUAD_ELEMS elements of a unit; PREFETCH of the
-//           units on their way before the activation is there; KEY_LANES lanes a key, KEYS fetched at a time; BATCH
-//           elements that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for itself,
-//           SPLIT_KEYS of each of several, MAX_SPLITS of them at most; STAGED and NUM_PARTIALS sizes of workgroup
-//           memory; SUBGROUP_EXACT: LANES is the subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED)
-//           or TOKEN (SOFTMAX or neither; BIAS), ROUTERS at a time; WEIGHT_F16, WEIGHT_BF16, QUANTISED (WEIGHT_Q8 or
-//           WEIGHT_Q4, groups of GROUP, UNIT_CODES eights of codes a unit) or neither; KV_F16; ROUTER_F16, ROUTER_BF16
-//           or neither
+//           HEAD_STEPS, HEAD_ROUNDS. QUAD_ELEMS elements of a unit; PREFETCH of the units on their way before the
+//           activation is there; KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements that a thread waits for
+//           at a time; ALONE_KEYS up to which a workgroup has a head for itself, SPLIT_KEYS of each of several,
+//           MAX_SPLITS of them at most; STAGED and NUM_PARTIALS sizes of workgroup memory; SUBGROUP_EXACT: LANES is the
+//           subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS),
+//           ROUTERS at a time; WEIGHT_F16, WEIGHT_BF16, QUANTISED (WEIGHT_Q8 or WEIGHT_Q4, groups of GROUP, UNIT_CODES
+//           eights of codes a unit) or neither; KV_F16; ROUTER_F16, ROUTER_BF16 or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
 //           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 24 bytes of workgroup memory, with ROUTED
 //           8 + 4 * ROUTERS * TEAMS more. A value that is polled params.poll_limit times in vain ends the step:
@@ -364,8 +364,8 @@ fn prefetch_$P(place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
 #endrepeat
 }
 
-// Multiplies the pair of rows that is this team's in a round with the staged activation, or its part of them, and sends for what is
-// multiplied next.
+// Multiplies the pair of rows that is this team's in a round with the staged activation, or its part of them, and sends for
+// what is multiplied next.
 fn multiply_pair_$P(place: u32, round: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> vec2<f32> {
     let split = $P_SPLIT;
     let in_a_round = TEAMS / split;

@@ -437,7 +437,6 @@ mod tests {
     #[test]
     fn products_match_oracle() {
         parity::on_every_profile(|gpu, profile| {
-            let mut rng = Rng::new("linear");
             // Of quantised rows, K that fill their last group and K that do not.
             let shapes = [
                 (DType::F32, 0, 34, 8),
@@ -454,7 +453,9 @@ mod tests {
                 (DType::Q4, 33, 34, 264),
                 (DType::Q4, 64, 96, 1024),
             ];
-            for (case, (dtype, num_active, num_outputs, in_features)) in shapes.into_iter().enumerate() {
+            let test = |case: usize| {
+                let (dtype, num_active, num_outputs, in_features) = shapes[case];
+                let mut rng = Rng::new(&format!("linear {case}"));
                 let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
                 let num_rows = num_active + 2;
                 let active = parity::some_rows(&mut rng, num_rows, num_active);
@@ -503,7 +504,14 @@ mod tests {
                     );
                     parity::assert_close(&what, &out.read(gpu), &want, Tolerance::F32);
                 }
-            }
+            };
+            // Drivers take long to compile some hundred kernels.
+            let threads = std::thread::available_parallelism().map_or(1, usize::from).min(shapes.len());
+            std::thread::scope(|scope| {
+                for thread in 0..threads {
+                    scope.spawn(move || (thread..shapes.len()).step_by(threads).for_each(test));
+                }
+            });
         });
     }
 
