@@ -521,7 +521,7 @@ impl MorModel {
     /// # Errors
     /// [`KernelError::OutOfMemory`](mor_kernels::KernelError::OutOfMemory).
     pub fn step_tensors(&self, capacity: usize, logit_rows: usize, decode: Option<Batching>) -> Result<StepTensors> {
-        let (gpu, config) = (&self.gpu, &self.config);
+        let (gpu, config) = (self.gpu(), self.config());
         let t = capacity;
         let f32s = |label: &str, shape: &[usize]| Tensor::zeros(gpu, label, DType::F32, shape);
         let (c, q_dim) = (config.hidden_size, self.q_dim());
@@ -554,9 +554,9 @@ impl MorModel {
         if self.adapts(|layer| &layer.gate_up_proj) {
             mlp_columns += 2 * self.mlp_dim();
         }
-        let adapters = self.weights.layers.iter().flat_map(LayerWeights::projections);
+        let adapters = self.weights().layers.iter().flat_map(LayerWeights::projections);
         let most_ranks = adapters.filter_map(|projection| Some(projection.adapter.as_ref()?.a.num_rows)).max();
-        let router_width = self.weights.routers.as_ref().and_then(|r| r.router.hidden.first()).map(|m| m.num_rows);
+        let router_width = self.weights().routers.as_ref().and_then(|r| r.router.hidden.first()).map(|m| m.num_rows);
         Ok(StepTensors {
             capacity,
             rows: Tensor::zeros(gpu, "rows", DType::U32, &[t, 4])?,
@@ -593,25 +593,25 @@ impl MorModel {
 
     /// Of a step of `capacity` rows, if its projections multiply halves. Adapters add to what they read, in f32.
     fn half_tensors(&self, capacity: usize, decode: Option<Batching>) -> Result<Option<HalfTensors>> {
-        let (gpu, caps) = (&self.gpu, self.gpu.caps());
-        let adapts = self.weights.layers.iter().any(|layer| layer.projections().iter().any(|p| p.adapter.is_some()));
-        if decode.is_some() || self.precision != Precision::F16 || !caps.cooperative_matrices || adapts {
+        let (gpu, caps) = (self.gpu(), self.gpu().caps());
+        let adapts = self.weights().layers.iter().any(|layer| layer.projections().iter().any(|p| p.adapter.is_some()));
+        if decode.is_some() || self.precision() != Precision::F16 || !caps.cooperative_matrices || adapts {
             return Ok(None);
         }
         let halves = |label, columns: usize| Tensor::zeros(gpu, label, DType::F16, &[capacity, columns]);
         let attention = AttentionPrefill::new(self.attention_shape(), true).can_write_halves(caps);
         Ok(Some(HalfTensors {
-            normed: halves("normed.half", self.config.hidden_size)?,
+            normed: halves("normed.half", self.config().hidden_size)?,
             attention: attention.then(|| halves("attention.half", self.q_dim())).transpose()?,
             mlp: halves("mlp.half", self.mlp_dim())?,
         }))
     }
 
     fn depthwise_tensors(&self, capacity: usize) -> Result<DepthwiseTensors> {
-        let (gpu, config) = (&self.gpu, &self.config);
+        let (gpu, config) = (self.gpu(), self.config());
         let recursions: Vec<_> = (0..config.num_recursions)
             .map(|r| {
-                let place = self.kv_layout.layer(self.layout.block_layers(r as u32)[0]);
+                let place = self.kv_layout().layer(self.layout().block_layers(r as u32)[0]);
                 SlotRecursion {
                     write_group: place.write_group.map_or(NONE, |group| group as u32),
                     read_group: place.read_group as u32,
@@ -631,9 +631,9 @@ impl MorModel {
 
     /// Bytes that [`MorModel::step_tensors`] allocates, about.
     pub fn step_bytes(&self, capacity: usize, logit_rows: usize) -> u64 {
-        let config = &self.config;
+        let config = self.config();
         let mut per_row = 6 * config.hidden_size + 2 * self.q_dim() + config.intermediate_size + 64;
-        if self.precision == Precision::F16 {
+        if self.precision() == Precision::F16 {
             per_row += (config.hidden_size + self.q_dim() + config.intermediate_size) / 2;
         }
         if self.adapts(|layer| &layer.qkv_proj) {
@@ -713,7 +713,7 @@ struct Recorder<'a> {
 
 impl<'a> Recorder<'a> {
     fn config(&self) -> &'a MorConfig {
-        &self.model.config
+        self.model.config()
     }
 
     /// Embedding to the last layer; returns the stream that holds the result.
@@ -744,7 +744,7 @@ impl<'a> Recorder<'a> {
                 self.record_embedding(plan, &step.layer_out)?;
                 for l in 0..=last {
                     plan.part(self.part_of(l));
-                    let set = self.model.layout.recursion(l).map_or(&step.all, |r| &step.recursions[r as usize]);
+                    let set = self.model.layout().recursion(l).map_or(&step.all, |r| &step.recursions[r as usize]);
                     self.record_layer(plan, l, set, &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
                 }
                 Ok(&step.layer_out)
@@ -779,7 +779,7 @@ impl<'a> Recorder<'a> {
     /// The part that layer `l` belongs to.
     fn part_of(&self, l: usize) -> &'static str {
         match l {
-            _ if self.model.layout.recursion(l).is_some() => BLOCK,
+            _ if self.model.layout().recursion(l).is_some() => BLOCK,
             0 => PRELUDE,
             l if l + 1 == self.config().num_hidden_layers => CODA,
             _ => BLOCK,
@@ -823,7 +823,7 @@ impl<'a> Recorder<'a> {
     /// The layers of recursion `r` over the rows of `set`; in depth-wise batching, where `r` is 0, of any recursion.
     fn record_block(&self, plan: &mut PlanBuilder<'_>, r: usize, set: &RowSet, mut input: &'a Tensor) -> Result<()> {
         let step = self.step;
-        let layers = self.model.layout.block_layers(r as u32);
+        let layers = self.model.layout().block_layers(r as u32);
         for (j, l) in layers.iter().enumerate() {
             let end = match self.config().mode {
                 _ if j + 1 < layers.len() => LayerEnd::Stream(&step.layer_out),
@@ -895,7 +895,7 @@ impl<'a> Recorder<'a> {
 
     /// Scores the rows of a tick's block for the recursion after the one they took.
     fn record_next_routers(&self, plan: &mut PlanBuilder<'_>, block: &RowSet) -> Result<()> {
-        let routers = self.model.weights.routers.as_ref().expect("expert choice has routers");
+        let routers = self.model.weights().routers.as_ref().expect("expert choice has routers");
         let max_depth = self.model.max_depth();
         if routers.router.hidden.is_empty() && max_depth > 1 {
             // The last matrices lie in one tensor, from which each row picks its own.
@@ -924,7 +924,7 @@ impl<'a> Recorder<'a> {
             active: set,
             phase,
             kv: kv.then(|| SlotKv {
-                num_groups: self.model.kv_layout.num_groups() as u32,
+                num_groups: self.model.kv_layout().num_groups() as u32,
                 lengths: &self.kv.lengths,
                 pages: &self.kv.pages,
                 max_pages: self.max_pages(),
@@ -945,10 +945,11 @@ impl<'a> Recorder<'a> {
         set: &RowSet,
         group: Option<usize>,
     ) -> Result<()> {
-        let kv_layout = &self.model.kv_layout;
+        let kv_layout = self.model.kv_layout();
         // All layers over a set agree on their groups; any one of them tells.
         let layer = group.and_then(|group| {
-            let of_group = |l: &usize| self.model.layout.recursion(*l).map_or(UNSHARED_GROUP, recursion_group) == group;
+            let of_group =
+                |l: &usize| self.model.layout().recursion(*l).map_or(UNSHARED_GROUP, recursion_group) == group;
             (0..self.config().num_hidden_layers).find(of_group).map(|l| kv_layout.layer(l))
         });
         let kv = layer.map(|layer| {
@@ -986,7 +987,7 @@ impl<'a> Recorder<'a> {
     }
 
     fn record_embedding(&self, plan: &mut PlanBuilder<'_>, x: &Tensor) -> Result<()> {
-        let matrix = &self.model.weights.embed_tokens;
+        let matrix = &self.model.weights().embed_tokens;
         for shard in &matrix.shards {
             let bindings =
                 EmbedTokensBindings { rows: &self.step.all, tokens: &self.step.rows, weight: &shard.tensor, x };
@@ -1009,8 +1010,8 @@ impl<'a> Recorder<'a> {
         end: LayerEnd<'_>,
     ) -> Result<()> {
         let (config, step) = (self.config(), self.step);
-        let weights: &'a LayerWeights = &self.model.weights.layers[layer];
-        let place = self.model.kv_layout.layer(layer);
+        let weights: &'a LayerWeights = &self.model.weights().layers[layer];
+        let place = self.model.kv_layout().layer(layer);
         let (k_cache, v_cache) = &self.kv.buffers[place.buffer];
         let (q_dim, kv_dim) = (self.model.q_dim() as u32, self.model.kv_dim() as u32);
         let base = LinearParams {
@@ -1042,7 +1043,7 @@ impl<'a> Recorder<'a> {
             self.record_projection(plan, first, norm(input), kv_columns, qkv, behind_q)?;
         }
 
-        let is_shared = self.model.layout.recursion(layer).is_some();
+        let is_shared = self.model.layout().recursion(layer).is_some();
         let kv_table = if is_shared && config.kv == KvStrategy::Hybrid { KvTable::Slots } else { KvTable::Pages };
         let attended = self.record_attention(plan, rows, (k_cache, v_cache), kv_table)?;
 
@@ -1124,7 +1125,7 @@ impl<'a> Recorder<'a> {
                 let half_output = self.halves().and_then(|halves| halves.attention.as_ref());
                 let out = half_output.unwrap_or(&step.attention);
                 let bindings = AttentionPrefillBindings { rows, q, keys, values, kv_table, out };
-                let kernel = AttentionPrefill::new(shape, self.model.precision == Precision::F16);
+                let kernel = AttentionPrefill::new(shape, self.model.precision() == Precision::F16);
                 AttentionPrefill { half_output: half_output.is_some(), ..kernel }.record(
                     plan,
                     bindings,
@@ -1198,7 +1199,7 @@ impl<'a> Recorder<'a> {
             _ => self.step.capacity,
         };
         let outputs = (num_outputs, weight.num_rows as u32);
-        self.phase.product(self.model.gpu.caps(), self.model.precision, max_rows, outputs)
+        self.phase.product(self.model.gpu().caps(), self.model.precision(), max_rows, outputs)
     }
 
     /// The tensors in f16 between the kernels of prefill.
@@ -1299,7 +1300,7 @@ impl<'a> Recorder<'a> {
     /// index `to`.
     fn record_expert_router(&self, plan: &mut PlanBuilder<'_>, r: usize, rows: &RowSet, to: usize) -> Result<()> {
         let (config, step) = (self.config(), self.step);
-        let routers = self.model.weights.routers.as_ref().expect("expert choice has routers");
+        let routers = self.model.weights().routers.as_ref().expect("expert choice has routers");
         let gate = match config.router_func {
             RouterFunc::Sigmoid => ExpertGate::Sigmoid,
             RouterFunc::Tanh => ExpertGate::Tanh,
@@ -1308,7 +1309,7 @@ impl<'a> Recorder<'a> {
         let mut score = |router: &RouterWeights, temp: f64, logits: &Tensor, gates: Option<&Tensor>| {
             let input = self.record_router_hidden(plan, rows, router.hidden.get(r), (1.0 / temp) as f32)?;
             // The auxiliary router decides where there is one.
-            let script = self.model.script.as_ref().filter(|_| gates.is_none() || routers.aux.is_none());
+            let script = self.model.script().filter(|_| gates.is_none() || routers.aux.is_none());
             let kernel = RouterExpert {
                 gate,
                 weight_dtype: router.output.dtype(),
@@ -1317,9 +1318,9 @@ impl<'a> Recorder<'a> {
                 scripted: script.is_some(),
                 ..RouterExpert::default()
             };
-            let keep = script.map(|script| &script.keep);
+            let keep = script.map(|(_, keep)| keep);
             let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates, keep };
-            let seed = script.map_or(0, |script| script.seed);
+            let seed = script.map_or(0, |(seed, _)| seed);
             let num_recursions = config.num_recursions as u32;
             let params = RouterExpertParams {
                 in_features: router.output.num_elems() as u32 / num_recursions,
@@ -1356,7 +1357,7 @@ impl<'a> Recorder<'a> {
 
     fn record_token_router(&self, plan: &mut PlanBuilder<'_>) -> Result<()> {
         let (config, step) = (self.config(), self.step);
-        let routers = self.model.weights.routers.as_ref().expect("token choice has a router");
+        let routers = self.model.weights().routers.as_ref().expect("token choice has a router");
         let rows = &step.all;
         let input = self.record_router_hidden(plan, rows, routers.router.hidden.first(), (1.0 / config.temp) as f32)?;
         let weight = &routers.router.output;
@@ -1383,14 +1384,14 @@ impl<'a> Recorder<'a> {
             input_scale: input.scale,
             alpha: config.alpha as f32,
             max_depth: self.model.max_depth() as u32,
-            depth_bias: self.model.depth.router_bias,
+            depth_bias: self.model.depth_control().router_bias,
         };
         kernel.record(plan, bindings, params)
     }
 
     /// Logits of `rows` of a stream.
     fn record_head(&self, plan: &mut PlanBuilder<'_>, stream: &Tensor, rows: &RowSet) -> Result<()> {
-        let (config, weights) = (self.config(), &self.model.weights);
+        let (config, weights) = (self.config(), self.model.weights());
         let params = LinearParams {
             out_stride: self.model.logits_stride() as u32,
             eps: config.rms_norm_eps as f32,
