@@ -9,7 +9,8 @@ use mor_kernels::rows::{NONE, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{KernelError, Result};
 
-use crate::model::{KvTensors, MorModel, StepTensors};
+use crate::model::MorModel;
+use crate::step_tensors::{KvTensors, StepTensors};
 use crate::{Gating, Mode, RouterFunc, UNSHARED_GROUP};
 
 /// Streams of [`LayerStep`].

@@ -52,6 +52,7 @@ mod model;
 #[cfg(feature = "oracle")]
 pub mod oracle;
 mod sharing;
+mod step_tensors;
 mod weights;
 
 pub use config::{
@@ -65,11 +66,9 @@ pub use folder::NewFolder;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
 pub use layers::LayersTensors;
 pub use lora::{LoraFactors, lora_factors};
-pub use model::{
-    Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, PARTS, Phase, Routing, SampleTensors, ScriptedRouter,
-    StepTensors,
-};
+pub use model::{Batching, LogitRows, MAX_FEW_ROWS, MorModel, PARTS, Phase, Routing, ScriptedRouter};
 pub use sharing::{EffectiveLayer, LayerLayout};
+pub use step_tensors::{KvTensors, SampleTensors, StepTensors};
 pub use weights::{
     Checkpoint, Dtype, LayerTensor, LayerTensors, LoraTensors, ParameterCounts, RouterTensors, TensorId, TensorName,
     TensorView, WriteOptions, Written,
