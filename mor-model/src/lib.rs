@@ -51,6 +51,7 @@ mod lora;
 mod model;
 #[cfg(feature = "oracle")]
 pub mod oracle;
+mod recorder;
 mod sharing;
 mod step_tensors;
 mod weights;
@@ -66,7 +67,8 @@ pub use folder::NewFolder;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
 pub use layers::LayersTensors;
 pub use lora::{LoraFactors, lora_factors};
-pub use model::{Batching, LogitRows, MAX_FEW_ROWS, MorModel, PARTS, Phase, Routing, ScriptedRouter};
+pub use model::{Batching, MorModel, ScriptedRouter};
+pub use recorder::{LogitRows, MAX_FEW_ROWS, PARTS, Phase, Routing};
 pub use sharing::{EffectiveLayer, LayerLayout};
 pub use step_tensors::{KvTensors, SampleTensors, StepTensors};
 pub use weights::{

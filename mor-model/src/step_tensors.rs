@@ -9,7 +9,8 @@ use mor_kernels::{Gpu, Result};
 use crate::Mode;
 use crate::device_weights::{LayerWeights, Precision, Projection};
 use crate::layers::LayersTensors;
-use crate::model::{Batching, MAX_FEW_ROWS, MorModel};
+use crate::model::{Batching, MorModel};
+use crate::recorder::MAX_FEW_ROWS;
 
 /// The K/V side of a step: caches, tables and lengths of all sequences.
 #[derive(Clone, Debug)]
