@@ -1,13 +1,11 @@
-//! [`MorModel`]: a model on the device, from upload to what a recorder of steps asks of it: weights, layouts, sizes, and
-//! what decides depths.
+//! [`MorModel`]: a model on the device. Its weights, layouts and sizes, and what decides how deep its tokens go.
 
 use mor_kernels::ops::{AttentionShape, RouterToken};
-use mor_kernels::rows::{KvTable, PAGE_SIZE};
+use mor_kernels::rows::KvTable;
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, KernelError, Result};
 
 use crate::device_weights::{DeviceWeights, Precision, device_head_dim};
-use crate::step_tensors::KvTensors;
 use crate::{Checkpoint, DepthControl, KvLayout, LayerLayout, Mode, ModelError, MorConfig};
 
 /// How a batch of decoding sequences goes through the recursions.
@@ -170,11 +168,6 @@ impl MorModel {
     /// Whether the first and the last layer, or of a vanilla model all, are in no recursion.
     pub(crate) fn has_unshared_layers(&self) -> bool {
         self.config.mode == Mode::Vanilla || self.config.sharing.is_middle()
-    }
-
-    /// Pages that a K/V table has room for.
-    pub(crate) fn max_pages(&self, kv: &KvTensors) -> u32 {
-        kv.max_positions.div_ceil(PAGE_SIZE as usize) as u32
     }
 
     /// The device.

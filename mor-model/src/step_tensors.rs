@@ -2,7 +2,7 @@
 //! model needs.
 
 use mor_kernels::ops::{AttentionDecode, AttentionPrefill, SamplePartial, SlotRecursion};
-use mor_kernels::rows::{NONE, RowSet};
+use mor_kernels::rows::{NONE, PAGE_SIZE, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, Result};
 
@@ -118,6 +118,13 @@ pub(crate) struct DepthwiseTensors {
     pub(crate) recursions: Tensor,
     /// Rows of the block at one recursion, where they need kernels of their own.
     pub(crate) at: RowSet,
+}
+
+impl KvTensors {
+    /// Pages that the table of a sequence and group has room for.
+    pub(crate) fn max_pages(&self) -> u32 {
+        self.max_positions.div_ceil(PAGE_SIZE as usize) as u32
+    }
 }
 
 impl StepTensors {

@@ -5,12 +5,12 @@ use mor_kernels::ops::LinearTile;
 
 use crate::device_weights::Precision;
 
+/// Rows up to which the matrix-vector kernels serve; they also merge the splits of attention.
+pub const MAX_FEW_ROWS: usize = 8;
+
 /// Rows that the tiles of [`Phase::Invariant`] are chosen for, whatever the number of rows: a batch of decoding sequences
 /// that is worth batching.
 const INVARIANT_ROWS: u32 = 64;
-
-/// Rows up to which the matrix-vector kernels serve; they also merge the splits of attention.
-pub const MAX_FEW_ROWS: usize = 8;
 
 /// What a step is for: it decides the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,14 +30,14 @@ pub enum Phase {
 /// The kernels that multiply rows with a weight.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Product {
-    /// [`LinearDecode`] for up to `max_rows` rows, norm and merge fused.
+    /// `LinearDecode` for up to `max_rows` rows, norm and merge fused.
     FewRows { max_rows: u32 },
-    /// [`Linear`]; `norm_apart`: after an [`RmsNorm`].
+    /// `Linear`; `norm_apart`: after an `RmsNorm`.
     ManyRows { tile: LinearTile, norm_apart: bool },
 }
 
 impl Phase {
-    /// Parts into which [`AttentionDecode`] splits the keys; `None` where [`AttentionPrefill`] serves.
+    /// Parts into which `AttentionDecode` splits the keys; `None` where `AttentionPrefill` serves.
     pub(super) fn key_splits(self) -> Option<u32> {
         match self {
             Phase::Decode { num_splits } => Some(num_splits),

@@ -32,7 +32,7 @@ impl Recorder<'_> {
                 num_groups: self.model.kv_layout().num_groups() as u32,
                 lengths: &self.kv.lengths,
                 pages: &self.kv.pages,
-                max_pages: self.max_pages(),
+                max_pages: self.kv.max_pages(),
                 slots: self.kv.slots.as_ref(),
             }),
             num_recursions: self.model.max_depth() as u32,
@@ -68,7 +68,7 @@ impl Recorder<'_> {
                 num_groups: kv_layout.num_groups() as u32,
                 lengths: &self.kv.lengths,
                 pages: &self.kv.pages,
-                max_pages: self.max_pages(),
+                max_pages: self.kv.max_pages(),
                 hybrid,
             }
         });
@@ -85,9 +85,5 @@ impl Recorder<'_> {
                 max_positions: self.kv.max_positions as u32,
             },
         )
-    }
-
-    fn max_pages(&self) -> u32 {
-        self.model.max_pages(self.kv)
     }
 }
