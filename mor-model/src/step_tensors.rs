@@ -15,7 +15,7 @@ use crate::recorder::MAX_FEW_ROWS;
 /// The K/V side of a step: caches, tables and lengths of all sequences.
 #[derive(Clone, Debug)]
 pub struct KvTensors {
-    /// Per K/V buffer of the [`KvLayout`]: keys and values `[num_slots, kv_dim]`.
+    /// Per K/V buffer of the [`KvLayout`](crate::KvLayout): keys and values `[num_slots, kv_dim]`.
     pub buffers: Vec<(Tensor, Tensor)>,
     /// All of them in one, where one binding holds it: keys, values, and the slot at which each buffer starts.
     pub whole: Option<(Tensor, Tensor, Vec<u32>)>,
