@@ -9,7 +9,8 @@ use mor_kernels::rows::{NONE, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{KernelError, Result};
 
-use crate::model::{KvTensors, MorModel, StepTensors};
+use crate::model::MorModel;
+use crate::step_tensors::{KvTensors, StepTensors};
 use crate::{Gating, Mode, RouterFunc, UNSHARED_GROUP};
 
 /// Streams of [`LayerStep`].
@@ -60,7 +61,7 @@ impl LayersTensors {
             trial_rounds: 0,
             poll_limit: GridExchange::POLL_LIMIT,
             num_groups: model.kv_layout().num_groups() as u32,
-            max_pages: model.max_pages(kv),
+            max_pages: kv.max_pages(),
             unshared_group: if model.has_unshared_layers() { UNSHARED_GROUP as u32 } else { NONE },
             additive: (config.gating == Gating::Additive).into(),
             max_depth: model.max_depth() as u32,

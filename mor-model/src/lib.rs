@@ -51,7 +51,9 @@ mod lora;
 mod model;
 #[cfg(feature = "oracle")]
 pub mod oracle;
+mod recorder;
 mod sharing;
+mod step_tensors;
 mod weights;
 
 pub use config::{
@@ -65,11 +67,10 @@ pub use folder::NewFolder;
 pub use kv_layout::{GroupTokens, KvBytes, KvLayout, LayerKv, UNSHARED_GROUP, recursion_group};
 pub use layers::LayersTensors;
 pub use lora::{LoraFactors, lora_factors};
-pub use model::{
-    Batching, KvTensors, LogitRows, MAX_FEW_ROWS, MorModel, PARTS, Phase, Routing, SampleTensors, ScriptedRouter,
-    StepTensors,
-};
+pub use model::{Batching, MorModel, ScriptedRouter};
+pub use recorder::{LogitRows, MAX_FEW_ROWS, PARTS, Phase, Routing};
 pub use sharing::{EffectiveLayer, LayerLayout};
+pub use step_tensors::{KvTensors, SampleTensors, StepTensors};
 pub use weights::{
     Checkpoint, Dtype, LayerTensor, LayerTensors, LoraTensors, ParameterCounts, RouterTensors, TensorId, TensorName,
     TensorView, WriteOptions, Written,

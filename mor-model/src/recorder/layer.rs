@@ -1,0 +1,164 @@
+//! One transformer layer over a set of rows: attention and MLP, each with its norm and its residual.
+
+use mor_kernels::Result;
+use mor_kernels::epilogue::{Epilogue, LinearParams};
+use mor_kernels::ops::{
+    AttentionDecode, AttentionDecodeBindings, AttentionDecodeParams, AttentionPrefill, AttentionPrefillBindings,
+    AttentionPrefillParams, AttentionShape,
+};
+use mor_kernels::plan::PlanBuilder;
+use mor_kernels::rows::{KvTable, RowSet};
+use mor_kernels::tensor::Tensor;
+
+use super::Recorder;
+use super::linear::Input;
+use crate::device_weights::{LayerWeights, Precision, Projection};
+use crate::{Gating, KvStrategy};
+
+/// Where a layer's output goes.
+pub(super) enum LayerEnd<'a> {
+    Stream(&'a Tensor),
+    Streams(&'a Tensor, &'a Tensor),
+    /// The end of a block; expert choice has gates per set of rows.
+    Block {
+        gates: usize,
+    },
+}
+
+impl<'a> Recorder<'a> {
+    /// Layer `layer` over `rows` of the stream `input`.
+    pub(super) fn record_layer(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        layer: usize,
+        rows: &RowSet,
+        input: &Tensor,
+        end: LayerEnd<'_>,
+    ) -> Result<()> {
+        let (config, step) = (self.config(), self.step);
+        let weights: &'a LayerWeights = &self.model.weights().layers[layer];
+        let place = self.model.kv_layout().layer(layer);
+        let (k_cache, v_cache) = &self.kv.buffers[place.buffer];
+        let (q_dim, kv_dim) = (self.model.q_dim() as u32, self.model.kv_dim() as u32);
+        let base = LinearParams {
+            out_stride: config.hidden_size as u32,
+            q_dim,
+            kv_dim,
+            head_dim: self.model.head_dim() as u32,
+            additive: u32::from(config.gating == Gating::Additive),
+            eps: config.rms_norm_eps as f32,
+            scale: 1.0,
+            ..Default::default()
+        };
+
+        // Layers that read another recursion's cache have no use for k and v; in depth-wise batching, rows.
+        let all_columns = q_dim + 2 * kv_dim;
+        let in_block = step.depthwise.is_some() && std::ptr::eq(rows, &step.recursions[0]);
+        let some_store = in_block && config.kv == KvStrategy::Sharing;
+        let qkv_columns = if place.write_group.is_some() && !some_store { 0..all_columns } else { 0..q_dim };
+        let norm = |x| Input::Norm {
+            x,
+            weight: if std::ptr::eq(x, input) { &weights.input_layernorm } else { &weights.post_attention_layernorm },
+        };
+        let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache, delta: false };
+        let behind_q = LinearParams { delta_start: step.q.shape()[0] as u32 * q_dim, ..base };
+        self.record_projection(plan, rows, norm(input), (&weights.qkv_proj, qkv_columns), qkv, behind_q)?;
+        if some_store {
+            let first = &self.depthwise().at;
+            let kv_columns = (&weights.qkv_proj, q_dim..all_columns);
+            self.record_projection(plan, first, norm(input), kv_columns, qkv, behind_q)?;
+        }
+
+        let is_shared = self.model.layout().recursion(layer).is_some();
+        let kv_table = if is_shared && config.kv == KvStrategy::Hybrid { KvTable::Slots } else { KvTable::Pages };
+        let attended = self.record_attention(plan, rows, (k_cache, v_cache), kv_table)?;
+
+        let all = |projection: &'a Projection| (projection, 0..projection.weight.num_rows as u32);
+        let o = Epilogue::Residual { residual: input, out: &step.middle, copy: None };
+        self.record_projection(plan, rows, attended, all(&weights.o_proj), o, base)?;
+
+        let mlp_dim = self.model.mlp_dim() as u32;
+        let mlp = self.halves().map_or(&step.mlp, |halves| &halves.mlp);
+        let swiglu = Epilogue::SwiGlu { out: mlp, delta: false };
+        let behind_mlp =
+            LinearParams { out_stride: mlp_dim, delta_start: step.mlp.shape()[0] as u32 * mlp_dim, ..base };
+        self.record_projection(plan, rows, norm(&step.middle), all(&weights.gate_up_proj), swiglu, behind_mlp)?;
+
+        let (residual, encoding) = (&step.middle, weights.encoding.as_ref());
+        let down = match end {
+            LayerEnd::Stream(out) => match encoding {
+                Some(encoding) => Epilogue::Encoded { residual, out, encoding },
+                None => Epilogue::Residual { residual, out, copy: None },
+            },
+            // Only the first layer, which no recursion encodes, ends in two streams.
+            LayerEnd::Streams(out, copy) => Epilogue::Residual { residual, out, copy: Some(copy) },
+            LayerEnd::Block { gates } => match &step.token_weight {
+                Some(gates) => {
+                    let (hidden, running) = (&step.hidden, &step.running);
+                    Epilogue::BlockEndToken { residual, hidden, gates, running, encoding }
+                }
+                None => {
+                    let gates = &step.router_weights[gates];
+                    Epilogue::BlockEndExpert { residual, hidden: &step.hidden, gates, encoding }
+                }
+            },
+        };
+        self.record_projection(plan, rows, Input::Compact { x: mlp }, all(&weights.down_proj), down, base)
+    }
+
+    /// Records attention of the queries in `step.q`; returns what `o_proj` reads.
+    fn record_attention(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        rows: &RowSet,
+        (keys, values): (&Tensor, &Tensor),
+        table: KvTable,
+    ) -> Result<Input<'a>> {
+        let (config, step) = (self.config(), self.step);
+        let shape = AttentionShape { kv_table: table, ..self.model.attention_shape() };
+        // Of the real head: padding adds nothing to a score.
+        let scale = (config.head_dim as f64).sqrt().recip() as f32;
+        let kv_table = match table {
+            KvTable::Pages => &self.kv.pages,
+            KvTable::Slots => self.kv.slots.as_ref().expect("hybrid caches have a slot table"),
+        };
+        let q = &step.q;
+        match self.phase.key_splits() {
+            Some(num_splits) => {
+                let stats = (num_splits > 1).then_some(&step.attention_stats);
+                let bindings = AttentionDecodeBindings {
+                    rows,
+                    q,
+                    keys,
+                    values,
+                    kv_table,
+                    partial_out: &step.attention,
+                    partial_stats: stats,
+                };
+                AttentionDecode::new(shape, num_splits, plan.gpu().caps()).record(
+                    plan,
+                    bindings,
+                    AttentionDecodeParams { scale },
+                )?;
+                Ok(match stats {
+                    Some(stats) => {
+                        Input::Merge { partial: &step.attention, stats, num_splits, head_dim: shape.head_dim }
+                    }
+                    None => Input::Compact { x: &step.attention },
+                })
+            }
+            None => {
+                let half_output = self.halves().and_then(|halves| halves.attention.as_ref());
+                let out = half_output.unwrap_or(&step.attention);
+                let bindings = AttentionPrefillBindings { rows, q, keys, values, kv_table, out };
+                let kernel = AttentionPrefill::new(shape, self.model.precision() == Precision::F16);
+                AttentionPrefill { half_output: half_output.is_some(), ..kernel }.record(
+                    plan,
+                    bindings,
+                    AttentionPrefillParams { scale },
+                )?;
+                Ok(Input::Compact { x: out })
+            }
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Products of rows with a weight: what they read, which kernel multiplies, and adapters as products of their own.
+
+use std::ops::Range;
+
+use mor_kernels::Result;
+use mor_kernels::epilogue::{Epilogue, LinearParams};
+use mor_kernels::ops::{
+    Linear, LinearBindings, LinearDecode, LinearDecodeBindings, Prologue, RmsNorm, RmsNormBindings, RmsNormParams,
+};
+use mor_kernels::plan::PlanBuilder;
+use mor_kernels::rows::RowSet;
+use mor_kernels::tensor::{DType, Tensor};
+
+use super::Recorder;
+use super::phase::{MAX_FEW_ROWS, Phase, Product};
+use crate::Lora;
+use crate::device_weights::{Adapter, Matrix, Projection};
+use crate::step_tensors::HalfTensors;
+
+/// What a linear kernel reads.
+#[derive(Clone, Copy)]
+pub(super) enum Input<'a> {
+    Compact { x: &'a Tensor },
+    Stream { x: &'a Tensor },
+    Norm { x: &'a Tensor, weight: &'a Tensor },
+    Merge { partial: &'a Tensor, stats: &'a Tensor, num_splits: u32, head_dim: u32 },
+}
+
+impl<'a> Recorder<'a> {
+    /// Records a projection over the rows `columns` of its weight. An adapter's product goes first, to where the projection's
+    /// adds it: into the output tensor behind the output, or into a spare stream that has the residual in it.
+    pub(super) fn record_projection(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        rows: &RowSet,
+        input: Input<'_>,
+        (projection, columns): (&Projection, Range<u32>),
+        epilogue: Epilogue<'_>,
+        params: LinearParams,
+    ) -> Result<()> {
+        let (weight, step) = (&projection.weight, self.step);
+        let (Some(Adapter { a, b }), Some(adapted)) = (&projection.adapter, &step.adapted) else {
+            return self.record_linear(plan, rows, input, (weight, columns), epilogue, params);
+        };
+        let input = match self.product(rows, columns.end - columns.start, weight) {
+            // Both factors' norms are one.
+            Product::ManyRows { .. } => self.record_norm(plan, rows, input, params.eps, &step.normed)?,
+            Product::FewRows { .. } => input,
+        };
+        let ranks = a.num_rows as u32;
+        let scale = self.config().lora.as_ref().map_or(1.0, Lora::scale) as f32;
+        let to_ranks = LinearParams { out_stride: ranks, scale, ..params };
+        self.record_linear(plan, rows, input, (a, 0..ranks), Epilogue::Store { out: adapted }, to_ranks)?;
+
+        let spare = &step.normed;
+        let into_spare = |residual| Epilogue::Residual { residual, out: spare, copy: None };
+        let behind = LinearParams { first_output: params.delta_start, out_stride: b.num_rows as u32, ..params };
+        let (delta, delta_params, epilogue) = match epilogue {
+            Epilogue::Qkv { rope, q, k_cache, v_cache, .. } => {
+                (Epilogue::Store { out: q }, behind, Epilogue::Qkv { rope, q, k_cache, v_cache, delta: true })
+            }
+            Epilogue::SwiGlu { out, .. } => (Epilogue::Store { out }, behind, Epilogue::SwiGlu { out, delta: true }),
+            Epilogue::Residual { residual, out, copy } => {
+                (into_spare(residual), params, Epilogue::Residual { residual: spare, out, copy })
+            }
+            Epilogue::Encoded { residual, out, encoding } => {
+                (into_spare(residual), params, Epilogue::Encoded { residual: spare, out, encoding })
+            }
+            Epilogue::BlockEndExpert { residual, hidden, gates, encoding } => {
+                let end = Epilogue::BlockEndExpert { residual: spare, hidden, gates, encoding };
+                (into_spare(residual), params, end)
+            }
+            Epilogue::BlockEndToken { residual, hidden, gates, running, encoding } => {
+                let end = Epilogue::BlockEndToken { residual: spare, hidden, gates, running, encoding };
+                (into_spare(residual), params, end)
+            }
+            Epilogue::Store { .. } | Epilogue::Gelu { .. } => unreachable!("no projection of a layer ends so"),
+        };
+        let ranks = Input::Compact { x: adapted };
+        self.record_linear(plan, rows, ranks, (b, columns.clone()), delta, delta_params)?;
+        self.record_linear(plan, rows, input, (weight, columns), epilogue, params)
+    }
+
+    /// The kernels for `num_outputs` of the rows of `weight`.
+    fn product(&self, rows: &RowSet, num_outputs: u32, weight: &Matrix) -> Product {
+        let max_rows = match self.phase {
+            // A prompt ends in one row.
+            Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
+            Phase::Prefill => self.step.capacity.max(MAX_FEW_ROWS + 1),
+            _ => self.step.capacity,
+        };
+        let outputs = (num_outputs, weight.num_rows as u32);
+        self.phase.product(self.model.gpu().caps(), self.model.precision(), max_rows, outputs)
+    }
+
+    /// The tensors in f16 between the kernels of prefill.
+    pub(super) fn halves(&self) -> Option<&'a HalfTensors> {
+        self.step.halves.as_ref().filter(|_| self.phase == Phase::Prefill)
+    }
+
+    /// Normalises `input` into the dense batch `y`, if a norm is to come first.
+    fn record_norm<'i>(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        rows: &RowSet,
+        input: Input<'i>,
+        eps: f32,
+        y: &'i Tensor,
+    ) -> Result<Input<'i>> {
+        let Input::Norm { x, weight } = input else { return Ok(input) };
+        let norm = RmsNormParams { hidden_size: weight.num_elems() as u32, eps };
+        let kernel = RmsNorm { half_output: y.dtype() == DType::F16, ..RmsNorm::default() };
+        kernel.record(plan, RmsNormBindings { rows, x, weight, y }, norm)?;
+        Ok(Input::Compact { x: y })
+    }
+
+    /// Records `input @ weight^T` over the rows `columns` of the weight, shard by shard; only the last shard of the
+    /// range may be used in part. Output column 0 is `params.first_output`.
+    pub(super) fn record_linear(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        rows: &RowSet,
+        input: Input<'_>,
+        (weight, columns): (&Matrix, Range<u32>),
+        epilogue: Epilogue<'_>,
+        params: LinearParams,
+    ) -> Result<()> {
+        let in_features = weight.in_features as u32;
+        let product = self.product(rows, columns.end - columns.start, weight);
+        // The final hidden states, which the head reads, are a result in f32.
+        let halves = self.halves().filter(|_| !matches!(epilogue, Epilogue::Store { .. }));
+        let normed = halves.map_or(&self.step.normed, |halves| &halves.normed);
+        let x = match product {
+            Product::ManyRows { norm_apart: true, .. } => self.record_norm(plan, rows, input, params.eps, normed)?,
+            _ => input,
+        };
+        for shard in &weight.shards {
+            let first_row = shard.first_row as u32;
+            if !columns.contains(&first_row) {
+                continue;
+            }
+            let num_outputs = (shard.num_rows as u32).min(columns.end - first_row);
+            let first_output = params.first_output + first_row;
+            let params = LinearParams { num_outputs, first_output, in_features, ..params };
+            let prologue = match x {
+                Input::Compact { x } => Prologue::Compact { x },
+                Input::Stream { x } => Prologue::Stream { x },
+                Input::Norm { x, weight } => Prologue::Norm { x, weight },
+                Input::Merge { partial, stats, num_splits, head_dim } => {
+                    Prologue::Merge { partial, stats, num_splits, head_dim }
+                }
+            };
+            match product {
+                Product::FewRows { max_rows } => {
+                    let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
+                    let kinds = (prologue.kind(), epilogue.kind());
+                    let size = [num_outputs, in_features];
+                    let kernel = LinearDecode::new(plan.gpu().caps(), size, weight.dtype, kinds.0, kinds.1, max_rows);
+                    LinearDecode { single_row: self.step.capacity == 1, ..kernel }.record(plan, &bindings, &params)?;
+                }
+                Product::ManyRows { tile, .. } => {
+                    let bindings = LinearBindings { rows, weight: &shard.tensor, prologue, epilogue };
+                    let (prologue, epilogue) = (prologue.kind(), epilogue.kind());
+                    Linear { in_features, weight_dtype: weight.dtype, prologue, epilogue, tile }
+                        .record(plan, &bindings, &params)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,323 @@
+//! [`Recorder`]: records the steps and ticks of a [`MorModel`] as plans. It never submits, waits or loops over steps.
+//!
+//! Residual streams are `[T, C]` tensors that rows never leave: active rows are read and written through lists
+//! ([`RowSet`]), so nothing is gathered into or scattered out of a batch, and a block costs what its active rows cost.
+//!
+//! Here is what comes in which order; the modules beneath have the rows of each part, layers, products, routers, and how
+//! tokens become streams and streams tokens.
+
+mod layer;
+mod linear;
+mod phase;
+mod router;
+mod rows;
+mod tokens;
+
+use mor_kernels::Result;
+use mor_kernels::ops::{DepthRule, Selection, SlotPhase};
+use mor_kernels::plan::PlanBuilder;
+use mor_kernels::rows::RowSet;
+use mor_kernels::tensor::Tensor;
+
+use self::layer::LayerEnd;
+pub use self::phase::{MAX_FEW_ROWS, Phase};
+use crate::model::MorModel;
+use crate::step_tensors::{DepthwiseTensors, KvTensors, SampleTensors, StepTensors};
+use crate::{KvStrategy, Mode, MorConfig, SharingStrategy, UNSHARED_GROUP, recursion_group};
+
+/// How a full sequence is routed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Routing {
+    /// Each token from its own state: what generation does.
+    #[default]
+    Causal,
+    /// Expert choice selects the k best of the whole sequence, as in training; not causal.
+    TopK,
+}
+
+/// The rows whose logits a step computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitRows {
+    /// Those flagged for sampling, and a token is drawn for each.
+    Sampled,
+    /// All.
+    All,
+}
+
+/// The parts of a step or tick, as [`PlanBuilder::part`] is told: embedding and unshared first layer, the layers between with
+/// their routers, unshared last layer with head and draw. Of a vanilla model the layers in the same places.
+pub const PARTS: [&str; 3] = ["prelude", "block", "coda"];
+const PRELUDE: &str = PARTS[0];
+const BLOCK: &str = PARTS[1];
+const CODA: &str = PARTS[2];
+
+impl MorModel {
+    /// Records a step over the rows in `step.rows`: embedding, layers, routing, head, and for
+    /// [`LogitRows::Sampled`] the draw of the next token. `after_recursion` is called where a recursion's results
+    /// are complete, to record copies of them; also for those that no token may take.
+    ///
+    /// # Errors
+    /// As [`PlanBuilder::dispatch`].
+    pub fn record_step(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        step: &StepTensors,
+        kv: &KvTensors,
+        sample: &SampleTensors,
+        how: (Phase, Routing, LogitRows),
+        after_recursion: &mut dyn FnMut(&mut PlanBuilder<'_>, usize),
+    ) -> Result<()> {
+        let (phase, routing, logit_rows) = how;
+        let recorder = Recorder { model: self, step, kv, sample, phase, routing };
+        if let Some(layers) = &step.layers {
+            plan.part(BLOCK);
+            let sampled = layers.record(plan, self, step, kv)?;
+            plan.part(CODA);
+            return recorder.record_draw(plan, sampled);
+        }
+        plan.part(PRELUDE);
+        let stream = recorder.record_layers(plan, after_recursion)?;
+        plan.part(CODA);
+        match logit_rows {
+            LogitRows::Sampled => {
+                recorder.record_set(plan, Selection::Sample, 0, &step.sampled, None)?;
+                recorder.record_head(plan, stream, &step.sampled)?;
+                recorder.record_draw(plan, &step.sampled)
+            }
+            LogitRows::All => recorder.record_head(plan, stream, &step.all),
+        }
+    }
+
+    /// Records a tick of depth-wise batching over the slots of `step`, which was made for it, with the kernels of `phase`:
+    /// tokens that have taken their last recursion run the last layers and are replaced by the next of their sequence,
+    /// these run the first layers, and all run the shared block once.
+    ///
+    /// # Errors
+    /// As [`PlanBuilder::dispatch`].
+    ///
+    /// # Panics
+    /// If `step` was made for something else.
+    pub fn record_tick(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        step: &StepTensors,
+        kv: &KvTensors,
+        sample: &SampleTensors,
+        phase: Phase,
+    ) -> Result<()> {
+        Recorder { model: self, step, kv, sample, phase, routing: Routing::Causal }.record_tick(plan)
+    }
+}
+
+/// A step or tick that is being recorded: whose it is, in which tensors, with which kernels.
+struct Recorder<'a> {
+    model: &'a MorModel,
+    step: &'a StepTensors,
+    kv: &'a KvTensors,
+    sample: &'a SampleTensors,
+    phase: Phase,
+    routing: Routing,
+}
+
+impl<'a> Recorder<'a> {
+    fn config(&self) -> &'a MorConfig {
+        self.model.config()
+    }
+
+    /// Embedding to the last layer; returns the stream that holds the result.
+    fn record_layers(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        after_recursion: &mut dyn FnMut(&mut PlanBuilder<'_>, usize),
+    ) -> Result<&'a Tensor> {
+        let (config, step) = (self.config(), self.step);
+        let last = config.num_hidden_layers - 1;
+        let middle = config.sharing.is_middle();
+        match config.mode {
+            Mode::Vanilla => {
+                // A vanilla token takes its layers once: depth 1.
+                self.record_set(plan, Selection::Fixed, 0, &step.all, Some(UNSHARED_GROUP))?;
+                self.record_embedding(plan, &step.layer_out)?;
+                for l in 0..=last {
+                    plan.part(self.part_of(l));
+                    self.record_layer(plan, l, &step.all, &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
+                }
+                Ok(&step.layer_out)
+            }
+            Mode::Recursive => {
+                self.record_set(plan, Selection::Begin, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
+                for (r, set) in step.recursions.iter().enumerate() {
+                    self.record_set(plan, Selection::Fixed, r, set, Some(recursion_group(r as u32)))?;
+                }
+                self.record_embedding(plan, &step.layer_out)?;
+                for l in 0..=last {
+                    plan.part(self.part_of(l));
+                    let set = self.model.layout().recursion(l).map_or(&step.all, |r| &step.recursions[r as usize]);
+                    self.record_layer(plan, l, set, &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
+                }
+                Ok(&step.layer_out)
+            }
+            Mode::Expert | Mode::Token => {
+                self.record_set(plan, Selection::Begin, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
+                if config.sharing == SharingStrategy::MiddleCycle {
+                    self.record_embedding(plan, &step.layer_out)?;
+                    self.record_layer(plan, 0, &step.all, &step.layer_out, LayerEnd::Stream(&step.hidden))?;
+                } else {
+                    self.record_embedding(plan, &step.hidden)?;
+                }
+                plan.part(BLOCK);
+                for r in 0..config.num_recursions {
+                    // What no token may take is not dispatched.
+                    if r < self.model.max_depth() {
+                        self.record_recursion(plan, r)?;
+                    }
+                    after_recursion(plan, r);
+                }
+                plan.part(CODA);
+                if config.sharing == SharingStrategy::MiddleCycle {
+                    self.record_layer(plan, last, &step.all, &step.hidden, LayerEnd::Stream(&step.layer_out))?;
+                    Ok(&step.layer_out)
+                } else {
+                    Ok(&step.hidden)
+                }
+            }
+        }
+    }
+
+    /// The part that layer `l` belongs to.
+    fn part_of(&self, l: usize) -> &'static str {
+        match l {
+            _ if self.model.layout().recursion(l).is_some() => BLOCK,
+            0 => PRELUDE,
+            l if l + 1 == self.config().num_hidden_layers => CODA,
+            _ => BLOCK,
+        }
+    }
+
+    fn record_recursion(&self, plan: &mut PlanBuilder<'_>, r: usize) -> Result<()> {
+        let (config, step) = (self.config(), self.step);
+        let candidates = if r == 0 { &step.all } else { &step.recursions[r - 1] };
+        let selection = match config.mode {
+            Mode::Expert => {
+                self.record_expert_router(plan, r, candidates, r)?;
+                self.record_topk(plan, r)?;
+                // The K/V sharing strategies need every token's keys of the first recursion.
+                let keep_all = r == 0 && config.kv != KvStrategy::RecursionWise;
+                match self.routing {
+                    Routing::Causal => {
+                        let decision = step.aux_logits.get(r).unwrap_or(&step.router_logits[r]);
+                        let (threshold, always) = (self.model.threshold(), self.model.takes_all(r));
+                        Selection::Expert { decision, threshold, always, keep_all }
+                    }
+                    Routing::TopK => {
+                        let (decision, threshold) = (&step.topk_decision, 0.0);
+                        Selection::Expert { decision, threshold, always: false, keep_all }
+                    }
+                }
+            }
+            _ => {
+                if r == 0 {
+                    self.record_token_router(plan)?;
+                }
+                Selection::Token
+            }
+        };
+        let set = &step.recursions[r];
+        self.record_set(plan, selection, r, set, Some(recursion_group(r as u32)))?;
+        let input = if config.mode == Mode::Token && r > 0 { &step.running } else { &step.hidden };
+        self.record_block(plan, r, set, input)
+    }
+
+    /// The layers of recursion `r` over the rows of `set`; in depth-wise batching, where `r` is 0, of any recursion.
+    fn record_block(&self, plan: &mut PlanBuilder<'_>, r: usize, set: &RowSet, mut input: &'a Tensor) -> Result<()> {
+        let step = self.step;
+        let layers = self.model.layout().block_layers(r as u32);
+        for (j, l) in layers.iter().enumerate() {
+            let end = match self.config().mode {
+                _ if j + 1 < layers.len() => LayerEnd::Stream(&step.layer_out),
+                Mode::Expert | Mode::Token => LayerEnd::Block { gates: r },
+                Mode::Vanilla | Mode::Recursive => LayerEnd::Stream(&step.hidden),
+            };
+            self.record_layer(plan, *l, set, input, end)?;
+            input = &step.layer_out;
+        }
+        Ok(())
+    }
+
+    fn record_tick(&self, plan: &mut PlanBuilder<'_>) -> Result<()> {
+        let (config, step) = (self.config(), self.step);
+        let (middle, token) = (config.sharing.is_middle(), config.mode == Mode::Token);
+        let (all, block) = (&step.all, &step.recursions[0]);
+        let rule = match config.mode {
+            Mode::Expert => {
+                let decision = step.aux_logits.first().unwrap_or(&step.router_logits[0]);
+                let (threshold, keep_all) = (self.model.threshold(), config.kv != KvStrategy::RecursionWise);
+                DepthRule::Expert { decision, threshold, keep_all }
+            }
+            Mode::Token => DepthRule::Token { target_depth: &step.depth },
+            Mode::Vanilla | Mode::Recursive => DepthRule::Fixed,
+        };
+
+        plan.part(CODA);
+        self.record_slots(plan, SlotPhase::Exit(rule), &step.sampled, middle)?;
+        let mut stream = &step.hidden;
+        if middle {
+            let last = config.num_hidden_layers - 1;
+            self.record_layer(plan, last, &step.sampled, stream, LayerEnd::Stream(&step.layer_out))?;
+            stream = &step.layer_out;
+        }
+        self.record_head(plan, stream, &step.sampled)?;
+        self.record_draw(plan, &step.sampled)?;
+
+        plan.part(PRELUDE);
+        self.record_slots(plan, SlotPhase::Enter { next_rows: &self.sample.next_rows }, all, middle)?;
+        if middle {
+            self.record_embedding(plan, &step.layer_out)?;
+            let end =
+                if token { LayerEnd::Streams(&step.hidden, &step.running) } else { LayerEnd::Stream(&step.hidden) };
+            self.record_layer(plan, 0, all, &step.layer_out, end)?;
+        } else {
+            self.record_embedding(plan, &step.hidden)?;
+            if token {
+                self.record_embedding(plan, &step.running)?;
+            }
+        }
+        match config.mode {
+            Mode::Expert => self.record_expert_router(plan, 0, all, 0)?,
+            Mode::Token => self.record_token_router(plan)?,
+            Mode::Vanilla | Mode::Recursive => {}
+        }
+
+        plan.part(BLOCK);
+        self.record_slots(plan, SlotPhase::Block(rule), block, true)?;
+        if config.kv == KvStrategy::Sharing {
+            // Those that store keys and values.
+            self.record_slots(plan, SlotPhase::At(0), &self.depthwise().at, true)?;
+        }
+        self.record_block(plan, 0, block, if token { &step.running } else { &step.hidden })?;
+        if config.mode == Mode::Expert {
+            self.record_next_routers(plan, block)?;
+        }
+        Ok(())
+    }
+
+    /// Scores the rows of a tick's block for the recursion after the one they took.
+    fn record_next_routers(&self, plan: &mut PlanBuilder<'_>, block: &RowSet) -> Result<()> {
+        let routers = self.model.weights().routers.as_ref().expect("expert choice has routers");
+        let max_depth = self.model.max_depth();
+        if routers.router.hidden.is_empty() && max_depth > 1 {
+            // The last matrices lie in one tensor, from which each row picks its own.
+            return self.record_expert_router(plan, 1, block, 0);
+        }
+        let at = &self.depthwise().at;
+        for r in 1..max_depth {
+            self.record_slots(plan, SlotPhase::At(r as u32 - 1), at, false)?;
+            self.record_expert_router(plan, r, at, 0)?;
+        }
+        Ok(())
+    }
+
+    fn depthwise(&self) -> &'a DepthwiseTensors {
+        self.step.depthwise.as_ref().expect("the tensors were made for depth-wise batching")
+    }
+}

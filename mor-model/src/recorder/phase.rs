@@ -1,0 +1,68 @@
+//! [`Phase`]: which kernels a step runs, by what it is for and how many rows it may have.
+
+use mor_kernels::caps::DeviceCaps;
+use mor_kernels::ops::LinearTile;
+
+use crate::device_weights::Precision;
+
+/// Rows up to which the matrix-vector kernels serve; they also merge the splits of attention.
+pub const MAX_FEW_ROWS: usize = 8;
+
+/// Rows that the tiles of [`Phase::Invariant`] are chosen for, whatever the number of rows: a batch of decoding sequences
+/// that is worth batching.
+const INVARIANT_ROWS: u32 = 64;
+
+/// What a step is for: it decides the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// One row a sequence; keys are split over `num_splits` workgroups.
+    Decode {
+        /// Parts of the keys, from 1 on; 1 for more than [`MAX_FEW_ROWS`] rows.
+        num_splits: u32,
+    },
+    /// Many rows.
+    Prefill,
+    /// Few or many rows of either kind, computed alike: every sum has an order of its own, which no other row and no
+    /// number of rows changes.
+    Invariant,
+}
+
+/// The kernels that multiply rows with a weight.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Product {
+    /// `LinearDecode` for up to `max_rows` rows, norm and merge fused.
+    FewRows { max_rows: u32 },
+    /// `Linear`; `norm_apart`: after an `RmsNorm`.
+    ManyRows { tile: LinearTile, norm_apart: bool },
+}
+
+impl Phase {
+    /// Parts into which `AttentionDecode` splits the keys; `None` where `AttentionPrefill` serves.
+    pub(super) fn key_splits(self) -> Option<u32> {
+        match self {
+            Phase::Decode { num_splits } => Some(num_splits),
+            Phase::Invariant => Some(1),
+            Phase::Prefill => None,
+        }
+    }
+
+    /// The kernels for up to `max_rows` rows times `num_outputs` of the `weight_rows` rows of a weight. Products of
+    /// halves, on cooperative matrices, are for models that are stored as such.
+    pub(super) fn product(
+        self,
+        caps: &DeviceCaps,
+        precision: Precision,
+        max_rows: usize,
+        (num_outputs, weight_rows): (u32, u32),
+    ) -> Product {
+        let (max_rows, num_outputs) = match self {
+            // Neither how many rows a step has room for nor which part of the weight it needs may choose the tile.
+            Phase::Invariant => (INVARIANT_ROWS, weight_rows),
+            _ if max_rows <= MAX_FEW_ROWS => return Product::FewRows { max_rows: max_rows as u32 },
+            _ => (max_rows as u32, num_outputs),
+        };
+        let tile = LinearTile::for_shape(caps, max_rows, num_outputs, precision == Precision::F16);
+        // Of the rows of a prompt, every tile of columns would read whole rows again to norm them.
+        Product::ManyRows { tile, norm_apart: self == Phase::Prefill || !tile.fuses_norm() }
+    }
+}
