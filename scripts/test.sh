@@ -42,6 +42,8 @@ export -f run_program
 
 # --bench by name: the workspace's features and artefacts stay those of the tests.
 programs=$(build --bench kernels && build)
+# By folder: the longest, of kernels, are not the last.
+programs=$(sort <<<"$programs")
 [ -n "$programs" ] || { say "cargo named no test programs"; exit 1; }
 # Two at a time: on a software rasteriser each leaves cores idle, as where it compiles a kernel or has one test left.
 say "$(wc -l <<<"$programs") test programs, benches among them"
