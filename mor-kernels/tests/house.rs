@@ -55,7 +55,8 @@ fn every_kernel_has_its_four_files() {
         assert!(ops.contains(&format!("pub mod {kernel};")), "ops/mod.rs lacks {kernel}");
         assert!(oracle.contains(&format!("pub mod {kernel};")), "oracle/mod.rs lacks {kernel}");
         assert!(benches.contains(&format!("mod {kernel};")), "benches/kernels/main.rs lacks mod {kernel}");
-        assert!(benches.contains(&format!(" {kernel}::bench(")), "benches/kernels/main.rs does not run {kernel}");
+        let entry = format!("(\"{kernel}\", {kernel}::bench)");
+        assert!(benches.contains(&entry), "benches/kernels/main.rs does not run {kernel}");
         let wrapper = read(&format!("mor-kernels/src/ops/{kernel}.rs"));
         assert!(wrapper.contains(&format!("const NAME: &'static str = \"{kernel}\";")), "ops/{kernel}.rs: NAME");
     }

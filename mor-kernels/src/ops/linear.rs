@@ -467,6 +467,10 @@ mod tests {
                 let (x, compact_x) = (parity::upload(gpu, &x), parity::upload(gpu, &compact));
                 let norm_weight = parity::upload(gpu, &norm_weight);
                 for (t, tile) in tiles(gpu).into_iter().enumerate() {
+                    // Every tile meets every case unchecked, and then some of them: compilers take seconds for each.
+                    if profile != "unchecked" && !(case + t / 3).is_multiple_of(3) {
+                        continue;
+                    }
                     let prologue = match (case + t) % 3 {
                         0 => Prologue::Compact { x: &compact_x },
                         1 if tile.fuses_norm() => Prologue::Norm { x: &x, weight: &norm_weight },
