@@ -72,8 +72,8 @@ pub(crate) struct SpeedArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum DepthMode {
-    /// What routers with random weights say means nothing, but depths are what a routed model's speed depends on.
     Routed,
+    // What routers with random weights say means nothing, but depths are what a routed model's speed depends on.
     ByCapacity,
     FullDepth,
 }
