@@ -245,7 +245,7 @@ impl DecodeLayers {
     /// # Errors
     /// [`KernelError::Limit`] if the device lacks what the kernel needs or is too small for the shape.
     pub fn new(caps: &DeviceCaps, shape: LayersShape, max_steps: u32, num_workgroups: u32) -> Result<Self> {
-        // Twice as many threads leave each too few registers for what is on its way (measured on an H200).
+        // More threads would leave each few registers for what is on its way.
         let workgroup_size = caps.max_workgroup_size.min(512);
         // Measured on an H200. A quantised row is half as many units.
         let prefetch = if shape.weight_dtype.is_quantized() { 2 } else { 4 };
