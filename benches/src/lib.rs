@@ -62,12 +62,18 @@ const fn shape(name: &'static str, hidden: u32, mlp: u32, heads: u32, kv_heads: 
 pub const MAX_BATCH: usize = 100;
 
 /// Whether benchmarks whose ids begin with `name` are asked for: criterion's own filters come too late, since to prepare one and to
-/// compare it with its oracle takes longer than to time it. Filters that are not plain prefixes ask for all.
+/// compare it with its oracle takes longer than to time it. Arguments that are no beginning of an id, `KERNEL/..`, leave all of
+/// them to criterion: values of its options, other patterns.
 pub fn is_wanted(name: &str) -> bool {
-    let is_plain = |filter: &str| filter.chars().all(|c| c.is_alphanumeric() || "_/ -".contains(c));
-    let mut filters = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).peekable();
-    filters.peek().is_none()
-        || filters.any(|filter| !is_plain(&filter) || filter.starts_with(name) || name.starts_with(&filter))
+    is_wanted_by(name, std::env::args().skip(1))
+}
+
+fn is_wanted_by(name: &str, arguments: impl Iterator<Item = String>) -> bool {
+    let is_beginning = |argument: &String| {
+        argument.contains('/') && argument.chars().all(|c| c.is_alphanumeric() || "_/ -".contains(c))
+    };
+    let filters: Vec<String> = arguments.filter(is_beginning).collect();
+    filters.is_empty() || filters.iter().any(|filter| filter.starts_with(name) || name.starts_with(filter.as_str()))
 }
 
 /// Records a plan, or explains why it cannot run here and returns `None` (a shape too large for a small device).
@@ -196,4 +202,21 @@ fn share(gpu: &Gpu, work: Work, micros: f64) -> String {
     let rate = amount as f64 * 1e6 / micros;
     let share = 100.0 * rate / peak;
     format!("{:.digits$} {unit}, {share:.1} % of {:.digits$} {done}", rate / scale, peak / scale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_wanted_by;
+
+    #[test]
+    fn options_and_patterns_ask_for_all() {
+        let is_wanted = |name, arguments: &[&str]| is_wanted_by(name, arguments.iter().map(|&word| word.to_owned()));
+        for arguments in [&["--bench"][..], &["--sample-size", "20"], &["--save-baseline", "main"], &["linear/.*/512"]]
+        {
+            assert!(is_wanted("rms_norm/", arguments), "{arguments:?}");
+        }
+        let one = ["--bench", "linear/4096x4096"];
+        assert!(is_wanted("linear/", &one) && is_wanted("linear/4096x4096x4096/half", &one));
+        assert!(!is_wanted("linear_decode/", &one) && !is_wanted("linear/360m/qkv/512", &one));
+    }
 }
