@@ -1,8 +1,9 @@
 // linear_decode: y = x W^T for few rows, with RMSNorm or the attention merge before it and an epilogue after it.
 // Math      y[i, o] = sum_k f(x)[i, k] * w[o, k]; f: identity, RMSNorm of row r = active_rows[i].row, or the merge of
 //           attention partials; then shared/epilogue.wgsl
-// Why       the weights are the traffic: they are fetched to registers before the activation is staged, from addresses that
-//           wait for no other load; each is read once for ROWS rows, and every fusion saves a dependent dispatch. A software
+// Why       the weights are the traffic: a block of them is always on its way to registers, the first before the activation is
+//           staged, from addresses that wait for no other load; each is read once for ROWS rows, and every fusion saves a
+//           dependent dispatch. DIGITS: codes meet an activation in integers, four products an instruction. A software
 //           rasteriser reads a buffer lane by lane but texels whole, and a barrier costs it more than a product: there
 //           (TEXELS) w is a storage texture (a sampled one pays for levels), LANES lanes hold the activation and share each
 //           pair of outputs in turn, nothing is staged
@@ -13,24 +14,29 @@
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
 //           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED]
-// Grid      (ceil(O / (2 * GROUPS * PAIRS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
-//           each owns PAIRS pairs of outputs
+// Grid      (ceil(O / (2 * GROUPS * PAIRS * ROUNDS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
+//           each owns PAIRS pairs of outputs, ROUNDS times over
 // Spec      NUM_OUTPUTS of this call; IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, WIDE, of a quantised
-//           row 16 bytes of codes; CHUNK units staged or held at a time; ROWS, PAIRS, LANES, GROUPS; PREFETCH steps of
-//           weights in flight before the activation is ready; TEXELS: w in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a
-//           multiple of LANES, STEPS = CHUNK / LANES; PARTS = UNIT / 8; LOG2_LANES; NORM, or MERGE of SPLITS partials of
-//           heads of HEAD_DIM, or neither; X_BY_ROW; SINGLE: streams have one row; SUBGROUP: lanes exchange by subgroup
-//           operations, SUBGROUP_EXACT: LANES is the subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED:
-//           WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV,
-//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV: added
-//           to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
-// Limits    16 * ROWS * (2 * CHUNK * PARTS + CHUNK * PARTS / 4 + 1) bytes of workgroup memory, with NORM 4 * ROWS * GROUPS * LANES
-//           more, without SUBGROUP 4 * GROUPS * LANES more; with TEXELS the last alone
-// Numerics  f32; lane-strided partial sums, then a tree over lanes; codes are summed before they are scaled
+//           row 16 bytes of codes; CHUNK units staged or held at a time, in whole blocks; ROWS, PAIRS, LANES, GROUPS; BLOCK
+//           units of an output that a lane has on their way; ROUNDS, more than one only where CHUNK is a whole row; TEXELS: w
+//           in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a multiple of LANES, STEPS = CHUNK / LANES; PARTS = UNIT / 8;
+//           LOG2_LANES; NORM, or MERGE of SPLITS partials of heads of HEAD_DIM, or neither; X_BY_ROW; SINGLE: streams have
+//           one row; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the subgroup size; WEIGHT_F16
+//           or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; DIGITS, of WIDE and SUBGROUP:
+//           UNIT_DIGITS vectors of each digit a unit, an even number of units staged by a multiple of 8 threads; STORE, GELU,
+//           RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16
+//           caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the
+//           layer adds up to
+// Limits    16 * ROWS * (2 * CHUNK * PARTS + CHUNK * PARTS / 4 + 1) bytes of workgroup memory, with DIGITS
+//           26 * ROWS * CHUNK * PARTS, with NORM 4 * ROWS * GROUPS * LANES more, without SUBGROUP 4 * GROUPS * LANES more;
+//           with TEXELS the last alone
+// Numerics  f32; lane-strided partial sums, then a tree over lanes; codes are summed before they are scaled. DIGITS: exact sums
+//           within a group, of an activation rounded to 2^-24 of the group's greatest
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
 #import shared/rows
 #import shared/weights
 #import shared/quantized_units
+#import shared/digits
 
 struct Params {
     num_outputs: u32,
@@ -71,10 +77,20 @@ const UNITS: u32 = (IN_FEATURES + UNIT - 1u) / UNIT;
 const THREADS: u32 = LANES * GROUPS;
 #if !TEXELS
 const OUTPUTS: u32 = 2u * PAIRS;
+// Units of a row with those of its last block that are not there, whose inputs are zero.
+const WHOLE_BLOCKS: u32 = (UNITS + BLOCK * LANES - 1u) / (BLOCK * LANES) * (BLOCK * LANES);
+#if DIGITS
+const GROUPS_STAGED: u32 = CHUNK * UNIT / GROUP;
+
+// As [ROWS, 3 digits, UNIT_DIGITS, CHUNK]: neighbouring lanes read neighbouring vectors. Of each group its step and sum.
+var<workgroup> staged: array<vec4<u32>, ROWS * 3u * UNIT_DIGITS * CHUNK>;
+var<workgroup> staged_groups: array<vec2<f32>, ROWS * GROUPS_STAGED>;
+#else
 // One vec4 of padding after every 8 spreads the lanes' strided reads over the banks.
 const ROW_STRIDE: u32 = CHUNK * PARTS * 2u + CHUNK * PARTS / 4u + 1u;
 
 var<workgroup> staged: array<vec4<f32>, ROWS * ROW_STRIDE>;
+#endif
 #if NORM
 var<workgroup> squares: array<f32, ROWS * THREADS>;
 #endif
@@ -92,12 +108,26 @@ fn texel(at: u32) -> vec4<u32> {
 fn padded(c: u32) -> u32 {
     return c + (c >> 3u);
 }
+
+// Stages elements 4c..4c+3 of this chunk for row m.
+fn stage(m: u32, c: u32, x: vec4<f32>, lane: u32) {
+#if DIGITS
+    let digits = digits_of(x, lane);
+    let unit = c / (4u * UNIT_DIGITS);
+    let half = c / 4u % UNIT_DIGITS;
+    for (var d = 0u; d < 3u; d++) {
+        staged[((m * 3u + d) * UNIT_DIGITS + half) * CHUNK + unit][c % 4u] = digits.words[d];
+    }
+    if lane % 8u == 0u {
+        staged_groups[m * GROUPS_STAGED + c / 8u] = vec2<f32>(digits.step, digits.sum);
+    }
+#else
+    staged[m * ROW_STRIDE + padded(c)] = x;
+#endif
+}
 #endif
 
 #if QUANTISED
-// Inputs past the end of a row are zero where its last unit has more than there are.
-const WHOLE_UNITS: bool = IN_FEATURES % UNIT == 0u;
-
 fn weight_word(at: u32) -> u32 {
 #if TEXELS
     return texel(at / 4u)[at % 4u];
@@ -166,6 +196,41 @@ fn weights_of(loaded: LoadedUnit, unit: u32, part: u32) -> mat2x4<f32> {
     return loaded;
 }
 #endif
+#elif DIGITS
+fn add_unit(
+    base: u32,
+    unit: u32,
+    loaded: ptr<function, array<LoadedUnit, OUTPUTS>>,
+    sums: ptr<function, array<f32, ROWS * OUTPUTS>>,
+) {
+    for (var m = 0u; m < ROWS; m++) {
+        let group = staged_groups[m * GROUPS_STAGED + unit * UNIT / GROUP];
+        var dots: array<vec3<i32>, OUTPUTS>;
+        for (var o = 0u; o < OUTPUTS; o++) {
+            dots[o] = vec3<i32>();
+        }
+#repeat half UNIT_DIGITS
+        let first = staged[(m * 3u * UNIT_DIGITS + half) * CHUNK + unit];
+        let second = staged[((m * 3u + 1u) * UNIT_DIGITS + half) * CHUNK + unit];
+        let third = staged[((m * 3u + 2u) * UNIT_DIGITS + half) * CHUNK + unit];
+        for (var o = 0u; o < OUTPUTS; o++) {
+            let codes = digit_codes((*loaded)[o].codes, half);
+            dots[o] = vec3<i32>(
+                add_dots(dots[o].x, codes, first),
+                add_dots(dots[o].y, codes, second),
+                add_dots(dots[o].z, codes, third),
+            );
+        }
+#endrepeat
+        for (var o = 0u; o < OUTPUTS; o++) {
+            let parameters = unpack_parameters((*loaded)[o].parameters, (base + unit) * UNIT / GROUP);
+            (*sums)[m * OUTPUTS + o] += parameters.x * group.x * digit_product(dots[o]);
+#if WEIGHT_Q4
+            (*sums)[m * OUTPUTS + o] += parameters.y * group.y;
+#endif
+        }
+    }
+}
 #elif QUANTISED
 // Adds what unit `base + unit` of the rows, as loaded, gives with the staged inputs.
 fn add_unit(
@@ -217,6 +282,22 @@ alias LoadedUnit = WeightUnit;
 fn fetch(row: u32, unit: u32) -> LoadedUnit {
     return w[row * UNITS + unit];
 }
+
+fn add_unit(
+    base: u32,
+    unit: u32,
+    loaded: ptr<function, array<LoadedUnit, OUTPUTS>>,
+    sums: ptr<function, array<f32, ROWS * OUTPUTS>>,
+) {
+    for (var m = 0u; m < ROWS; m++) {
+        let x0 = staged[m * ROW_STRIDE + padded(2u * unit)];
+        let x1 = staged[m * ROW_STRIDE + padded(2u * unit + 1u)];
+        for (var o = 0u; o < OUTPUTS; o++) {
+            let weights = unpack_weights((*loaded)[o]);
+            (*sums)[m * OUTPUTS + o] += dot(weights[0], x0) + dot(weights[1], x1);
+        }
+    }
+}
 #endif
 
 #if SUBGROUP
@@ -258,7 +339,12 @@ fn lane_sum(value: f32, thread: u32, lane: u32) -> f32 {
 #if !TEXELS
 // Rows of w past the end are read as the last one and never stored.
 fn weight_row(row: u32) -> u32 {
-    return select(min(row, NUM_OUTPUTS - 1u), row, NUM_OUTPUTS % (OUTPUTS * GROUPS) == 0u);
+    return select(min(row, NUM_OUTPUTS - 1u), row, NUM_OUTPUTS % (OUTPUTS * GROUPS * ROUNDS) == 0u);
+}
+
+// The first of the outputs that a lane group computes in `round`.
+fn first_output(workgroup: u32, round: u32, group: u32) -> u32 {
+    return ((workgroup * ROUNDS + round) * GROUPS + group) * OUTPUTS;
 }
 
 #endif
@@ -271,6 +357,18 @@ fn list_entry(i: u32) -> ActiveRow {
     return entry;
 }
 
+#if !TEXELS
+// What the epilogue reads for outputs `o` and `o + 1` of this call, if they are to be stored.
+fn operands_of(i: u32, o: u32) -> Operands {
+    let entry = list_entry(i);
+    var read: Operands;
+    if entry.row != NONE && o < NUM_OUTPUTS {
+        read = operands(i, entry, params.first_output + o);
+    }
+    return read;
+}
+
+#endif
 // The activation's elements 4c..4c+3 for list entry i, before any scaling by the norm.
 fn load_x(i: u32, entry: ActiveRow, c: u32) -> vec4<f32> {
 #if MERGE
@@ -413,129 +511,112 @@ fn main(
     }
 #else
     let thread = group * LANES + lane;
-    let first_pair = (workgroup.x * GROUPS + group) * PAIRS;
     let first_entry = workgroup.y * ROWS;
 
+    var ahead: array<LoadedUnit, BLOCK * OUTPUTS>;
+    for (var p = 0u; p < BLOCK; p++) {
+        let unit = min(p * LANES + lane, UNITS - 1u);
+        for (var o = 0u; o < OUTPUTS; o++) {
+            ahead[p * OUTPUTS + o] = fetch(weight_row(first_output(workgroup.x, 0u, group) + o), unit);
+        }
+    }
+    var read: array<Operands, ROWS * PAIRS>;
+    for (var m = 0u; m < ROWS; m++) {
+        for (var p = 0u; p < PAIRS; p++) {
+            read[m * PAIRS + p] = operands_of(first_entry + m, first_output(workgroup.x, 0u, group) + 2u * p);
+        }
+    }
+    var factor: array<f32, ROWS>;
+#if NORM
+    var square: array<f32, ROWS>;
+#endif
+    for (var m = 0u; m < ROWS; m++) {
+        factor[m] = 1.0;
+#if NORM
+        square[m] = 0.0;
+#endif
+    }
     var sums: array<f32, ROWS * OUTPUTS>;
     for (var s = 0u; s < ROWS * OUTPUTS; s++) {
         sums[s] = 0.0;
     }
-#if NORM
-    var square: array<f32, ROWS>;
-    for (var m = 0u; m < ROWS; m++) {
-        square[m] = 0.0;
-    }
-#endif
 
-    var read: array<Operands, ROWS * PAIRS>;
     for (var base = 0u; base < UNITS; base += CHUNK) {
-        let units = min(CHUNK, UNITS - base);
-        var ahead: array<LoadedUnit, PREFETCH * OUTPUTS>;
-        for (var p = 0u; p < PREFETCH; p++) {
-            let unit = min(p * LANES + lane, units - 1u);
-            for (var o = 0u; o < OUTPUTS; o++) {
-                ahead[p * OUTPUTS + o] = fetch(weight_row(first_pair * 2u + o), base + unit);
-            }
-        }
-        if base == 0u {
-            for (var m = 0u; m < ROWS; m++) {
-                let entry = list_entry(first_entry + m);
-                for (var p = 0u; p < PAIRS; p++) {
-                    let o = 2u * (first_pair + p);
-                    if entry.row != NONE && o < NUM_OUTPUTS {
-                        read[m * PAIRS + p] = operands(first_entry + m, entry, params.first_output + o);
-                    }
-                }
-            }
+        if base > 0u {
+            workgroupBarrier();
         }
         for (var m = 0u; m < ROWS; m++) {
             let entry = list_entry(first_entry + m);
-            for (var c = thread; c < units * PARTS * 2u; c += THREADS) {
+            for (var c = thread; c < min(CHUNK, WHOLE_BLOCKS - base) * PARTS * 2u; c += THREADS) {
                 let at = base * PARTS * 2u + c;
                 var value = vec4<f32>();
-#if QUANTISED
-                if entry.row != NONE && (WHOLE_UNITS || at < IN_FEATURES / 4u) {
-#else
-                if entry.row != NONE {
-#endif
+                if entry.row != NONE && at < IN_FEATURES / 4u {
                     value = load_x(first_entry + m, entry, at);
                 }
 #if NORM
                 square[m] += dot(value, value);
                 value *= norm_weight[min(at, IN_FEATURES / 4u - 1u)];
 #endif
-                staged[m * ROW_STRIDE + padded(c)] = value;
+                stage(m, c, value, thread);
             }
         }
+#if NORM
+        for (var m = 0u; m < ROWS; m++) {
+            squares[m * THREADS + thread] = square[m];
+        }
+#endif
         workgroupBarrier();
-        for (var p = 0u; p < PREFETCH; p++) {
-            let unit = p * LANES + lane;
-            if unit < units {
-#if QUANTISED
+#if NORM
+        if base + CHUNK >= UNITS {
+            for (var m = 0u; m < ROWS; m++) {
+                var total = 0.0;
+                for (var t = lane; t < THREADS; t += LANES) {
+                    total += squares[m * THREADS + t];
+                }
+                factor[m] = inverseSqrt(lane_sum(total, thread, lane) / f32(IN_FEATURES) + params.eps);
+            }
+        }
+#endif
+        // Several rounds only where one chunk is the whole row.
+        for (var round = 0u; round < ROUNDS; round++) {
+            for (var start = base; start < min(base + CHUNK, UNITS); start += BLOCK * LANES) {
+                let is_last = start + BLOCK * LANES >= UNITS;
+                let next_start = select(start + BLOCK * LANES, 0u, is_last);
+                let next_round = select(round, round + 1u, is_last);
+#repeat p BLOCK
                 var loaded: array<LoadedUnit, OUTPUTS>;
                 for (var o = 0u; o < OUTPUTS; o++) {
                     loaded[o] = ahead[p * OUTPUTS + o];
                 }
-                add_unit(base, unit, &loaded, &sums);
-#else
-                for (var m = 0u; m < ROWS; m++) {
-                    let x0 = staged[m * ROW_STRIDE + padded(2u * unit)];
-                    let x1 = staged[m * ROW_STRIDE + padded(2u * unit + 1u)];
+                // At most one turn, which keeps compilers from moving the loads to where they are used.
+                for (var coming = next_round; coming < ROUNDS; coming += ROUNDS) {
+                    let unit = min(next_start + p * LANES + lane, UNITS - 1u);
                     for (var o = 0u; o < OUTPUTS; o++) {
-                        let weights = unpack_weights(ahead[p * OUTPUTS + o]);
-                        sums[m * OUTPUTS + o] += dot(weights[0], x0) + dot(weights[1], x1);
+                        ahead[p * OUTPUTS + o] = fetch(weight_row(first_output(workgroup.x, coming, group) + o), unit);
                     }
                 }
-#endif
+                add_unit(base, start - base + p * LANES + lane, &loaded, &sums);
+#endrepeat
             }
-        }
-        for (var unit = PREFETCH * LANES + lane; unit < units; unit += LANES) {
-#if QUANTISED
-            var loaded: array<LoadedUnit, OUTPUTS>;
-            for (var o = 0u; o < OUTPUTS; o++) {
-                loaded[o] = fetch(weight_row(first_pair * 2u + o), base + unit);
-            }
-            add_unit(base, unit, &loaded, &sums);
-#else
-            var weights: array<mat2x4<f32>, OUTPUTS>;
-            for (var o = 0u; o < OUTPUTS; o++) {
-                weights[o] = unpack_weights(fetch(weight_row(first_pair * 2u + o), base + unit));
-            }
-            for (var m = 0u; m < ROWS; m++) {
-                let x0 = staged[m * ROW_STRIDE + padded(2u * unit)];
-                let x1 = staged[m * ROW_STRIDE + padded(2u * unit + 1u)];
-                for (var o = 0u; o < OUTPUTS; o++) {
-                    sums[m * OUTPUTS + o] += dot(weights[o][0], x0) + dot(weights[o][1], x1);
+            if base + CHUNK >= UNITS {
+                for (var m = 0u; m < ROWS; m++) {
+                    let entry = list_entry(first_entry + m);
+                    for (var p = 0u; p < PAIRS; p++) {
+                        let a = lane_sum(sums[m * OUTPUTS + 2u * p], thread, lane);
+                        let b = lane_sum(sums[m * OUTPUTS + 2u * p + 1u], thread, lane);
+                        let o = first_output(workgroup.x, round, group) + 2u * p;
+                        if lane == 0u && entry.row != NONE && o < NUM_OUTPUTS {
+                            let y = vec2<f32>(a, b) * factor[m];
+                            epilogue(first_entry + m, entry, params.first_output + o, y, read[m * PAIRS + p]);
+                        }
+                        sums[m * OUTPUTS + 2u * p] = 0.0;
+                        sums[m * OUTPUTS + 2u * p + 1u] = 0.0;
+                        if round + 1u < ROUNDS {
+                            let next = first_output(workgroup.x, round + 1u, group) + 2u * p;
+                            read[m * PAIRS + p] = operands_of(first_entry + m, next);
+                        }
+                    }
                 }
-            }
-#endif
-        }
-        // The next chunk overwrites the staged activation.
-        workgroupBarrier();
-    }
-
-#if NORM
-    for (var m = 0u; m < ROWS; m++) {
-        squares[m * THREADS + thread] = square[m];
-    }
-    workgroupBarrier();
-#endif
-    for (var m = 0u; m < ROWS; m++) {
-        var factor = 1.0;
-#if NORM
-        var total = 0.0;
-        for (var t = lane; t < THREADS; t += LANES) {
-            total += squares[m * THREADS + t];
-        }
-        factor = inverseSqrt(lane_sum(total, thread, lane) / f32(IN_FEATURES) + params.eps);
-#endif
-        let entry = list_entry(first_entry + m);
-        for (var p = 0u; p < PAIRS; p++) {
-            let a = lane_sum(sums[m * OUTPUTS + 2u * p], thread, lane);
-            let b = lane_sum(sums[m * OUTPUTS + 2u * p + 1u], thread, lane);
-            let o = 2u * (first_pair + p);
-            if lane == 0u && entry.row != NONE && o < NUM_OUTPUTS {
-                epilogue(first_entry + m, entry, params.first_output + o, vec2<f32>(a, b) * factor, read[m * PAIRS + p]);
             }
         }
     }

@@ -82,7 +82,9 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [o, k]: [u32; 2], n
         let bindings = LinearDecodeBindings { rows: &rows, weight: &weight, prologue, epilogue };
         let params =
             LinearParams { num_outputs: o, out_stride: o, in_features: k, eps: 1e-5, scale: 1.0, ..Default::default() };
-        let columns = 2 * kernel.groups * kernel.pairs;
+        // As decode of one sequence has it.
+        let kernel = LinearDecode { single_row: n == 1, ..kernel };
+        let columns = 2 * kernel.groups * kernel.pairs * kernel.rounds;
         let grid = Grid::Fixed([o.div_ceil(columns), (n as u32).div_ceil(kernel.rows), 1]);
         let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else { continue };
         gpu.run(&plan).expect("the device answers");

@@ -39,6 +39,8 @@ pub struct DeviceCaps {
     pub shader_f16: bool,
     /// Whether subgroups, all of one size, multiply matrices of 16x16 f16 into sums in f32.
     pub cooperative_matrices: bool,
+    /// Whether `dot4I8Packed` is an instruction, not a dozen.
+    pub packed_dots: bool,
     /// Whether storage can be declared coherent, so that workgroups of one dispatch see what others write.
     pub coherent_storage: bool,
     /// Whether timestamps can be written around passes.
@@ -71,5 +73,11 @@ impl DeviceCaps {
             _ if self.is_cpu => Lanes::Workgroup { width: 8 },
             _ => Lanes::Workgroup { width: 16 },
         }
+    }
+
+    /// Whether quantised weights are multiplied with digits of the activation (`shared/digits.wgsl`), which takes
+    /// [`DeviceCaps::packed_dots`] and eight lanes that exchange values.
+    pub fn multiplies_digits(&self) -> bool {
+        self.packed_dots && self.lanes().uses_subgroups() && self.lanes().width() >= 8
     }
 }

@@ -526,6 +526,7 @@ fn summarise(index: usize, adapter: &wgpu::Adapter, features: wgpu::Features, li
             .then_some((info.subgroup_min_size, info.subgroup_max_size)),
         shader_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
         cooperative_matrices: features.contains(COOPERATIVE | wgpu::Features::SUBGROUP),
+        packed_dots: matches!(info.backend, wgpu::Backend::Vulkan | wgpu::Backend::Dx12),
         coherent_storage: features.contains(wgpu::Features::MEMORY_DECORATION_COHERENT),
         timestamps: features
             .contains(wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS),

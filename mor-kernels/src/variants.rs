@@ -76,6 +76,7 @@ fn devices() -> Vec<(String, DeviceCaps)> {
                 subgroup_sizes,
                 shader_f16: cooperative_matrices,
                 cooperative_matrices,
+                packed_dots: subgroup_sizes == Some((32, 32)),
                 coherent_storage: !webgpu_limits,
                 timestamps: false,
                 max_storage_binding_bytes: 128 << 20,

@@ -35,6 +35,7 @@ shaders![
     "sample_partial",
     "sample_token",
     "shared/best",
+    "shared/digits",
     "shared/epilogue",
     "shared/gate",
     "shared/kv",

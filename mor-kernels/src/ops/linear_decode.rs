@@ -86,6 +86,14 @@ impl<'a> Prologue<'a> {
 
 /// Lanes of the widest [`Lanes`](crate::caps::Lanes).
 const WIDEST_LANES: u32 = 32;
+/// Workgroup memory for several rows, of which a GPU should hold several workgroups: WebGPU's default limit.
+const MANY_ROWS_BYTES: u32 = 16 * 1024;
+/// For one row, where the device has as much: 8,192 inputs staged at once.
+const ONE_ROW_BYTES: u32 = 40 * 1024;
+/// Workgroups that a large GPU should have at least before they are made larger. These and the next were measured on an H200.
+const ENOUGH_WORKGROUPS: u32 = 128;
+/// Workgroups that it should have before they take several rounds, where to make digits is what each begins with.
+const ENOUGH_FOR_DIGITS: u32 = 384;
 
 /// `y = f(x) W^T`, weights read once for [`LinearDecode::rows`] rows.
 ///
@@ -114,6 +122,12 @@ pub struct LinearDecode {
     pub pairs: u32,
     /// Groups of lanes of a workgroup.
     pub groups: u32,
+    /// Units of each output that a lane has on their way.
+    pub block: u32,
+    /// How often a lane group takes the next pairs of outputs; more than once only where all inputs are staged at once.
+    pub rounds: u32,
+    /// Most bytes of workgroup memory.
+    pub staging_bytes: u32,
     /// Whether the streams have one row, so that it need not be looked up.
     pub single_row: bool,
 }
@@ -153,6 +167,9 @@ impl LinearDecode {
             lanes: 1,
             pairs: 1,
             groups: 1,
+            block: 1,
+            rounds: 1,
+            staging_bytes: MANY_ROWS_BYTES,
             single_row: false,
         };
         let width = caps.lanes().width();
@@ -165,13 +182,28 @@ impl LinearDecode {
             // A software rasteriser pays for every load of every lane: many outputs share one of the activation.
             return Self { unit: wide, lanes: width, pairs: 32, ..kernel };
         }
-        // Wide workgroups stage the activation fewer times; several rows need the memory for their sums.
-        kernel.groups = if rows == 1 { 256.min(caps.max_workgroup_size) } else { 128 };
+        // Several rows need the memory for their sums.
+        let mut threads = 128;
+        if rows == 1 {
+            kernel.staging_bytes = ONE_ROW_BYTES.min(caps.max_workgroup_storage_bytes);
+            // So many that each stages a vector or two.
+            threads = (in_features / 4).next_power_of_two().clamp(256, 1024).min(caps.max_workgroup_size);
+        }
+        kernel.groups = threads;
         if wide / 8 * WIDEST_LANES <= kernel.fitting(caps) {
             kernel.unit = wide;
         }
-        let lanes = width.min(in_features.div_ceil(kernel.unit).next_power_of_two());
-        Self { lanes, groups: kernel.groups / lanes, ..kernel }
+        kernel.lanes = width.min(in_features.div_ceil(kernel.unit).next_power_of_two());
+        while threads > 256 && num_outputs.div_ceil(2 * threads / kernel.lanes) < ENOUGH_WORKGROUPS {
+            threads /= 2;
+        }
+        kernel.groups = threads / kernel.lanes;
+        let step = kernel.lanes * kernel.unit / 8;
+        kernel.block = in_features.div_ceil(8 * step).min(2).min(kernel.fitting(caps) / step);
+        if kernel.multiplies_digits(caps) && in_features.div_ceil(8) <= kernel.chunk(caps) {
+            kernel.rounds = (kernel.workgroups_x() / ENOUGH_FOR_DIGITS).clamp(1, 8);
+        }
+        kernel
     }
 
     /// Records the kernel over all active rows.
@@ -193,8 +225,14 @@ impl LinearDecode {
         plan.dispatch(self, b, p, Grid::rows(b.rows, self.workgroups_x(), self.rows))
     }
 
+    /// Whether codes are multiplied with digits of the activation, of which eight lanes make a group's.
+    fn multiplies_digits(&self, caps: &DeviceCaps) -> bool {
+        let whole_groups = self.unit > 8 && (self.block * self.lanes).is_multiple_of(2);
+        whole_groups && caps.multiplies_digits() && !caps.is_cpu && (self.lanes * self.groups).is_multiple_of(8)
+    }
+
     fn workgroups_x(&self) -> u32 {
-        self.num_outputs.div_ceil(2 * self.groups * self.pairs)
+        self.num_outputs.div_ceil(2 * self.groups * self.pairs * self.rounds)
     }
 
     /// Workgroup memory of the reductions, in bytes.
@@ -205,13 +243,13 @@ impl LinearDecode {
         squares + scratch
     }
 
-    /// Groups of 8 inputs that WebGPU's default 16 KiB of workgroup memory hold beside the reductions.
+    /// Groups of 8 inputs in f32 that [`LinearDecode::staging_bytes`] hold beside the reductions.
     fn fitting(&self, caps: &DeviceCaps) -> u32 {
         // 36 bytes for each group's 32, and one vec4 a row: the padding against bank conflicts.
-        (16 * 1024 - self.reduction_bytes(caps) - 16 * self.rows) / (36 * self.rows)
+        (self.staging_bytes - self.reduction_bytes(caps) - 16 * self.rows) / (36 * self.rows)
     }
 
-    /// Groups of 8 inputs staged at a time: all of them if they fit, else whole steps of the widest lanes.
+    /// Groups of 8 inputs staged at a time: all of them if they fit, in whole blocks.
     ///
     /// A software rasteriser holds them in private memory instead, which costs it loads but no limit; unrolled over
     /// more steps the code would be large.
@@ -221,9 +259,8 @@ impl LinearDecode {
             let step = self.lanes * self.unit / 8;
             return groups.div_ceil(step).min(((24 / self.rows).max(4) * 8 / self.unit).max(1)) * step;
         }
-        let (fitting, step) = (self.fitting(caps), WIDEST_LANES * self.unit / 8);
-        let whole = groups.next_multiple_of(4);
-        if whole <= fitting { whole } else { fitting / step * step }
+        let block = self.block * self.lanes * self.unit / 8;
+        groups.next_multiple_of(block).min(self.fitting(caps) / block * block)
     }
 }
 
@@ -236,12 +273,6 @@ impl Kernel for LinearDecode {
         let (lanes, parts) = (self.lanes, self.unit / 8);
         let chunk = self.chunk(caps) / parts;
         let steps = chunk.div_ceil(lanes);
-        // What registers hold beside the sums of the rows.
-        let prefetch = steps.min(match (self.rows, self.weight_dtype) {
-            (1, DType::F32) => 8,
-            (1, _) => 14,
-            _ => 2,
-        });
         let exact = caps.lanes().uses_subgroups() && caps.subgroup_sizes == Some((lanes, lanes));
         let (splits, head_dim) = match self.prologue {
             PrologueKind::Merge { num_splits, head_dim } => (num_splits, head_dim),
@@ -259,10 +290,13 @@ impl Kernel for LinearDecode {
             .u32("GROUPS", self.groups)
             .u32("LANES", lanes)
             .u32("LOG2_LANES", lanes.ilog2())
-            .u32("PREFETCH", prefetch)
+            .u32("BLOCK", self.block)
+            .u32("ROUNDS", self.rounds)
             .u32("STEPS", steps)
             .u32("TEXEL_ROW", TEXEL_ROW)
             .flag("TEXELS", caps.is_cpu)
+            .flag("DIGITS", self.multiplies_digits(caps))
+            .u32("UNIT_DIGITS", if self.weight_dtype == DType::Q4 { 2 } else { 1 })
             .flag("SINGLE", self.single_row)
             .u32("SPLITS", splits)
             .u32("HEAD_DIM", head_dim)
@@ -286,7 +320,12 @@ impl Kernel for LinearDecode {
             return self.reduction_bytes(caps);
         }
         let chunk = self.chunk(caps);
-        16 * self.rows * (chunk * 2 + chunk / 4 + 1) + self.reduction_bytes(caps)
+        let staged = match self.multiplies_digits(caps) {
+            // Three bytes an element, and of each 32 step and sum.
+            true => chunk * (3 * 8 + 2),
+            false => 16 * (chunk * 2 + chunk / 4 + 1),
+        };
+        self.rows * staged + self.reduction_bytes(caps)
     }
 }
 
