@@ -18,18 +18,21 @@
 //           read; 19 lm_head read; 20 router read [ROUTED]; 21 bias read [BIAS]; 21 keep read [SCRIPTED]
 // Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time
 // Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; HIDDEN_SIZE, MLP_DIM,
-//           NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of each of the four products: outputs
+//           NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of the type of a layer's matrices:
+//           LAYER_F16, LAYER_BF16, LAYER_QUANTISED (LAYER_Q8 or LAYER_Q4) or neither, LAYER_QUAD_ELEMS elements of a
+//           unit, LAYER_UNIT_CODES eights of codes if it is quantised, LAYER_PREFETCH of the units on their way before
+//           the activation is there; of the type of embed_tokens and lm_head alike HEAD_F16, HEAD_BF16, HEAD_QUANTISED,
+//           HEAD_Q8, HEAD_Q4, HEAD_QUAD_ELEMS, HEAD_UNIT_CODES, HEAD_PREFETCH; groups of GROUP. Of each of the four
+//           products: outputs
 //           QKV_ROWS, O_ROWS, GATE_UP_ROWS, DOWN_ROWS; units a row QKV_QUADS, O_QUADS, GATE_UP_QUADS, DOWN_QUADS, and
 //           from row to row QKV_STRIDE, O_STRIDE, GATE_UP_STRIDE, DOWN_STRIDE; teams a pair of outputs QKV_SPLIT,
 //           O_SPLIT, GATE_UP_SPLIT, DOWN_SPLIT; units a lane QKV_STEPS, O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a
 //           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
-//           HEAD_STEPS, HEAD_ROUNDS. QUAD_ELEMS elements of a unit; PREFETCH of the units on their way before the
-//           activation is there; KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements that a thread waits for
-//           at a time; ALONE_KEYS up to which a workgroup has a head for itself, SPLIT_KEYS of each of several,
+//           HEAD_STEPS, HEAD_ROUNDS. KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements that a thread waits
+//           for at a time; ALONE_KEYS up to which a workgroup has a head for itself, SPLIT_KEYS of each of several,
 //           MAX_SPLITS of them at most; STAGED and NUM_PARTIALS sizes of workgroup memory; SUBGROUP_EXACT: LANES is the
 //           subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS),
-//           ROUTERS at a time; WEIGHT_F16, WEIGHT_BF16, QUANTISED (WEIGHT_Q8 or WEIGHT_Q4, groups of GROUP, UNIT_CODES
-//           eights of codes a unit) or neither; KV_F16; ROUTER_F16, ROUTER_BF16 or neither
+//           ROUTERS at a time; KV_F16; ROUTER_F16, ROUTER_BF16 or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
 //           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 24 bytes of workgroup memory, with ROUTED
 //           8 + 4 * ROUTERS * TEAMS more. A value that is polled params.poll_limit times in vain ends the step:
@@ -37,7 +40,6 @@
 // Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split
 // Source    MoR (arXiv 2507.10524); persistent threads: Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596)
 #import shared/rows
-#import shared/quantized
 #import shared/gate
 #import shared/mailbox
 #if SCRIPTED
@@ -126,13 +128,8 @@ const ENTER: u32 = 8u;
 @group(0) @binding(21) var<storage, read> keep: array<f32>;
 #endif
 
-// The products: those of a layer, QKV, O, GATE_UP and DOWN, and that of the HEAD, whose shape the table EMBED has.
-const QKV_FEATURES: u32 = HIDDEN_SIZE;
-const O_FEATURES: u32 = Q_DIM;
-const GATE_UP_FEATURES: u32 = HIDDEN_SIZE;
-const DOWN_FEATURES: u32 = MLP_DIM;
-const HEAD_FEATURES: u32 = HIDDEN_SIZE;
-const EMBED_FEATURES: u32 = HIDDEN_SIZE;
+// The products: those of a layer, QKV, O, GATE_UP and DOWN, of the type LAYER, and that of the HEAD, of a type of its own. Type
+// and shape of the head are those of the table EMBED too.
 const HEAD_SPLIT: u32 = 1u;
 const EMBED_ROWS: u32 = HEAD_ROWS;
 const EMBED_QUADS: u32 = HEAD_QUADS;
@@ -141,8 +138,6 @@ const EMBED_STRIDE: u32 = HEAD_STRIDE;
 const LOWEST: f32 = -3.4028234e38;
 const TEAMS: u32 = WORKGROUP_SIZE / LANES;
 const LANES_LOG2: u32 = firstTrailingBit(LANES);
-// vec4s of the activation that a unit multiplies.
-const PARTS: u32 = QUAD_ELEMS / 4u;
 const HEAD_UNITS: u32 = HEAD_DIM / 8u;
 const Q_DIM: u32 = NUM_ATTENTION_HEADS * HEAD_DIM;
 const KV_DIM: u32 = NUM_KEY_VALUE_HEADS * HEAD_DIM;
@@ -174,16 +169,23 @@ struct KvUnit {
 }
 #endif
 
-#if QUANTISED
-struct Unit {
-    codes: vec4<u32>,
-    parameters: u32,
-}
-#else
-struct Unit {
-    codes: vec4<u32>,
-}
+#for T in LAYER HEAD
+#if $T_Q8
+#import shared/q8
+const $T_PARAMETERS: u32 = Q8_PARAMETERS;
+#elif $T_Q4
+#import shared/q4
+const $T_PARAMETERS: u32 = Q4_PARAMETERS;
 #endif
+// What is fetched of a row at a time.
+struct Unit_$T {
+    codes: vec4<u32>,
+#if $T_QUANTISED
+    // The u32 with those of the codes' group.
+    parameters: u32,
+#endif
+}
+#endfor
 
 #if ROUTED
 #if ROUTER_F16
@@ -204,8 +206,8 @@ fn router_weight(at: u32) -> f32 {
 #endif
 #endif
 
-// The activation of a product, as [PARTS, units]: neighbouring lanes read neighbouring vec4s. In attention query, own key and own
-// value, and behind them partial sums as [TEAMS, HEAD_DIM / 4].
+// The activation of a product, as [vec4s of a unit, units]: neighbouring lanes read neighbouring vec4s. In attention query, own key
+// and own value, and behind them partial sums as [TEAMS, HEAD_DIM / 4].
 var<workgroup> staged: array<vec4<f32>, STAGED>;
 var<workgroup> partials: array<vec2<f32>, NUM_PARTIALS>;
 var<workgroup> team_values: array<f32, TEAMS>;
@@ -259,45 +261,29 @@ fn lane_max(value: f32) -> f32 {
 #endif
 }
 
-// Products differ in constants alone, and each has functions of its own, called from one place: compilers inline those, and know
-// all sizes then.
-fn quad_QKV(at: u32) -> vec4<u32> { return qkv_proj[at]; }
-fn quad_O(at: u32) -> vec4<u32> { return o_proj[at]; }
-fn quad_GATE_UP(at: u32) -> vec4<u32> { return gate_up_proj[at]; }
-fn quad_DOWN(at: u32) -> vec4<u32> { return down_proj[at]; }
-fn quad_HEAD(at: u32) -> vec4<u32> { return lm_head[at]; }
-fn quad_EMBED(at: u32) -> vec4<u32> { return embed_tokens[at]; }
-
-#if QUANTISED
-// One word of a unit, where to fetch the unit would be four times as much.
-fn word_QKV(at: u32) -> u32 { return qkv_proj[at / 4u][at % 4u]; }
-fn word_O(at: u32) -> u32 { return o_proj[at / 4u][at % 4u]; }
-fn word_GATE_UP(at: u32) -> u32 { return gate_up_proj[at / 4u][at % 4u]; }
-fn word_DOWN(at: u32) -> u32 { return down_proj[at / 4u][at % 4u]; }
-fn word_HEAD(at: u32) -> u32 { return lm_head[at / 4u][at % 4u]; }
-fn word_EMBED(at: u32) -> u32 { return embed_tokens[at / 4u][at % 4u]; }
-#endif
-
-#for P in QKV O GATE_UP DOWN HEAD EMBED
+// Products differ in constants and types alone, and each has functions of its own, called from one place: compilers inline those,
+// and know all sizes then.
+#for P T W in QKV:LAYER:qkv_proj O:LAYER:o_proj GATE_UP:LAYER:gate_up_proj DOWN:LAYER:down_proj HEAD:HEAD:lm_head EMBED:HEAD:embed_tokens
 // Unit `unit` of row `row` of matrix `place` of a stack; those past the end are the last one.
-fn fetch_$P(place: u32, row: u32, unit: u32) -> Unit {
+fn fetch_$P(place: u32, row: u32, unit: u32) -> Unit_$T {
     let outputs = $P_ROWS;
     let start = (place * outputs + min(row, outputs - 1u)) * $P_STRIDE;
     let at = min(unit, $P_QUADS - 1u);
-#if QUANTISED
-    let group = at * QUAD_ELEMS / GROUP;
-    return Unit(quad_$P(start + at), word_$P(start * 4u + parameters_at(group, $P_FEATURES)));
+#if $T_QUANTISED
+    // Behind the codes, in one word of a quad: to fetch it whole would be four times as much.
+    let word = (start + $P_QUADS) * 4u + at * $T_QUAD_ELEMS / GROUP * $T_PARAMETERS / 2u;
+    return Unit_$T($W[start + at], $W[word / 4u][word % 4u]);
 #else
-    return Unit(quad_$P(start + at));
+    return Unit_$T($W[start + at]);
 #endif
 }
 #endfor
 
-#for P in QKV O GATE_UP DOWN HEAD
+#for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER HEAD:HEAD
 // Products of unit `unit` of two rows with the staged activation.
-fn pair_product_$P(a: Unit, b: Unit, unit: u32) -> vec2<f32> {
+fn pair_product_$P(a: Unit_$T, b: Unit_$T, unit: u32) -> vec2<f32> {
     let quads = $P_QUADS;
-#if WEIGHT_F16
+#if $T_F16
     let x0 = staged[unit];
     let x1 = staged[quads + unit];
     return vec2<f32>(
@@ -306,7 +292,7 @@ fn pair_product_$P(a: Unit, b: Unit, unit: u32) -> vec2<f32> {
         dot(vec4<f32>(unpack2x16float(b.codes.x), unpack2x16float(b.codes.y)), x0)
             + dot(vec4<f32>(unpack2x16float(b.codes.z), unpack2x16float(b.codes.w)), x1),
     );
-#elif WEIGHT_BF16
+#elif $T_BF16
     // Low halves are the even elements, high halves the odd ones.
     let x0 = staged[unit];
     let x1 = staged[quads + unit];
@@ -318,25 +304,30 @@ fn pair_product_$P(a: Unit, b: Unit, unit: u32) -> vec2<f32> {
         dot(bitcast<vec4<f32>>(b.codes << vec4<u32>(16u)), even)
             + dot(bitcast<vec4<f32>>(b.codes & vec4<u32>(0xffff0000u)), odd),
     );
-#elif QUANTISED
+#elif $T_Q8
     var products = vec2<f32>();
-    var inputs = 0.0;
-#repeat half UNIT_CODES
+#repeat half $T_UNIT_CODES
     let x0 = staged[2u * half * quads + unit];
     let x1 = staged[(2u * half + 1u) * quads + unit];
-#if WEIGHT_Q8
-    let wa = code_values(vec2<u32>(a.codes[2u * half], a.codes[2u * half + 1u]));
-    let wb = code_values(vec2<u32>(b.codes[2u * half], b.codes[2u * half + 1u]));
-#else
-    let wa = code_values(a.codes[half]);
-    let wb = code_values(b.codes[half]);
-    inputs += dot(x0 + x1, vec4<f32>(1.0));
-#endif
+    let wa = q8_values(vec2<u32>(a.codes[2u * half], a.codes[2u * half + 1u]));
+    let wb = q8_values(vec2<u32>(b.codes[2u * half], b.codes[2u * half + 1u]));
     products += vec2<f32>(dot(wa[0], x0) + dot(wa[1], x1), dot(wb[0], x0) + dot(wb[1], x1));
 #endrepeat
-    let group = unit * QUAD_ELEMS / GROUP;
-    let pa = unpack_parameters(a.parameters, group);
-    let pb = unpack_parameters(b.parameters, group);
+    let group = unit * $T_QUAD_ELEMS / GROUP;
+    return products * vec2<f32>(q8_scale(a.parameters, group), q8_scale(b.parameters, group));
+#elif $T_Q4
+    var products = vec2<f32>();
+    var inputs = 0.0;
+#repeat half $T_UNIT_CODES
+    let x0 = staged[2u * half * quads + unit];
+    let x1 = staged[(2u * half + 1u) * quads + unit];
+    let wa = q4_values(a.codes[half]);
+    let wb = q4_values(b.codes[half]);
+    inputs += dot(x0 + x1, vec4<f32>(1.0));
+    products += vec2<f32>(dot(wa[0], x0) + dot(wa[1], x1), dot(wb[0], x0) + dot(wb[1], x1));
+#endrepeat
+    let pa = q4_scale_offset(a.parameters);
+    let pb = q4_scale_offset(b.parameters);
     return products * vec2<f32>(pa.x, pb.x) + inputs * vec2<f32>(pa.y, pb.y);
 #else
     let x0 = staged[unit];
@@ -350,12 +341,12 @@ fn pair_number(local: u32) -> u32 {
     return local * NUM_WORKGROUPS + own_workgroup;
 }
 
-#for P in QKV O GATE_UP DOWN HEAD
+#for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER HEAD:HEAD
 // Sends for the first units of a product: nothing that they depend on has to be waited for.
-fn prefetch_$P(place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
+fn prefetch_$P(place: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) {
     let split = $P_SPLIT;
     let row = 2u * pair_number(team / split);
-#repeat p PREFETCH
+#repeat p $T_PREFETCH
     if p < $P_STEPS {
         let unit = (p * split + team % split) * LANES + lane;
         (*ahead)[2u * p] = fetch_$P(place, row, unit);
@@ -366,18 +357,18 @@ fn prefetch_$P(place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
 
 // Multiplies the pair of rows that is this team's in a round with the staged activation, or its part of them, and sends for
 // what is multiplied next.
-fn multiply_pair_$P(place: u32, round: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> vec2<f32> {
+fn multiply_pair_$P(place: u32, round: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) -> vec2<f32> {
     let split = $P_SPLIT;
     let in_a_round = TEAMS / split;
     let row = 2u * pair_number(round * in_a_round + team / split);
     let next_row = 2u * pair_number((round + 1u) * in_a_round + team / split);
     var sums = vec2<f32>();
-    for (var step = 0u; step < $P_STEPS; step += PREFETCH) {
-        let last_of_round = step + PREFETCH >= $P_STEPS;
+    for (var step = 0u; step < $P_STEPS; step += $T_PREFETCH) {
+        let last_of_round = step + $T_PREFETCH >= $P_STEPS;
         let more = !last_of_round || round + 1u < $P_ROUNDS;
         let coming_row = select(row, next_row, last_of_round);
-        let coming_step = select(step + PREFETCH, 0u, last_of_round);
-#repeat p PREFETCH
+        let coming_step = select(step + $T_PREFETCH, 0u, last_of_round);
+#repeat p $T_PREFETCH
         if p < $P_STEPS {
             let a = (*ahead)[2u * p];
             let b = (*ahead)[2u * p + 1u];
@@ -397,9 +388,9 @@ fn multiply_pair_$P(place: u32, round: u32, ahead: ptr<function, array<Unit, 2u 
 }
 #endfor
 
-#for P in QKV O GATE_UP DOWN
+#for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER
 // Multiplies this workgroup's rows with the staged activation; sums of teams go to `partials`.
-fn multiply_$P(place: u32, ahead: ptr<function, array<Unit, 2u * PREFETCH>>) {
+fn multiply_$P(place: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) {
     for (var round = 0u; round < $P_ROUNDS; round++) {
         let sums = multiply_pair_$P(place, round, ahead);
         if lane == 0u {
@@ -432,11 +423,11 @@ fn has_pair_$P() -> bool {
 }
 #endfor
 
-#for P in QKV O GATE_UP DOWN HEAD
+#for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER HEAD:HEAD
 // Element `element` of the activation of a product.
 fn stage_$P(element: u32, value: f32) {
-    let within = element % QUAD_ELEMS;
-    staged[within / 4u * $P_QUADS + element / QUAD_ELEMS][within % 4u] = value;
+    let within = element % $T_QUAD_ELEMS;
+    staged[within / 4u * $P_QUADS + element / $T_QUAD_ELEMS][within % 4u] = value;
 }
 
 // Stages `count` elements from place `at` of the mail on, as the activation of the product, times a norm's weight from
@@ -448,7 +439,7 @@ fn stage_mail_$P(
     expected: u32,
     weight_at: u32,
     router_at: u32,
-    ahead: ptr<function, array<Unit, 2u * PREFETCH>>,
+    ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>,
 ) -> bool {
     var square = 0.0;
 #if ROUTED
@@ -486,11 +477,11 @@ fn stage_mail_$P(
             }
 #endrepeat
             // Compilers would move the loads to where their results are used; a poll more or less does no harm.
-#repeat p PREFETCH
+#repeat p $T_PREFETCH
             if p < $P_STEPS {
                 polls += u32((*ahead)[2u * p].codes.x == elements[0].y);
                 polls += u32((*ahead)[2u * p + 1u].codes.x == elements[0].y);
-#if QUANTISED
+#if $T_QUANTISED
                 polls += u32((*ahead)[2u * p].parameters == elements[0].y);
                 polls += u32((*ahead)[2u * p + 1u].parameters == elements[0].y);
 #endif
@@ -519,7 +510,7 @@ fn stage_mail_$P(
 #endrepeat
     }
     // The last unit may have more elements than there are.
-    for (var element = count + thread; element < $P_QUADS * QUAD_ELEMS; element += WORKGROUP_SIZE) {
+    for (var element = count + thread; element < $P_QUADS * $T_QUAD_ELEMS; element += WORKGROUP_SIZE) {
         stage_$P(element, 0.0);
     }
     if weight_at != NONE {
@@ -808,7 +799,7 @@ fn attend(
 }
 
 // Stages the attention of all heads, its parts merged; false if it does not come.
-fn stage_attention(ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> bool {
+fn stage_attention(ahead: ptr<function, array<Unit_LAYER, 2u * LAYER_PREFETCH>>) -> bool {
     let splits = num_splits();
     if splits == 1u {
         return stage_mail_O(ATTENTION, Q_DIM, tag, NONE, NONE, ahead);
@@ -841,7 +832,7 @@ fn stage_attention(ahead: ptr<function, array<Unit, 2u * PREFETCH>>) -> bool {
         }
     }
     workgroupBarrier();
-    for (var element = thread; element < O_QUADS * QUAD_ELEMS; element += WORKGROUP_SIZE) {
+    for (var element = thread; element < O_QUADS * LAYER_QUAD_ELEMS; element += WORKGROUP_SIZE) {
         var value = 0.0;
         if element < Q_DIM {
             let first = element / HEAD_DIM * splits;
@@ -970,22 +961,23 @@ fn enter_group(group: u32) {
 
 // Elements `column` and `column + 1` of a token's embedding.
 fn embedded(token: u32, column: u32) -> vec2<f32> {
-    let unit = fetch_EMBED(0u, token, column / QUAD_ELEMS);
-    let within = column % QUAD_ELEMS;
-#if WEIGHT_F16
+    let unit = fetch_EMBED(0u, token, column / HEAD_QUAD_ELEMS);
+    let within = column % HEAD_QUAD_ELEMS;
+#if HEAD_F16
     return unpack2x16float(unit.codes[within / 2u]);
-#elif WEIGHT_BF16
+#elif HEAD_BF16
     let word = unit.codes[within / 2u];
     return bitcast<vec2<f32>>(vec2<u32>(word << 16u, word & 0xffff0000u));
-#elif QUANTISED
+#elif HEAD_QUANTISED
     let eight = within / 8u;
-#if WEIGHT_Q8
-    let codes = code_values(vec2<u32>(unit.codes[2u * eight], unit.codes[2u * eight + 1u]));
+#if HEAD_Q8
+    let codes = q8_values(vec2<u32>(unit.codes[2u * eight], unit.codes[2u * eight + 1u]));
+    let parameters = vec2<f32>(q8_scale(unit.parameters, column / GROUP), 0.0);
 #else
-    let codes = code_values(unit.codes[eight]);
+    let codes = q4_values(unit.codes[eight]);
+    let parameters = q4_scale_offset(unit.parameters);
 #endif
     let four = codes[within / 4u % 2u];
-    let parameters = unpack_parameters(unit.parameters, column / GROUP);
     return vec2<f32>(four[within % 4u], four[within % 4u + 1u]) * parameters.x + parameters.y;
 #else
     return bitcast<vec2<f32>>(vec2<u32>(unit.codes[within], unit.codes[within + 1u]));
@@ -1005,7 +997,7 @@ fn run_layers() -> bool {
     var own_running = vec2<f32>();
     var running_tag = 0u;
 #endif
-    var ahead: array<Unit, 2u * PREFETCH>;
+    var ahead: array<Unit_LAYER, 2u * LAYER_PREFETCH>;
     var ahead_keys: array<KvUnit, KEYS>;
     var ahead_values: array<KvUnit, KEYS>;
     if has_pair_DOWN() {
@@ -1178,13 +1170,14 @@ fn run_layers() -> bool {
     if (rows[0].flags & ROW_SAMPLE) == 0u {
         return true;
     }
-    prefetch_HEAD(0u, &ahead);
-    if !stage_mail_HEAD(0u, HIDDEN_SIZE, hidden_tag, params.final_norm * HIDDEN_SIZE, NONE, &ahead) {
+    var ahead_head: array<Unit_HEAD, 2u * HEAD_PREFETCH>;
+    prefetch_HEAD(0u, &ahead_head);
+    if !stage_mail_HEAD(0u, HIDDEN_SIZE, hidden_tag, params.final_norm * HIDDEN_SIZE, NONE, &ahead_head) {
         return false;
     }
     let factor = norm_factor();
     for (var round = 0u; round < HEAD_ROUNDS; round++) {
-        let sums = multiply_pair_HEAD(0u, round, &ahead);
+        let sums = multiply_pair_HEAD(0u, round, &ahead_head);
         let outputs = pair_number(round * TEAMS + team);
         if lane == 0u && 2u * outputs < HEAD_ROWS {
             logits[outputs] = sums * factor;

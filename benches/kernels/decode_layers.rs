@@ -1,6 +1,6 @@
-//! `decode_layers`: four layers of every shape, embedding and head at two positions, f16, q8 and q4 weights, f16 caches, on as many workgroups as
-//! the device runs at a time; throughput counts the bytes of the weights. Four layers of a small shape stay in a large GPU's
-//! cache, where a whole model's do not.
+//! `decode_layers`: four layers of every shape, embedding and head at two positions, f16, q8 and q4 weights (whose head is q8), f16
+//! caches, on as many workgroups as the device runs at a time; throughput counts the bytes of the weights. Four layers of a small
+//! shape stay in a large GPU's cache, where a whole model's do not.
 
 use criterion::Criterion;
 use mor_bench::{SHAPES, Shape, is_wanted, record, time_read};
@@ -35,11 +35,12 @@ const ON_CPU: &[Shape] = &[Shape {
 
 pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     let caps = gpu.caps();
-    let types = [(DType::F16, "f16"), (DType::Q8, "q8"), (DType::Q4, "q4")];
+    // Of layers and head: those of models.
+    let types = [([DType::F16; 2], "f16"), ([DType::Q8; 2], "q8"), ([DType::Q4, DType::Q8], "q4")];
     // Compilers of CPUs take seconds for each.
     let (shapes, types) = if caps.is_cpu { (ON_CPU, &types[..1]) } else { (SHAPES, &types[..]) };
     for sizes in shapes {
-        for &(weight_dtype, suffix) in types {
+        for &([layer_dtype, head_dtype], suffix) in types {
             let what = format!("{}/{suffix}", sizes.name);
             let attention = AttentionShape {
                 num_attention_heads: sizes.num_attention_heads,
@@ -53,14 +54,15 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 mlp_dim: sizes.intermediate_size,
                 vocab_size: sizes.vocab_size,
                 attention,
-                weight_dtype,
+                layer_dtype,
+                head_dtype,
                 router_dtype: DType::F32,
                 routing: LayerRouting::Fixed,
             };
             if !is_wanted(&format!("decode_layers/{what}")) {
                 continue;
             }
-            let bytes = stack_bytes(sizes, weight_dtype).into_iter().max().unwrap_or(0);
+            let bytes = stack_bytes(sizes, &shape).into_iter().max().unwrap_or(0);
             if bytes > caps.max_storage_binding_bytes {
                 eprintln!("{what} skipped: {bytes} bytes of weights are more than one binding holds");
                 continue;
@@ -70,25 +72,25 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     }
 }
 
-/// Outputs and inputs of the four products of all layers, and of the head.
-fn products(sizes: &Shape) -> [[usize; 2]; 5] {
+/// Outputs, inputs and types of the four products of all layers, and of the head.
+fn products(sizes: &Shape, shape: &LayersShape) -> [(usize, usize, DType); 5] {
     let (c, mlp) = (sizes.hidden_size as usize, sizes.intermediate_size as usize);
     let q_dim = (sizes.num_attention_heads * sizes.head_dim) as usize;
     let kv_dim = (sizes.num_key_value_heads * sizes.head_dim) as usize;
     let layers = [[q_dim + 2 * kv_dim, c], [c, q_dim], [2 * mlp, c], [c, mlp]];
-    let [qkv, o, gate_up, down] = layers.map(|[rows, columns]| [NUM_LAYERS as usize * rows, columns]);
-    [qkv, o, gate_up, down, [sizes.vocab_size as usize, c]]
+    let [qkv, o, gate_up, down] =
+        layers.map(|[rows, columns]| (NUM_LAYERS as usize * rows, columns, shape.layer_dtype));
+    [qkv, o, gate_up, down, (sizes.vocab_size as usize, c, shape.head_dtype)]
 }
 
-fn stack_bytes(sizes: &Shape, dtype: DType) -> [u64; 5] {
-    products(sizes).map(|[o, k]| (o * dtype.row_bytes(k)) as u64)
+fn stack_bytes(sizes: &Shape, shape: &LayersShape) -> [u64; 5] {
+    products(sizes, shape).map(|(rows, columns, dtype)| (rows * dtype.row_bytes(columns)) as u64)
 }
 
 /// Checks and times the layers of one shape.
 fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape: LayersShape) {
     let mut rng = Rng::new(what);
-    let dtype = shape.weight_dtype;
-    let stack = |[rows, k]: [usize; 2], rng: &mut Rng| {
+    let stack = |(rows, k, dtype): (usize, usize, DType), rng: &mut Rng| {
         let (distinct, values) = parity::upload_weight(gpu, rng, DISTINCT_ROWS, k, dtype);
         let packed: Vec<u8> = gpu.read(&distinct).expect("the device answers");
         let packed: Vec<u8> = packed.into_iter().cycle().take(rows * dtype.row_bytes(k)).collect();
@@ -97,7 +99,7 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
         (weight.into_weight(gpu).expect("a texture of as many bytes fits"), values)
     };
     let [(qkv, qkv_proj), (o, o_proj), (gate_up, gate_up_proj), (down, down_proj), (head, lm_head)] =
-        products(sizes).map(|product| stack(product, &mut rng));
+        products(sizes, &shape).map(|product| stack(product, &mut rng));
 
     let (c, head_dim) = (sizes.hidden_size as usize, sizes.head_dim as usize);
     let kv_dim = sizes.num_key_value_heads as usize * head_dim;
@@ -243,7 +245,7 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
         decode_layers(&shape, &params, &steps, &row, &mut state);
         // Keys and values are stored as halves.
         parity::assert_close(&id, &logits.read(gpu), &state.logits, Tolerance::F16);
-        let bytes = stack_bytes(sizes, dtype).iter().sum();
+        let bytes = stack_bytes(sizes, &shape).iter().sum();
         time_read(criterion, gpu, "decode_layers", &format!("{id}/{num_workgroups}"), bytes, &plan, &reset);
     }
 }

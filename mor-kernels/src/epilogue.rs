@@ -263,7 +263,7 @@ impl<'a> Epilogue<'a> {
     }
 }
 
-/// Adds the flags of a weight's element type, read by `shared/weights.wgsl` and `shared/quantized.wgsl`.
+/// Adds the flags of a weight's element type, read by `shared/weights.wgsl` and `shared/quantized_units.wgsl`.
 pub fn define_weight(definitions: Definitions, dtype: DType) -> Definitions {
     let definitions = definitions
         .flag("WEIGHT_F16", dtype == DType::F16)

@@ -4,12 +4,14 @@
 //! * `#if NAME`, `#if !NAME`, `#elif NAME`, `#else`, `#endif` keep or drop lines by flag; they nest.
 //! * `#repeat i COUNT` to `#endrepeat` is written COUNT times, a constant, in blocks with `const i`; they nest. What must
 //!   be unrolled is, whatever the driver's compiler thinks of it.
-//! * `#for P in A B` to `#endfor` is written once for each name, with `$P` replaced by it, within words too; they nest. Functions
-//!   that are called from one place are inlined, whatever the driver's compiler thinks of their size.
+//! * `#for P in A B` to `#endfor` is written once for each name, with `$P` replaced by it, within words and directives too; they
+//!   nest. `#for P T in A:X B:Y` replaces several. Functions that are called from one place are inlined, whatever the driver's
+//!   compiler thinks of their size.
 //! * `enable NAME;` moves to the top, where WGSL wants it.
 //! * Every constant of the specialisation becomes a `const` at the top, so a number that Rust and WGSL
 //!   both need is written in Rust only.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
@@ -86,50 +88,83 @@ pub(crate) fn specialise(name: &str, source: Option<&str>, definitions: &Definit
     Ok(out)
 }
 
-/// Copies `lines` of the shader `name` to `out`, those of `#repeat` and `#for` as often as they ask for.
-fn repeat(name: &str, lines: &[&str], definitions: &Definitions, out: &mut String) -> Result<(), String> {
-    let mut next = 0;
-    while next < lines.len() {
-        let line = lines[next].trim();
-        let Some((word, header)) = ["repeat", "for"].iter().find_map(|word| {
-            let header = line.strip_prefix('#')?.strip_prefix(word)?.strip_prefix(' ')?;
-            Some((word, header))
-        }) else {
-            if let Some(word) = line.strip_prefix("#end") {
-                return Err(format!("{name}: {line} without #{word}"));
-            }
-            out.push_str(lines[next]);
-            out.push('\n');
-            next += 1;
+/// How many of `lines`, the first of which begins a block `word`, are before the one that ends it.
+fn block_len<'a>(lines: impl Iterator<Item = &'a str>, word: &str) -> Option<usize> {
+    let (begins, ends) = (format!("#{word} "), format!("#end{word}"));
+    let mut depth = 0;
+    lines.into_iter().position(|line| {
+        depth += i32::from(line.trim_start().starts_with(&begins)) - i32::from(line.trim() == ends);
+        depth == 0
+    })
+}
+
+/// Appends numbered `lines` of the shader `name` to `out`, those of `#for` as often as they ask for.
+fn write_for_each<'a>(
+    name: &str,
+    lines: &[(usize, Cow<'a, str>)],
+    out: &mut Vec<(usize, Cow<'a, str>)>,
+) -> Result<(), String> {
+    let mut rest = lines;
+    while let [(number, line), after @ ..] = rest {
+        let directive = line.trim();
+        let at = || format!("{name}.wgsl:{number}: {directive}");
+        if directive == "#endfor" {
+            return Err(format!("{} without #for", at()));
+        }
+        let Some(header) = directive.strip_prefix("#for ") else {
+            out.push((*number, line.clone()));
+            rest = after;
             continue;
         };
-        let (begins, ends) = (format!("#{word} "), format!("#end{word}"));
-        let mut depth = 0;
-        let end = lines[next..].iter().position(|line| {
-            depth += i32::from(line.trim_start().starts_with(&begins)) - i32::from(line.trim() == ends);
-            depth == 0
-        });
-        let end = next + end.ok_or_else(|| format!("{name}: {line} without {ends}"))?;
-        let inner = &lines[next + 1..end];
-        next = end + 1;
-        if *word == "for" {
-            let (placeholder, names) =
-                header.split_once(" in ").ok_or_else(|| format!("{name}: {line} has no names"))?;
-            for each in names.split_whitespace() {
-                let inner: Vec<_> = inner.iter().map(|line| line.replace(&format!("${placeholder}"), each)).collect();
-                repeat(name, &inner.iter().map(String::as_str).collect::<Vec<_>>(), definitions, out)?;
+        let len = block_len(rest.iter().map(|(_, line)| &**line), "for");
+        let len = len.ok_or_else(|| format!("{} without #endfor", at()))?;
+        let (placeholders, names) = header.split_once(" in ").ok_or_else(|| format!("{} has no names", at()))?;
+        let placeholders: Vec<_> = placeholders.split_whitespace().map(|name| format!("${name}")).collect();
+        for names in names.split_whitespace() {
+            let each: Vec<_> = names.split(':').collect();
+            if each.len() != placeholders.len() {
+                return Err(format!("{}: {names} is not {} names", at(), placeholders.len()));
             }
-            continue;
+            let replaced = |(number, line): &(usize, Cow<'a, str>)| {
+                let names = placeholders.iter().zip(&each);
+                let line = names.fold(line.clone(), |line, (placeholder, name)| {
+                    if line.contains(placeholder) { line.replace(placeholder, name).into() } else { line }
+                });
+                (*number, line)
+            };
+            write_for_each(name, &rest[1..len].iter().map(replaced).collect::<Vec<_>>(), out)?;
         }
+        rest = &rest[len + 1..];
+    }
+    Ok(())
+}
+
+/// Copies `lines` of the shader `name` to `out`, those of `#repeat` as often as they ask for.
+fn repeat(name: &str, lines: &[&str], definitions: &Definitions, out: &mut String) -> Result<(), String> {
+    let mut rest = lines;
+    while let [line, after @ ..] = rest {
+        let directive = line.trim();
+        if directive == "#endrepeat" {
+            return Err(format!("{name}: {directive} without #repeat"));
+        }
+        let Some(header) = directive.strip_prefix("#repeat ") else {
+            out.push_str(line);
+            out.push('\n');
+            rest = after;
+            continue;
+        };
+        let len = block_len(rest.iter().copied(), "repeat");
+        let len = len.ok_or_else(|| format!("{name}: {directive} without #endrepeat"))?;
         let (index, count) = header.split_once(' ').ok_or_else(|| format!("{name}: #repeat {header} has no count"))?;
         let Some(&Constant::U32(count)) = definitions.constants.get(count.trim()) else {
             return Err(format!("{name}: #repeat {header} counts to no constant of the specialisation"));
         };
         for i in 0..count {
             writeln!(out, "{{\nconst {index}: u32 = {i}u;").expect("writing to a String cannot fail");
-            repeat(name, inner, definitions, out)?;
+            repeat(name, &rest[1..len], definitions, out)?;
             out.push_str("}\n");
         }
+        rest = &rest[len + 1..];
     }
     Ok(())
 }
@@ -149,8 +184,11 @@ fn expand(
         Some(flag) => !definitions.flags.contains(flag.trim()),
         None => definitions.flags.contains(condition.trim()),
     };
-    for (index, line) in text.lines().enumerate() {
-        let at = || format!("{name}.wgsl:{}", index + 1);
+    let numbered: Vec<_> = text.lines().enumerate().map(|(index, line)| (index + 1, line.into())).collect();
+    let mut lines = Vec::new();
+    write_for_each(name, &numbered, &mut lines)?;
+    for (number, line) in lines {
+        let at = || format!("{name}.wgsl:{number}");
         let directive = line.trim_start();
         let kept = open.iter().all(|(kept, _)| *kept);
         if let Some(condition) = directive.strip_prefix("#if ") {
@@ -173,8 +211,7 @@ fn expand(
                 expand(path.trim(), None, definitions, imported, enables, body)?;
             }
         } else {
-            let is_repeated =
-                ["#repeat ", "#for ", "#endrepeat", "#endfor"].iter().any(|word| directive.starts_with(word));
+            let is_repeated = ["#repeat ", "#endrepeat"].iter().any(|word| directive.starts_with(word));
             if directive.starts_with('#') && !is_repeated {
                 return Err(format!("{}: unknown directive {directive}", at()));
             }
@@ -207,6 +244,8 @@ mod tests {
             format!("{{\nconst i: u32 = 0u;\n{call}\n}}\n{{\nconst i: u32 = 1u;\n{call}\n}}\n")
         });
         assert_eq!(specialised(source), Ok(format!("const N: u32 = 2u;\n{}", blocks.concat())));
+        let source = "#for P T in QKV:ON HEAD:OFF\n#if $T\n$P();\n#else\nno_$P();\n#endif\n#endfor";
+        assert_eq!(specialised(source).as_deref(), Ok("const N: u32 = 2u;\nQKV();\nno_HEAD();\n"));
         for (source, message) in [
             ("#if ON", "mine.wgsl: #if without #endif"),
             ("\n#endif", "mine.wgsl:2: #endif without #if"),
@@ -216,9 +255,11 @@ mod tests {
             ("#import shared/none", "no shader source named shared/none"),
             ("#repeat i N", "mine: #repeat i N without #endrepeat"),
             ("#endrepeat", "mine: #endrepeat without #repeat"),
-            ("#for P in A", "mine: #for P in A without #endfor"),
-            ("#endfor", "mine: #endfor without #for"),
-            ("#for P\n#endfor", "mine: #for P has no names"),
+            ("#for P in A", "mine.wgsl:1: #for P in A without #endfor"),
+            ("#endfor", "mine.wgsl:1: #endfor without #for"),
+            ("#for P\n#endfor", "mine.wgsl:1: #for P has no names"),
+            ("#for P T in A:B C\n#endfor", "mine.wgsl:1: #for P T in A:B C: C is not 2 names"),
+            ("#for P in A\n\n#define $P\n#endfor", "mine.wgsl:3: unknown directive #define A"),
             ("#repeat i\n#endrepeat", "mine: #repeat i has no count"),
             ("#repeat i M\n#endrepeat", "mine: #repeat i M counts to no constant of the specialisation"),
         ] {

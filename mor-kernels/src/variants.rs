@@ -348,12 +348,15 @@ fn add_decode_layers(list: &mut List) {
         let [hidden_size, mlp_dim, num_attention_heads, num_key_value_heads, head_dim] = sizes[i % sizes.len()];
         let kv_dtype = if i / 2 % 2 == 0 { DType::F16 } else { DType::F32 };
         let kv_table = KvTable::Pages;
+        let layer_dtype = WEIGHT_DTYPES[i % WEIGHT_DTYPES.len()];
         let shape = LayersShape {
             hidden_size,
             mlp_dim,
             vocab_size: [333, 49152][i % 2],
             attention: AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table },
-            weight_dtype: WEIGHT_DTYPES[i % WEIGHT_DTYPES.len()],
+            layer_dtype,
+            // As models have it.
+            head_dtype: if layer_dtype == DType::Q4 { DType::Q8 } else { layer_dtype },
             router_dtype: PLAIN_DTYPES[i / 4 % PLAIN_DTYPES.len()],
             routing: routings[i % routings.len()],
         };

@@ -35,7 +35,7 @@ pub struct LayersTensors {
 
 impl LayersTensors {
     /// For steps of `step`, which has room for one row and the tensor that its rows come from, over the caches `kv`; `None` where the model has what the kernel has not
-    /// (adapters, encodings, K/V that recursions share, routers of two matrices or with an auxiliary one, matrices of different
+    /// (adapters, encodings, K/V that recursions share, routers of two matrices or with an auxiliary one, layers of different
     /// types, a head of several parts), or the device cannot run it. Waits for trials of how many workgroups run at a time.
     ///
     /// # Errors
@@ -195,10 +195,10 @@ fn shape(model: &MorModel) -> Option<LayersShape> {
     });
     let linear =
         weights.routers.as_ref().is_none_or(|routers| routers.router.hidden.is_empty() && routers.aux.is_none());
-    let weight_dtype = weights.layers[0].o_proj.weight.dtype;
+    let (layer_dtype, head_dtype) = (weights.layers[0].o_proj.weight.dtype, weights.lm_head.dtype);
     let whole = [&weights.embed_tokens, &weights.lm_head]
         .iter()
-        .all(|matrix| matrix.shards.len() == 1 && matrix.dtype == weight_dtype);
+        .all(|matrix| matrix.shards.len() == 1 && matrix.dtype == head_dtype);
     if !plain || !linear || !whole || config.is_routed() != weights.routers.is_some() {
         return None;
     }
@@ -223,7 +223,8 @@ fn shape(model: &MorModel) -> Option<LayersShape> {
         mlp_dim: weights.layers[0].down_proj.weight.in_features as u32,
         vocab_size: config.vocab_size as u32,
         attention: model.attention_shape(),
-        weight_dtype,
+        layer_dtype,
+        head_dtype,
         router_dtype: weights.routers.as_ref().map_or(DType::F32, |routers| routers.router.output.dtype()),
         routing,
     })

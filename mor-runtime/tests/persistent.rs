@@ -9,7 +9,7 @@ use common::{TinyModel, llama_config};
 use mor_kernels::Gpu;
 use mor_kernels::gpu::GpuOptions;
 use mor_kernels::parity::{self, Rng};
-use mor_model::{Checkpoint, Dtype, MorModel, Precision};
+use mor_model::{Checkpoint, Dtype, MorModel, Precision, Quantization};
 use mor_runtime::{
     BatchOptions, Event, FinishReason, GenerateRequest, SamplingParams, SequenceHandle, Session, Summary,
 };
@@ -101,6 +101,27 @@ fn a_wait_in_vain_costs_no_token() {
             assert_eq!(session.is_persistent(), fails.is_none(), "{mor} {fails:?}");
             assert_eq!((&found.tokens, &found.depths), (&want.tokens, &want.depths), "{mor} {fails:?}");
             assert_eq!(found.kv_entries, want.kv_entries, "{mor} {fails:?}");
+        }
+    }
+}
+
+/// Of q4 the layers have one type, embedding and head another.
+#[test]
+fn quantised_models_draw_the_same() {
+    if !is_possible() {
+        return;
+    }
+    for mor in models() {
+        for format in Quantization::ALL {
+            let checkpoint = tiny(&mor).checkpoint(Dtype::F32).expect("the tiny model is complete");
+            let checkpoint = checkpoint.quantize(*format).expect("the weights are small");
+            let run = |persistent| {
+                let mut session = open(&checkpoint, BatchOptions { persistent, ..BatchOptions::default() });
+                let found = generate(&mut session, &request(&PROMPT, 24), None);
+                assert_eq!(session.is_persistent(), persistent, "{mor} {format}");
+                (found.tokens, found.depths, found.kv_entries)
+            };
+            assert_eq!(run(true), run(false), "{mor} {format}");
         }
     }
 }

@@ -1,9 +1,51 @@
-// Units of 8 elements of quantised rows, fetched and dequantised. Without the flag QUANTISED this file is empty.
+// Quantised rows of a weight (mor-kernels/src/quantize.rs), and units of 8 of their elements, fetched and dequantised: codes in
+// the order of the elements, then the parameters of each group of GROUP elements, in whole quads of four u32. Flags:
+// QUANTISED, with WEIGHT_Q8 or WEIGHT_Q4; without, this file is empty.
 //
 // The including kernel declares `fn weight_word(at: u32) -> u32`: u32 number `at` of the weight.
-#import shared/quantized
-
 #if QUANTISED
+#if WEIGHT_Q8
+#import shared/q8
+// Quads of codes of a group, and its f16 parameters.
+const GROUP_QUADS: u32 = GROUP / 16u;
+const GROUP_PARAMETERS: u32 = Q8_PARAMETERS;
+// Codes of 8 elements.
+alias Codes = vec2<u32>;
+
+fn code_values(codes: Codes) -> mat2x4<f32> {
+    return q8_values(codes);
+}
+
+// Scale and offset of a group.
+fn unpack_parameters(parameters: u32, group: u32) -> vec2<f32> {
+    return vec2<f32>(q8_scale(parameters, group), 0.0);
+}
+#else
+#import shared/q4
+const GROUP_QUADS: u32 = GROUP / 32u;
+const GROUP_PARAMETERS: u32 = Q4_PARAMETERS;
+alias Codes = u32;
+
+fn code_values(codes: Codes) -> mat2x4<f32> {
+    return q4_values(codes);
+}
+
+fn unpack_parameters(parameters: u32, group: u32) -> vec2<f32> {
+    return q4_scale_offset(parameters);
+}
+#endif
+
+// Quads of a row.
+fn row_quads(in_features: u32) -> u32 {
+    let groups = (in_features + GROUP - 1u) / GROUP;
+    return groups * GROUP_QUADS + (groups * GROUP_PARAMETERS + 7u) / 8u;
+}
+
+// Where in its row the u32 with the parameters of `group` is.
+fn parameters_at(group: u32, in_features: u32) -> u32 {
+    return (in_features + GROUP - 1u) / GROUP * GROUP_QUADS * 4u + group * GROUP_PARAMETERS / 2u;
+}
+
 // A unit of 8 elements as it is fetched.
 struct QuantisedUnit {
     codes: Codes,

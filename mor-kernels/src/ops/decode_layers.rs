@@ -48,8 +48,10 @@ pub struct LayersShape {
     pub vocab_size: u32,
     /// Heads and caches; pages only.
     pub attention: AttentionShape,
-    /// Type of the four matrices of layers, of the embeddings and of the head.
-    pub weight_dtype: DType,
+    /// Type of the four matrices of layers.
+    pub layer_dtype: DType,
+    /// Type of the embeddings and of the head.
+    pub head_dtype: DType,
     /// Type of the router.
     pub router_dtype: DType,
     /// How the row comes to its depth.
@@ -75,8 +77,10 @@ pub struct DecodeLayers {
     pub workgroup_size: u32,
     /// Workgroups, all of which run at a time.
     pub num_workgroups: u32,
-    /// Units of each of two rows that a lane has on their way, also before the activation is there.
-    pub prefetch: u32,
+    /// Units of each of two rows of a layer's matrices that a lane has on their way, also before the activation is there.
+    pub layer_prefetch: u32,
+    /// The same of the head.
+    pub head_prefetch: u32,
     /// Elements that a thread waits for at a time.
     pub batch: u32,
     /// Keys that a lane fetches at a time.
@@ -239,6 +243,65 @@ const SPLIT_KEYS: u32 = 192;
 /// Most workgroups that share a head.
 const MAX_SPLITS: u32 = 16;
 
+/// What the shader calls the properties of a type of matrices.
+struct TypeNames {
+    f16: &'static str,
+    bf16: &'static str,
+    q8: &'static str,
+    q4: &'static str,
+    quantised: &'static str,
+    quad_elems: &'static str,
+    unit_codes: &'static str,
+    prefetch: &'static str,
+}
+
+const LAYER_TYPE: TypeNames = TypeNames {
+    f16: "LAYER_F16",
+    bf16: "LAYER_BF16",
+    q8: "LAYER_Q8",
+    q4: "LAYER_Q4",
+    quantised: "LAYER_QUANTISED",
+    quad_elems: "LAYER_QUAD_ELEMS",
+    unit_codes: "LAYER_UNIT_CODES",
+    prefetch: "LAYER_PREFETCH",
+};
+
+const HEAD_TYPE: TypeNames = TypeNames {
+    f16: "HEAD_F16",
+    bf16: "HEAD_BF16",
+    q8: "HEAD_Q8",
+    q4: "HEAD_Q4",
+    quantised: "HEAD_QUANTISED",
+    quad_elems: "HEAD_QUAD_ELEMS",
+    unit_codes: "HEAD_UNIT_CODES",
+    prefetch: "HEAD_PREFETCH",
+};
+
+fn define_type(definitions: Definitions, names: &TypeNames, dtype: DType, prefetch: u32) -> Definitions {
+    let definitions = definitions
+        .flag(names.f16, dtype == DType::F16)
+        .flag(names.bf16, dtype == DType::BF16)
+        .flag(names.q8, dtype == DType::Q8)
+        .flag(names.q4, dtype == DType::Q4)
+        .flag(names.quantised, dtype.is_quantized())
+        .u32(names.quad_elems, quad_elems(dtype))
+        .u32(names.prefetch, prefetch);
+    if !dtype.is_quantized() {
+        return definitions;
+    }
+    definitions.u32("GROUP", quantize::GROUP as u32).u32(names.unit_codes, quad_elems(dtype) / 8)
+}
+
+/// Elements of 16 bytes of a row.
+fn quad_elems(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 | DType::U32 => 4,
+        DType::F16 | DType::BF16 => 8,
+        DType::Q8 => 16,
+        DType::Q4 => 32,
+    }
+}
+
 impl DecodeLayers {
     /// The kernel for `shape` on a device that runs `num_workgroups` workgroups at a time.
     ///
@@ -248,10 +311,19 @@ impl DecodeLayers {
         // More threads would leave each few registers for what is on its way.
         let workgroup_size = caps.max_workgroup_size.min(512);
         // Measured on an H200. A quantised row is half as many units.
-        let prefetch = if shape.weight_dtype.is_quantized() { 2 } else { 4 };
+        let prefetch = |dtype: DType| if dtype.is_quantized() { 2 } else { 4 };
         // What a thread has of a stream.
         let batch = shape.hidden_size.div_ceil(workgroup_size).next_power_of_two().clamp(2, 4);
-        let kernel = Self { shape, max_steps, workgroup_size, num_workgroups, prefetch, batch, keys: 2 };
+        let kernel = Self {
+            shape,
+            max_steps,
+            workgroup_size,
+            num_workgroups,
+            layer_prefetch: prefetch(shape.layer_dtype),
+            head_prefetch: prefetch(shape.head_dtype),
+            batch,
+            keys: 2,
+        };
         let refuse = |what, found: u32, limit: u32, why: &str| {
             Err(KernelError::Limit {
                 kernel: Self::NAME,
@@ -340,43 +412,41 @@ impl DecodeLayers {
         (self.num_workgroups / self.shape.attention.num_attention_heads).clamp(1, MAX_SPLITS)
     }
 
-    /// Elements of 16 bytes of a row.
-    fn quad_elems(&self) -> u32 {
-        match self.shape.weight_dtype {
-            DType::F32 | DType::U32 => 4,
-            DType::F16 | DType::BF16 => 8,
-            DType::Q8 => 16,
-            DType::Q4 => 32,
-        }
-    }
-
     /// How the four products of a layer are divided: q, k and v; output; gate and up; down.
     fn divisions(&self, caps: &DeviceCaps) -> [Division; 4] {
         let (hidden_size, mlp_dim) = (self.shape.hidden_size, self.shape.mlp_dim);
         let teams = self.workgroup_size / caps.lanes().width();
-        [
-            self.divide(caps, [self.q_dim() + 2 * self.kv_dim(), hidden_size], teams),
-            self.divide(caps, [hidden_size, self.q_dim()], teams),
-            self.divide(caps, [2 * mlp_dim, hidden_size], teams),
-            self.divide(caps, [hidden_size, mlp_dim], teams),
-        ]
+        let products = [
+            [self.q_dim() + 2 * self.kv_dim(), hidden_size],
+            [hidden_size, self.q_dim()],
+            [2 * mlp_dim, hidden_size],
+            [hidden_size, mlp_dim],
+        ];
+        products.map(|product| self.divide(caps, product, self.shape.layer_dtype, self.layer_prefetch, teams))
     }
 
     /// How the head is divided. Its outputs, of which a workgroup has more than threads, go where they belong as soon as a team has
     /// them, so no teams share any.
     fn head_division(&self, caps: &DeviceCaps) -> Division {
-        self.divide(caps, [self.shape.vocab_size, self.shape.hidden_size], 1)
+        let product = [self.shape.vocab_size, self.shape.hidden_size];
+        self.divide(caps, product, self.shape.head_dtype, self.head_prefetch, 1)
     }
 
     /// The fastest division that lets up to `max_split` teams, a power of two, share a pair of outputs.
-    fn divide(&self, caps: &DeviceCaps, [rows, in_features]: [u32; 2], max_split: u32) -> Division {
-        let dtype = self.shape.weight_dtype;
+    fn divide(
+        &self,
+        caps: &DeviceCaps,
+        [rows, in_features]: [u32; 2],
+        dtype: DType,
+        prefetch: u32,
+        max_split: u32,
+    ) -> Division {
         let lanes = caps.lanes().width();
         let teams = self.workgroup_size / lanes;
         let quads = match dtype.is_quantized() {
             // Whole groups.
-            true => in_features.div_ceil(quantize::GROUP as u32) * quantize::GROUP as u32 / self.quad_elems(),
-            false => in_features / self.quad_elems(),
+            true => in_features.next_multiple_of(quantize::GROUP as u32) / quad_elems(dtype),
+            false => in_features / quad_elems(dtype),
         };
         let stride = dtype.row_bytes(in_features as usize) as u32 / 16;
         let pairs = rows.div_ceil(2).div_ceil(self.num_workgroups);
@@ -384,7 +454,7 @@ impl DecodeLayers {
         // over lanes, which takes as long as a unit.
         let split_into = |split: u32| {
             let steps = quads.div_ceil(split * lanes);
-            let steps = if steps > self.prefetch { steps.next_multiple_of(self.prefetch) } else { steps };
+            let steps = if steps > prefetch { steps.next_multiple_of(prefetch) } else { steps };
             (pairs.div_ceil(teams / split), steps)
         };
         let splits = (0..=max_split.ilog2()).map(|log2| 1 << log2);
@@ -401,7 +471,9 @@ impl DecodeLayers {
     fn storage(&self, caps: &DeviceCaps) -> (u32, u32) {
         let teams = self.workgroup_size / caps.lanes().width();
         let divisions = self.divisions(caps);
-        let activation = divisions.iter().map(|division| division.quads * self.quad_elems() / 4).max().unwrap_or(0);
+        let vec4s = |division: &Division, dtype| division.quads * quad_elems(dtype) / 4;
+        let layer = divisions.iter().map(|division| vec4s(division, self.shape.layer_dtype)).max().unwrap_or(0);
+        let activation = layer.max(vec4s(&self.head_division(caps), self.shape.head_dtype));
         let partials = divisions.iter().map(|division| division.rounds * teams).max().unwrap_or(0);
         let head_quads = self.shape.attention.head_dim / 4;
         let parts = self.shape.attention.num_attention_heads * self.max_splits();
@@ -466,8 +538,6 @@ impl Kernel for DecodeLayers {
             .u32("NUM_ATTENTION_HEADS", shape.attention.num_attention_heads)
             .u32("NUM_KEY_VALUE_HEADS", shape.attention.num_key_value_heads)
             .u32("HEAD_DIM", shape.attention.head_dim)
-            .u32("PREFETCH", self.prefetch)
-            .u32("QUAD_ELEMS", self.quad_elems())
             .u32("KEY_LANES", (shape.attention.head_dim / 8).next_power_of_two())
             .u32("KEYS", self.keys)
             .u32("BATCH", self.batch)
@@ -485,17 +555,11 @@ impl Kernel for DecodeLayers {
             .flag("SIGMOID", gate == "SIGMOID")
             .flag("TANH", gate == "TANH")
             .flag("SOFTMAX", gate == "SOFTMAX")
-            .flag("WEIGHT_F16", shape.weight_dtype == DType::F16)
-            .flag("WEIGHT_BF16", shape.weight_dtype == DType::BF16)
-            .flag("QUANTISED", shape.weight_dtype.is_quantized())
-            .flag("WEIGHT_Q8", shape.weight_dtype == DType::Q8)
-            .flag("WEIGHT_Q4", shape.weight_dtype == DType::Q4)
             .flag("KV_F16", shape.attention.kv_dtype == DType::F16)
             .flag("ROUTER_F16", shape.router_dtype == DType::F16)
             .flag("ROUTER_BF16", shape.router_dtype == DType::BF16);
-        if shape.weight_dtype.is_quantized() {
-            definitions = definitions.u32("GROUP", quantize::GROUP as u32).u32("UNIT_CODES", self.quad_elems() / 8);
-        }
+        definitions = define_type(definitions, &LAYER_TYPE, shape.layer_dtype, self.layer_prefetch);
+        definitions = define_type(definitions, &HEAD_TYPE, shape.head_dtype, self.head_prefetch);
         if let Some(routers) = self.routers() {
             definitions = definitions.u32("ROUTERS", routers);
         }
@@ -582,12 +646,14 @@ mod tests {
         router: Option<Tensor>,
     }
 
-    fn shape(sizes: [u32; 5], weight_dtype: DType, kv_dtype: DType, routing: LayerRouting) -> LayersShape {
+    fn shape(sizes: [u32; 5], dtypes: [DType; 2], kv_dtype: DType, routing: LayerRouting) -> LayersShape {
         let [hidden_size, mlp_dim, num_attention_heads, num_key_value_heads, head_dim] = sizes;
         let kv_table = KvTable::Pages;
         let attention = AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table };
-        let router_dtype = if weight_dtype.is_quantized() { DType::F16 } else { weight_dtype };
-        LayersShape { hidden_size, mlp_dim, vocab_size: VOCAB_SIZE, attention, weight_dtype, router_dtype, routing }
+        let [layer_dtype, head_dtype] = dtypes;
+        let router_dtype = if layer_dtype.is_quantized() { DType::F16 } else { layer_dtype };
+        let vocab_size = VOCAB_SIZE;
+        LayersShape { hidden_size, mlp_dim, vocab_size, attention, layer_dtype, head_dtype, router_dtype, routing }
     }
 
     impl Case {
@@ -605,14 +671,14 @@ mod tests {
                 shape.attention.num_attention_heads as usize * head_dim,
                 shape.attention.num_key_value_heads as usize * head_dim,
             );
-            let mut matrix =
-                |rows: usize, columns: usize| parity::upload_weight(gpu, rng, rows, columns, shape.weight_dtype);
-            let (qkv, qkv_proj) = matrix(4 * (q_dim + 2 * kv_dim), c);
-            let (o, o_proj) = matrix(4 * c, q_dim);
-            let (gate_up, gate_up_proj) = matrix(4 * 2 * mlp_dim, c);
-            let (down, down_proj) = matrix(4 * c, mlp_dim);
-            let (embed, embed_tokens) = matrix(VOCAB_SIZE as usize, c);
-            let (head, lm_head) = matrix(VOCAB_SIZE as usize, c);
+            let mut matrix = |rows: usize, columns: usize, dtype| parity::upload_weight(gpu, rng, rows, columns, dtype);
+            let (layer_dtype, head_dtype) = (shape.layer_dtype, shape.head_dtype);
+            let (qkv, qkv_proj) = matrix(4 * (q_dim + 2 * kv_dim), c, layer_dtype);
+            let (o, o_proj) = matrix(4 * c, q_dim, layer_dtype);
+            let (gate_up, gate_up_proj) = matrix(4 * 2 * mlp_dim, c, layer_dtype);
+            let (down, down_proj) = matrix(4 * c, mlp_dim, layer_dtype);
+            let (embed, embed_tokens) = matrix(VOCAB_SIZE as usize, c, head_dtype);
+            let (head, lm_head) = matrix(VOCAB_SIZE as usize, c, head_dtype);
             let is_routed = shape.routing != LayerRouting::Fixed;
             let (router, router_values) = parity::upload_weight(gpu, rng, NUM_RECURSIONS, c, shape.router_dtype);
 
@@ -863,12 +929,24 @@ mod tests {
                 token(TokenGate::Softmax, false),
                 token(TokenGate::Sigmoid, true),
             ];
-            let dtypes = [DType::F32, DType::F16, DType::BF16, DType::Q8, DType::Q4];
+            // Of layers and head: those of models, then others.
+            let dtypes = [
+                [DType::F32, DType::F32],
+                [DType::Q4, DType::Q8],
+                [DType::F16, DType::F16],
+                [DType::BF16, DType::BF16],
+                [DType::Q8, DType::Q8],
+                [DType::F32, DType::BF16],
+                [DType::Q4, DType::Q4],
+                [DType::F16, DType::Q8],
+                [DType::BF16, DType::F32],
+                [DType::Q8, DType::F16],
+            ];
             // Every type and every routing; a driver takes seconds to compile each.
-            let cases = (0..if profile == "checked" { 3 } else { 10 }).map(|i| (dtypes[i % 5], routings[i % 6], i));
-            for (weight_dtype, routing, i) in cases {
+            let cases = (0..if profile == "checked" { 3 } else { 10 }).map(|i| (dtypes[i], routings[i % 6], i));
+            for (dtypes, routing, i) in cases {
                 let kv_dtype = if i % 2 == 0 { DType::F16 } else { DType::F32 };
-                let shape = shape(SIZES[i % 3], weight_dtype, kv_dtype, routing);
+                let shape = shape(SIZES[i % 3], dtypes, kv_dtype, routing);
                 let (position, lengths) =
                     [(300, [300, 200, 33]), (0, [0, 0, 0]), (40, [40, 31, 2]), (1, [1, 0, 0])][i % 4];
                 let mut case = Case::new(gpu, &mut rng, shape, position, lengths);
@@ -887,7 +965,7 @@ mod tests {
         on_fit_profiles(|gpu, profile| {
             let mut rng = Rng::new("decode_layers depth");
             let routing = LayerRouting::Expert { gate: ExpertGate::Sigmoid, scripted: true };
-            let shape = shape(SIZES[0], DType::F32, DType::F32, routing);
+            let shape = shape(SIZES[0], [DType::F32; 2], DType::F32, routing);
             let grid = *grids(gpu, &shape).last().expect("one workgroup does");
             for keep in [[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]] {
                 let mut case = Case::new(gpu, &mut rng, shape, 50, [50, 40, 3]);
@@ -907,7 +985,7 @@ mod tests {
     fn a_wait_in_vain_leaves_the_row_as_it_was() {
         on_fit_profiles(|gpu, profile| {
             let mut rng = Rng::new("decode_layers failure");
-            let shape = shape(SIZES[0], DType::F16, DType::F16, LayerRouting::Fixed);
+            let shape = shape(SIZES[0], [DType::F16; 2], DType::F16, LayerRouting::Fixed);
             let case = Case::new(gpu, &mut rng, shape, 50, [50, 40, 3]);
             case.check(gpu, profile, 32, true);
         });
@@ -916,7 +994,7 @@ mod tests {
     #[test]
     fn says_why_it_cannot() {
         let caps = parity::gpu().caps().clone();
-        let shape = shape([64, 8192, 4, 4, 16], DType::F32, DType::F32, LayerRouting::Fixed);
+        let shape = shape([64, 8192, 4, 4, 16], [DType::F32; 2], DType::F32, LayerRouting::Fixed);
         let message = |caps: &DeviceCaps, shape, workgroups| {
             DecodeLayers::new(caps, shape, 8, workgroups).expect_err("must be refused").to_string()
         };
