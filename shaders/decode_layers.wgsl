@@ -178,9 +178,6 @@ const $T_PARAMETERS: u32 = Q8_PARAMETERS;
 const $T_PARAMETERS: u32 = Q4_PARAMETERS;
 #endif
 // What is fetched of a row at a time.
-#if $T_DIGITS
-#import shared/digits
-#endif
 struct Unit_$T {
     codes: vec4<u32>,
 #if $T_QUANTISED
@@ -210,13 +207,8 @@ fn router_weight(at: u32) -> f32 {
 #endif
 
 // The activation of a product, as [vec4s of a unit, units]: neighbouring lanes read neighbouring vec4s. In attention query, own key
-// and own value, and behind them partial sums as [TEAMS, HEAD_DIM / 4]. With DIGITS then the bits of three digits, each as [vectors
-// of a unit, units].
+// and own value, and behind them partial sums as [TEAMS, HEAD_DIM / 4].
 var<workgroup> staged: array<vec4<f32>, STAGED>;
-#if DIGITS
-// Step and sum of each of its groups.
-var<workgroup> staged_groups: array<vec2<f32>, STAGED / 8u>;
-#endif
 var<workgroup> partials: array<vec2<f32>, NUM_PARTIALS>;
 var<workgroup> team_values: array<f32, TEAMS>;
 #if ROUTED
@@ -312,31 +304,6 @@ fn pair_product_$P(a: Unit_$T, b: Unit_$T, unit: u32) -> vec2<f32> {
         dot(bitcast<vec4<f32>>(b.codes << vec4<u32>(16u)), even)
             + dot(bitcast<vec4<f32>>(b.codes & vec4<u32>(0xffff0000u)), odd),
     );
-#elif $T_DIGITS
-    var sums_a = vec3<i32>();
-    var sums_b = vec3<i32>();
-#repeat half $T_UNIT_DIGITS
-    let first = bitcast<vec4<u32>>(staged[half * quads + unit]);
-    let second = bitcast<vec4<u32>>(staged[($T_UNIT_DIGITS + half) * quads + unit]);
-    let third = bitcast<vec4<u32>>(staged[(2u * $T_UNIT_DIGITS + half) * quads + unit]);
-#if $T_Q4
-    sums_a = add_dots(sums_a, q4_digit_codes(a.codes, half), first, second, third);
-    sums_b = add_dots(sums_b, q4_digit_codes(b.codes, half), first, second, third);
-#else
-    sums_a = add_dots(sums_a, a.codes, first, second, third);
-    sums_b = add_dots(sums_b, b.codes, first, second, third);
-#endif
-#endrepeat
-    let group = unit * $T_QUAD_ELEMS / GROUP;
-    let values = staged_groups[group];
-    let products = values.x * vec2<f32>(in_steps(sums_a), in_steps(sums_b));
-#if $T_Q4
-    let pa = q4_scale_offset(a.parameters);
-    let pb = q4_scale_offset(b.parameters);
-    return products * vec2<f32>(pa.x, pb.x) + values.y * vec2<f32>(pa.y, pb.y);
-#else
-    return products * vec2<f32>(q8_scale(a.parameters, group), q8_scale(b.parameters, group));
-#endif
 #elif $T_Q8
     var products = vec2<f32>();
 #repeat half $T_UNIT_CODES
@@ -421,53 +388,9 @@ fn multiply_pair_$P(place: u32, round: u32, ahead: ptr<function, array<Unit_$T, 
 }
 #endfor
 
-#for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER HEAD:HEAD
-#if $T_DIGITS
-// Makes digits of the staged activation, in its place.
-fn digitise_$P() {
-    const vectors = $T_QUAD_ELEMS / 4u;
-    const count = $P_QUADS * vectors;
-    const own = (count + WORKGROUP_SIZE - 1u) / WORKGROUP_SIZE;
-    var words: array<vec3<u32>, own>;
-    var values: array<vec2<f32>, own>;
-    for (var i = 0u; i < own; i++) {
-        let c = i * WORKGROUP_SIZE + thread;
-        if c < count {
-            let x = staged[c % vectors * $P_QUADS + c / vectors];
-            let digits = digits_of(x);
-#if $T_Q4
-            words[i] = q4_digit_words(digits.words, lane);
-            values[i] = vec2<f32>(digits.step, group_sum(x));
-#else
-            words[i] = digits.words;
-            values[i].x = digits.step;
-#endif
-        }
-    }
-    workgroupBarrier();
-    for (var i = 0u; i < own; i++) {
-        let c = i * WORKGROUP_SIZE + thread;
-        if c < count {
-            let at = c / 4u % $T_UNIT_DIGITS * $P_QUADS + c / (4u * $T_UNIT_DIGITS);
-            for (var d = 0u; d < 3u; d++) {
-                staged[d * $T_UNIT_DIGITS * $P_QUADS + at][c % 4u] = bitcast<f32>(words[i][d]);
-            }
-            if lane % 8u == 0u {
-                staged_groups[c / 8u] = values[i];
-            }
-        }
-    }
-    workgroupBarrier();
-}
-#endif
-#endfor
-
 #for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER
 // Multiplies this workgroup's rows with the staged activation; sums of teams go to `partials`.
 fn multiply_$P(place: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) {
-#if $T_DIGITS
-    digitise_$P();
-#endif
     for (var round = 0u; round < $P_ROUNDS; round++) {
         let sums = multiply_pair_$P(place, round, ahead);
         if lane == 0u {
@@ -1253,9 +1176,6 @@ fn run_layers() -> bool {
         return false;
     }
     let factor = norm_factor();
-#if HEAD_DIGITS
-    digitise_HEAD();
-#endif
     for (var round = 0u; round < HEAD_ROUNDS; round++) {
         let sums = multiply_pair_HEAD(0u, round, &ahead_head);
         let outputs = pair_number(round * TEAMS + team);

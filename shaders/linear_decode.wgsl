@@ -36,9 +36,7 @@
 #import shared/rows
 #import shared/weights
 #import shared/quantized_units
-#if DIGITS
 #import shared/digits
-#endif
 
 struct Params {
     num_outputs: u32,
@@ -114,21 +112,14 @@ fn padded(c: u32) -> u32 {
 // Stages elements 4c..4c+3 of this chunk for row m.
 fn stage(m: u32, c: u32, x: vec4<f32>, lane: u32) {
 #if DIGITS
-    let digits = digits_of(x);
-#if WEIGHT_Q4
-    let words = q4_digit_words(digits.words, lane);
-    let sum = group_sum(x);
-#else
-    let words = digits.words;
-    let sum = 0.0;
-#endif
+    let digits = digits_of(x, lane);
     let unit = c / (4u * UNIT_DIGITS);
     let half = c / 4u % UNIT_DIGITS;
     for (var d = 0u; d < 3u; d++) {
-        staged[((m * 3u + d) * UNIT_DIGITS + half) * CHUNK + unit][c % 4u] = words[d];
+        staged[((m * 3u + d) * UNIT_DIGITS + half) * CHUNK + unit][c % 4u] = digits.words[d];
     }
     if lane % 8u == 0u {
-        staged_groups[m * GROUPS_STAGED + c / 8u] = vec2<f32>(digits.step, sum);
+        staged_groups[m * GROUPS_STAGED + c / 8u] = vec2<f32>(digits.step, digits.sum);
     }
 #else
     staged[m * ROW_STRIDE + padded(c)] = x;
@@ -223,17 +214,17 @@ fn add_unit(
         let second = staged[((m * 3u + 1u) * UNIT_DIGITS + half) * CHUNK + unit];
         let third = staged[((m * 3u + 2u) * UNIT_DIGITS + half) * CHUNK + unit];
         for (var o = 0u; o < OUTPUTS; o++) {
-#if WEIGHT_Q4
-            let codes = q4_digit_codes((*loaded)[o].codes, half);
-#else
-            let codes = (*loaded)[o].codes;
-#endif
-            dots[o] = add_dots(dots[o], codes, first, second, third);
+            let codes = digit_codes((*loaded)[o].codes, half);
+            dots[o] = vec3<i32>(
+                add_dots(dots[o].x, codes, first),
+                add_dots(dots[o].y, codes, second),
+                add_dots(dots[o].z, codes, third),
+            );
         }
 #endrepeat
         for (var o = 0u; o < OUTPUTS; o++) {
             let parameters = unpack_parameters((*loaded)[o].parameters, (base + unit) * UNIT / GROUP);
-            (*sums)[m * OUTPUTS + o] += parameters.x * group.x * in_steps(dots[o]);
+            (*sums)[m * OUTPUTS + o] += parameters.x * group.x * digit_product(dots[o]);
 #if WEIGHT_Q4
             (*sums)[m * OUTPUTS + o] += parameters.y * group.y;
 #endif

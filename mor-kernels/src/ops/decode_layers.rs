@@ -252,8 +252,6 @@ struct TypeNames {
     quantised: &'static str,
     quad_elems: &'static str,
     unit_codes: &'static str,
-    digits: &'static str,
-    unit_digits: &'static str,
     prefetch: &'static str,
 }
 
@@ -265,8 +263,6 @@ const LAYER_TYPE: TypeNames = TypeNames {
     quantised: "LAYER_QUANTISED",
     quad_elems: "LAYER_QUAD_ELEMS",
     unit_codes: "LAYER_UNIT_CODES",
-    digits: "LAYER_DIGITS",
-    unit_digits: "LAYER_UNIT_DIGITS",
     prefetch: "LAYER_PREFETCH",
 };
 
@@ -278,21 +274,11 @@ const HEAD_TYPE: TypeNames = TypeNames {
     quantised: "HEAD_QUANTISED",
     quad_elems: "HEAD_QUAD_ELEMS",
     unit_codes: "HEAD_UNIT_CODES",
-    digits: "HEAD_DIGITS",
-    unit_digits: "HEAD_UNIT_DIGITS",
     prefetch: "HEAD_PREFETCH",
 };
 
-fn define_type(
-    definitions: Definitions,
-    caps: &DeviceCaps,
-    names: &TypeNames,
-    dtype: DType,
-    prefetch: u32,
-) -> Definitions {
-    let has_digits = dtype.is_quantized() && caps.multiplies_digits();
+fn define_type(definitions: Definitions, names: &TypeNames, dtype: DType, prefetch: u32) -> Definitions {
     let definitions = definitions
-        .flag(names.digits, has_digits)
         .flag(names.f16, dtype == DType::F16)
         .flag(names.bf16, dtype == DType::BF16)
         .flag(names.q8, dtype == DType::Q8)
@@ -303,11 +289,7 @@ fn define_type(
     if !dtype.is_quantized() {
         return definitions;
     }
-    let definitions = if has_digits { definitions.flag("DIGITS", true) } else { definitions };
-    definitions
-        .u32("GROUP", quantize::GROUP as u32)
-        .u32(names.unit_codes, quad_elems(dtype) / 8)
-        .u32(names.unit_digits, quad_elems(dtype) / 16)
+    definitions.u32("GROUP", quantize::GROUP as u32).u32(names.unit_codes, quad_elems(dtype) / 8)
 }
 
 /// Elements of 16 bytes of a row.
@@ -576,8 +558,8 @@ impl Kernel for DecodeLayers {
             .flag("KV_F16", shape.attention.kv_dtype == DType::F16)
             .flag("ROUTER_F16", shape.router_dtype == DType::F16)
             .flag("ROUTER_BF16", shape.router_dtype == DType::BF16);
-        definitions = define_type(definitions, caps, &LAYER_TYPE, shape.layer_dtype, self.layer_prefetch);
-        definitions = define_type(definitions, caps, &HEAD_TYPE, shape.head_dtype, self.head_prefetch);
+        definitions = define_type(definitions, &LAYER_TYPE, shape.layer_dtype, self.layer_prefetch);
+        definitions = define_type(definitions, &HEAD_TYPE, shape.head_dtype, self.head_prefetch);
         if let Some(routers) = self.routers() {
             definitions = definitions.u32("ROUTERS", routers);
         }
@@ -634,10 +616,7 @@ impl Kernel for DecodeLayers {
         let teams = self.workgroup_size / caps.lanes().width();
         // Parts of the routers' products, and what is decided.
         let routing = self.routers().map_or(0, |routers| 8 + 4 * routers * teams);
-        let dtypes = [self.shape.layer_dtype, self.shape.head_dtype];
-        let has_groups = dtypes.iter().any(|dtype| dtype.is_quantized()) && caps.multiplies_digits();
-        let groups = if has_groups { staged / 8 } else { 0 };
-        16 * staged + 8 * (groups + partials) + 4 * teams + routing + 24
+        16 * staged + 8 * partials + 4 * teams + routing + 24
     }
 }
 
