@@ -15,23 +15,27 @@ const BROADCAST_LANES: u32 = 8;
 /// Rows, columns and depth of the matrices that a subgroup multiplies.
 const FRAGMENT: u32 = 16;
 
-/// Fields of [`LinearTile::Cooperative`] in their order, and the workgroups an output must have to be worth the tile, which
-/// is to say the GPU filled: measured on an H200 and an H100, see `benches/runs`. NVIDIA's driver gives a processor 48 KiB of
-/// workgroup memory in all: two workgroups share one only where a tile takes half of that, as the first does to the byte.
-const COOPERATIVE_TILES: [([u32; 7], u32); 11] = [
-    ([128, 128, 32, 2, 2, 1, 1], 400),
-    ([128, 128, 64, 4, 2, 1, 1], 264),
-    ([128, 192, 32, 2, 4, 1, 1], 96),
-    ([64, 128, 64, 2, 4, 1, 1], 96),
-    ([64, 96, 64, 2, 2, 2, 1], 96),
-    ([64, 64, 64, 2, 2, 1, 1], 96),
+/// Fields of [`LinearTile::Cooperative`] in their order; workgroups of the tile that an H200 runs at a time, and microseconds that
+/// such a wave takes with 960 inputs (`benches/runs/2026-11-28-nvidia-h200/linear-waves.txt`). NVIDIA's driver gives a processor 48 KiB
+/// of workgroup memory in all: two workgroups share one only where a tile takes half of that, as the first does to the byte.
+const LARGE_TILES: [([u32; 7], u32, u32); 4] = [
+    ([128, 128, 32, 2, 2, 1, 1], 264, 38),
+    ([128, 128, 64, 4, 2, 1, 1], 132, 22),
+    ([128, 96, 32, 2, 2, 1, 1], 264, 33),
+    ([64, 64, 64, 2, 2, 1, 1], 264, 16),
+];
+/// Tiles for outputs that would be fewer of the smallest of [`LARGE_TILES`] than [`ENOUGH_LARGE`], with the workgroups that an output
+/// must have to be worth the tile, which is to say the GPU filled: measured on an H200 and an H100, see `benches/runs`.
+const SMALL_TILES: [([u32; 7], u32); 5] = [
     ([32, 64, 64, 1, 2, 2, 1], 96),
     ([32, 32, 256, 1, 2, 4, 1], 96),
     ([16, 32, 128, 1, 2, 4, 4], 160),
     ([16, 32, 256, 1, 1, 8, 2], 96),
     ([16, 16, 512, 1, 1, 8, 1], 0),
 ];
-/// As [`COOPERATIVE_TILES`], for [`LinearTile::Staged`]. Tiles that WebGPU's default limits exclude have a smaller one
+/// See [`SMALL_TILES`].
+const ENOUGH_LARGE: u32 = 96;
+/// As [`SMALL_TILES`], for [`LinearTile::Staged`]. Tiles that WebGPU's default limits exclude have a smaller one
 /// after them.
 const STAGED_TILES: [([u32; 7], u32); 9] = [
     ([128, 64, 16, 8, 8, 1, 1], 600),
@@ -125,13 +129,8 @@ pub struct LinearBindings<'a> {
     pub epilogue: Epilogue<'a>,
 }
 
-/// [`COOPERATIVE_TILES`].
-fn cooperative_tiles() -> impl Iterator<Item = (LinearTile, u32)> {
-    COOPERATIVE_TILES.iter().map(|&(tile, min_workgroups)| {
-        let [tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead] = tile;
-        let tile = LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead };
-        (tile, min_workgroups)
-    })
+fn cooperative_tile([tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead]: [u32; 7]) -> LinearTile {
+    LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead }
 }
 
 /// [`STAGED_TILES`].
@@ -149,9 +148,9 @@ fn subgroup_width(caps: &DeviceCaps) -> u32 {
 }
 
 impl LinearTile {
-    /// The tile for up to `max_rows` rows and `num_outputs` columns on a device with `caps`. `half_products` allows
+    /// The tile for about `num_rows` rows and `num_outputs` columns on a device with `caps`. `half_products` allows
     /// activations and weights to be rounded to f16, where the device has cooperative matrices.
-    pub fn for_shape(caps: &DeviceCaps, max_rows: u32, num_outputs: u32, half_products: bool) -> Self {
+    pub fn for_shape(caps: &DeviceCaps, num_rows: u32, num_outputs: u32, half_products: bool) -> Self {
         if caps.is_cpu {
             return match caps.subgroup_sizes {
                 Some((BROADCAST_LANES, BROADCAST_LANES)) => {
@@ -160,18 +159,28 @@ impl LinearTile {
                 _ => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
             };
         }
-        let fits = |tile: LinearTile, min_workgroups: u32| {
+        let workgroups = |tile: LinearTile| {
             let [tile_m, tile_n] = tile.size();
+            num_rows.div_ceil(tile_m) * num_outputs.div_ceil(tile_n)
+        };
+        let fits = |tile: LinearTile| {
             // A tile of more rows than there are multiplies padding.
-            tile_m <= max_rows.next_multiple_of(FRAGMENT).max(FRAGMENT)
-                && max_rows.div_ceil(tile_m) * num_outputs.div_ceil(tile_n) >= min_workgroups
+            tile.size()[0] <= num_rows.next_multiple_of(FRAGMENT).max(FRAGMENT)
                 && tile.is_valid(caps)
                 && tile.storage_bytes(true) <= caps.max_workgroup_storage_bytes
         };
-        cooperative_tiles()
-            .filter(|_| half_products && caps.cooperative_matrices)
+        let has_matrices = half_products && caps.cooperative_matrices;
+        let large = LARGE_TILES.map(|(tile, slots, micros)| (cooperative_tile(tile), slots, micros));
+        let [.., (smallest, ..)] = large;
+        if has_matrices && fits(smallest) && workgroups(smallest) >= ENOUGH_LARGE {
+            let by_waves = large.into_iter().filter(|&(tile, ..)| fits(tile));
+            let best = by_waves.min_by_key(|&(tile, slots, micros)| workgroups(tile).div_ceil(slots) * micros);
+            return best.map_or(smallest, |(tile, ..)| tile);
+        }
+        let small = SMALL_TILES.iter().filter(|_| has_matrices).map(|&(tile, enough)| (cooperative_tile(tile), enough));
+        small
             .chain(staged_tiles())
-            .find(|&(tile, min_workgroups)| fits(tile, min_workgroups))
+            .find(|&(tile, enough)| workgroups(tile) >= enough && fits(tile))
             .expect("the last tile fits every device within WebGPU's limits")
             .0
     }
@@ -411,9 +420,10 @@ mod tests {
             println!("\"{}\" has no cooperative matrices: their tiles are not run", gpu.summary().name);
         }
         let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, 64, 64, false);
-        let cooperative = cooperative_tiles().filter(|_| gpu.caps().cooperative_matrices);
+        let cooperative = LARGE_TILES.map(|(tile, ..)| tile).into_iter().chain(SMALL_TILES.map(|(tile, _)| tile));
+        let cooperative = cooperative.map(cooperative_tile).filter(|_| gpu.caps().cooperative_matrices);
         let fits = |tile: &LinearTile| tile.storage_bytes(true) <= gpu.caps().max_workgroup_storage_bytes;
-        let others = staged_tiles().chain(cooperative).map(|(tile, _)| tile);
+        let others = staged_tiles().map(|(tile, _)| tile).chain(cooperative);
         std::iter::once(on_cpu).chain(others.filter(|tile| tile.is_valid(gpu.caps()) && fits(tile))).collect()
     }
 

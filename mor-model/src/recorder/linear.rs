@@ -83,14 +83,22 @@ impl<'a> Recorder<'a> {
 
     /// The kernels for `num_outputs` of the rows of `weight`.
     fn product(&self, rows: &RowSet, num_outputs: u32, weight: &Matrix) -> Product {
-        let max_rows = match self.phase {
+        let num_rows = match self.phase {
             // A prompt ends in one row.
             Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
-            Phase::Prefill => self.step.capacity.max(MAX_FEW_ROWS + 1),
+            Phase::Prefill => self.expected_rows(rows).max(MAX_FEW_ROWS + 1),
             _ => self.step.capacity,
         };
         let outputs = (num_outputs, weight.num_rows as u32);
-        self.phase.product(self.model.gpu().caps(), self.model.precision(), max_rows, outputs)
+        self.phase.product(self.model.gpu().caps(), self.model.precision(), num_rows, outputs)
+    }
+
+    /// How many of a prompt's rows `rows` are likely to be: all, or the share that a recursion is trained to take.
+    fn expected_rows(&self, rows: &RowSet) -> usize {
+        let step = self.step;
+        let recursion = step.recursions.iter().position(|set| std::ptr::eq(set, rows));
+        let capacity = recursion.filter(|_| step.depthwise.is_none()).and_then(|r| self.config().capacity.get(r));
+        capacity.map_or(step.capacity, |share| (share * step.capacity as f64).ceil() as usize)
     }
 
     /// The tensors in f16 between the kernels of prefill.

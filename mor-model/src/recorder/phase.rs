@@ -46,22 +46,22 @@ impl Phase {
         }
     }
 
-    /// The kernels for up to `max_rows` rows times `num_outputs` of the `weight_rows` rows of a weight. Products of
-    /// halves, on cooperative matrices, are for models that are stored as such.
+    /// The kernels for about `num_rows` rows, of up to [`MAX_FEW_ROWS`] no more than those, times `num_outputs` of the
+    /// `weight_rows` rows of a weight. Products of halves, on cooperative matrices, are for models that are stored as such.
     pub(super) fn product(
         self,
         caps: &DeviceCaps,
         precision: Precision,
-        max_rows: usize,
+        num_rows: usize,
         (num_outputs, weight_rows): (u32, u32),
     ) -> Product {
-        let (max_rows, num_outputs) = match self {
+        let (num_rows, num_outputs) = match self {
             // Neither how many rows a step has room for nor which part of the weight it needs may choose the tile.
             Phase::Invariant => (INVARIANT_ROWS, weight_rows),
-            _ if max_rows <= MAX_FEW_ROWS => return Product::FewRows { max_rows: max_rows as u32 },
-            _ => (max_rows as u32, num_outputs),
+            _ if num_rows <= MAX_FEW_ROWS => return Product::FewRows { max_rows: num_rows as u32 },
+            _ => (num_rows as u32, num_outputs),
         };
-        let tile = LinearTile::for_shape(caps, max_rows, num_outputs, precision == Precision::F16);
+        let tile = LinearTile::for_shape(caps, num_rows, num_outputs, precision == Precision::F16);
         // Of the rows of a prompt, every tile of columns would read whole rows again to norm them.
         Product::ManyRows { tile, norm_apart: self == Phase::Prefill || !tile.fuses_norm() }
     }
