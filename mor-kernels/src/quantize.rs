@@ -152,7 +152,7 @@ fn quantize_q8(group: &[f32], codes: &mut [u8]) -> f16 {
 fn quantize_q4(values: &[f32], codes: &mut [u8], parameters: &mut [u8]) {
     let (whole, short) = values.split_at(values.len() / GROUP * GROUP);
     let mut fits = Vec::with_capacity(Q4_LANES);
-    for groups in [whole, short] {
+    for groups in [whole, short].into_iter().filter(|groups| !groups.is_empty()) {
         // Lanes without a group have zeros.
         let mut lanes = [[0.0; Q4_LANES]; GROUP];
         for (lane, group) in groups.chunks(GROUP).enumerate() {
