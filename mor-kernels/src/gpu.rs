@@ -387,26 +387,39 @@ impl Gpu {
     }
 
     pub(crate) fn create_buffer(&self, label: &str, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+        self.create(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false })
+    }
+
+    /// As [`Gpu::create_buffer`]; the buffer is mapped and full of zeros, which this thread writes.
+    pub(crate) fn create_mapped_buffer(
+        &self,
+        label: &str,
+        size: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
+        self.create(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: true })
+    }
+
+    fn create(&self, descriptor: &wgpu::BufferDescriptor<'_>) -> Result<wgpu::Buffer> {
+        let &wgpu::BufferDescriptor { label, size, usage, .. } = descriptor;
         let limit = self.caps().max_buffer_bytes.min(if usage.contains(wgpu::BufferUsages::STORAGE) {
             self.caps().max_storage_binding_bytes
         } else {
             u64::MAX
         });
-        let refuse = |reason: String| KernelError::OutOfMemory {
-            adapter: self.summary().name.clone(),
-            label: label.to_owned(),
-            bytes: size,
-            reason,
+        let adapter = || self.summary().name.clone();
+        let refuse = |reason: String| {
+            let label = label.unwrap_or_default().to_owned();
+            KernelError::OutOfMemory { adapter: adapter(), label, bytes: size, reason }
         };
         if size > limit {
             return Err(refuse(format!("one buffer may have {limit} bytes")));
         }
-        let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
-        let buffer = self.catch(|device, _| device.create_buffer(&descriptor));
-        match self.take_fault() {
-            None => Ok(buffer),
-            Some(fault) if fault.out_of_memory => Err(refuse(fault.reason)),
-            Some(fault) => Err(KernelError::Device { adapter: self.summary().name.clone(), reason: fault.reason }),
+        // Not kept for whoever checks next, which may be another thread.
+        match self.scoped(|device, _| device.create_buffer(descriptor)) {
+            (buffer, None) => Ok(buffer),
+            (_, Some(fault)) if fault.out_of_memory => Err(refuse(fault.reason)),
+            (_, Some(fault)) => Err(KernelError::Device { adapter: adapter(), reason: fault.reason }),
         }
     }
 

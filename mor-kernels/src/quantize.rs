@@ -18,7 +18,10 @@
 //! Parameters lie in the row and not in a tensor of their own: the projection of q, k and v binds eight buffers already,
 //! WebGPU's limit, and any range of rows is then a matrix.
 
+use std::array;
+
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::tensor::DType;
 
@@ -33,6 +36,11 @@ const Q4_MAX: f32 = 15.0;
 /// Ranges that the search for a q4 group starts from, and refinements of each.
 const Q4_STARTS: u32 = 8;
 const Q4_REFINEMENTS: u32 = 3;
+/// Groups that are fitted side by side, in vector registers.
+const Q4_LANES: usize = 8;
+
+/// A number of each group.
+type Lanes = [f32; Q4_LANES];
 
 /// Sizes of a quantised format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,15 +90,18 @@ pub fn quantize_row(dtype: DType, values: &[f32], row: &mut [u8]) -> Result<(), 
     }
     row.fill(0);
     let (codes, parameters) = row.split_at_mut(format.code_bytes(values.len()));
-    let groups = values.chunks(GROUP).zip(codes.chunks_mut(GROUP * format.code_bits / 8));
-    for ((group, codes), parameters) in groups.zip(parameters.chunks_mut(2 * format.num_parameters)) {
-        match dtype {
-            DType::Q8 => parameters.copy_from_slice(&quantize_q8(group, codes).to_le_bytes()),
-            _ => {
-                let [scale, offset] = quantize_q4(group, codes);
-                parameters[..2].copy_from_slice(&scale.to_le_bytes());
-                parameters[2..].copy_from_slice(&offset.to_le_bytes());
+    match dtype {
+        DType::Q8 => {
+            for ((group, codes), scale) in
+                values.chunks(GROUP).zip(codes.chunks_mut(GROUP)).zip(parameters.chunks_mut(2))
+            {
+                scale.copy_from_slice(&quantize_q8(group, codes).to_le_bytes());
             }
+        }
+        _ => {
+            let codes = codes.chunks_mut(Q4_LANES * GROUP / 2);
+            let parts = values.chunks(Q4_LANES * GROUP).zip(codes).zip(parameters.chunks_mut(Q4_LANES * 4));
+            parts.for_each(|((values, codes), parameters)| quantize_q4(values, codes, parameters));
         }
     }
     Ok(())
@@ -131,54 +142,132 @@ fn quantize_q8(group: &[f32], codes: &mut [u8]) -> f16 {
     let scale = f16::from_f32(largest / Q8_MAX);
     let inverse = inverse(scale.to_f32());
     for (code, value) in codes.iter_mut().zip(group) {
-        *code = (value * inverse).round().clamp(-Q8_MAX, Q8_MAX) as i8 as u8;
+        let size = round((value * inverse).abs().min(Q8_MAX));
+        *code = size.copysign(*value) as i8 as u8;
     }
     scale
 }
 
-/// Writes the codes of a group; returns its scale and offset.
+/// Writes codes and parameters of up to [`Q4_LANES`] groups, of which the last may be short.
+fn quantize_q4(values: &[f32], codes: &mut [u8], parameters: &mut [u8]) {
+    let (whole, short) = values.split_at(values.len() / GROUP * GROUP);
+    let mut fits = Vec::with_capacity(Q4_LANES);
+    for groups in [whole, short].into_iter().filter(|groups| !groups.is_empty()) {
+        // Lanes without a group have zeros.
+        let mut lanes = [[0.0; Q4_LANES]; GROUP];
+        for (lane, group) in groups.chunks(GROUP).enumerate() {
+            lanes.iter_mut().zip(group).for_each(|(lanes, value)| lanes[lane] = *value);
+        }
+        let fit = fit_q4_at_best(&lanes[..GROUP.min(groups.len())]);
+        fits.extend(fit.into_iter().take(groups.len().div_ceil(GROUP)));
+    }
+    let groups = values.chunks(GROUP).zip(codes.chunks_mut(GROUP / 2)).zip(parameters.chunks_mut(4));
+    for (((group, codes), parameters), fit) in groups.zip(fits) {
+        let [scale, offset] = fit.map(f16::to_f32);
+        let inverse = inverse(scale);
+        for (byte, pair) in codes.iter_mut().zip(group.chunks(2)) {
+            let code = |value: &f32| q4_code(*value, inverse, offset) as u8;
+            *byte = code(&pair[0]) | pair.get(1).map_or(0, code) << 4;
+        }
+        parameters[..2].copy_from_slice(&fit[0].to_le_bytes());
+        parameters[2..].copy_from_slice(&fit[1].to_le_bytes());
+    }
+}
+
+/// As [`fit_q4`], by the best instructions that the processor has.
+fn fit_q4_at_best(values: &[Lanes]) -> [[f16; 2]; Q4_LANES] {
+    /// To the same bits, in registers of 8 numbers.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn fit_q4_avx2(values: &[Lanes]) -> [[f16; 2]; Q4_LANES] {
+        fit_q4(values)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has the instructions.
+        return unsafe { fit_q4_avx2(values) };
+    }
+    fit_q4(values)
+}
+
+/// Scale and offset of each of several groups of one length, an array of `values` for each place in them.
 ///
 /// From ranges around the middle, of which the widest spans all values, codes and parameters are improved in turns: the
 /// nearest codes, then the line through them that fits the values best.
-fn quantize_q4(group: &[f32], codes: &mut [u8]) -> [f16; 2] {
-    let code = |value: f32, inverse: f32, offset: f32| ((value - offset) * inverse).round().clamp(0.0, Q4_MAX);
-    let low = group.iter().copied().fold(f32::INFINITY, f32::min);
-    let high = group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut best = (f32::INFINITY, [f16::ZERO; 2]);
+#[inline(always)]
+fn fit_q4(values: &[Lanes]) -> [[f16; 2]; Q4_LANES] {
+    let fold = |init: f32, f: fn(f32, f32) -> f32| {
+        values.iter().fold([init; Q4_LANES], |sum, values| array::from_fn(|lane| f(sum[lane], values[lane])))
+    };
+    let (low, high) = (fold(f32::INFINITY, f32::min), fold(f32::NEG_INFINITY, f32::max));
+    let (n, v) = (values.len() as f32, fold(0.0, |sum, value| sum + value));
+    let (mut best, mut found) = ([f32::INFINITY; Q4_LANES], [[f16::ZERO; Q4_LANES]; 2]);
     for start in 0..Q4_STARTS {
-        let half = 0.5 * (high - low) * (1.0 - 0.25 * start as f32 / (Q4_STARTS - 1) as f32);
-        let (mut scale, mut offset) = (2.0 * half / Q4_MAX, 0.5 * (low + high) - half);
+        let part = 1.0 - 0.25 * start as f32 / (Q4_STARTS - 1) as f32;
+        let half: Lanes = array::from_fn(|lane| 0.5 * (high[lane] - low[lane]) * part);
+        let mut scale = half.map(|half| 2.0 * half / Q4_MAX);
+        let mut offset: Lanes = array::from_fn(|lane| 0.5 * (low[lane] + high[lane]) - half[lane]);
         for _ in 0..Q4_REFINEMENTS {
-            let rounded = [scale, offset].map(f16::from_f32);
-            let [s, o] = rounded.map(f16::to_f32);
-            let i = inverse(s);
-            let error = group.iter().map(|value| (value - o - s * code(*value, i, o)).powi(2)).sum();
-            if error < best.0 {
-                best = (error, rounded);
+            let rounded = [scale, offset].map(to_f16);
+            let [s, o] = rounded.map(to_f32);
+            let (rounded_inverse, i) = (s.map(inverse), scale.map(inverse));
+            let [mut error, mut c, mut cc, mut cv] = [[0.0_f32; Q4_LANES]; 4];
+            for values in values {
+                for lane in 0..Q4_LANES {
+                    let value = values[lane];
+                    let code = q4_code(value, rounded_inverse[lane], o[lane]);
+                    error[lane] += (value - o[lane] - s[lane] * code).powi(2);
+                    let code = q4_code(value, i[lane], offset[lane]);
+                    c[lane] += code;
+                    cc[lane] += code * code;
+                    cv[lane] += code * value;
+                }
             }
-            let (n, i) = (group.len() as f32, inverse(scale));
-            let [mut c, mut cc, mut v, mut cv] = [0.0_f32; 4];
-            for value in group {
-                let code = code(*value, i, offset);
-                c += code;
-                cc += code * code;
-                v += value;
-                cv += code * value;
+            for lane in 0..Q4_LANES {
+                if error[lane] < best[lane] {
+                    best[lane] = error[lane];
+                    (found[0][lane], found[1][lane]) = (rounded[0][lane], rounded[1][lane]);
+                }
+                let spread = n * cc[lane] - c[lane] * c[lane];
+                // Where all codes are equal, no line is better than another.
+                if spread > 0.0 {
+                    scale[lane] = (n * cv[lane] - c[lane] * v[lane]) / spread;
+                    offset[lane] = (v[lane] - scale[lane] * c[lane]) / n;
+                }
             }
-            let spread = n * cc - c * c;
-            if spread <= 0.0 {
-                break;
-            }
-            scale = (n * cv - c * v) / spread;
-            offset = (v - scale * c) / n;
         }
     }
-    let [s, o] = best.1.map(f16::to_f32);
-    let i = inverse(s);
-    for (at, value) in group.iter().enumerate() {
-        codes[at / 2] |= (code(*value, i, o) as u8) << (at % 2 * 4);
-    }
-    best.1
+    array::from_fn(|lane| found.map(|parameters| parameters[lane]))
+}
+
+/// The nearest code of a value.
+#[inline(always)]
+fn q4_code(value: f32, inverse: f32, offset: f32) -> f32 {
+    round(((value - offset) * inverse).clamp(0.0, Q4_MAX))
+}
+
+/// As [`f32::round`], which is a call for each number where the processor is not known to round, of 0 to 2^22.
+#[inline(always)]
+fn round(value: f32) -> f32 {
+    /// From here on, f32 has integers alone: a sum with it is rounded, half to even.
+    const INTEGERS: f32 = (1 << 23) as f32;
+    let even = (value + INTEGERS) - INTEGERS;
+    even + if value - even == 0.5 { 1.0 } else { 0.0 }
+}
+
+#[inline(always)]
+fn to_f16(values: Lanes) -> [f16; Q4_LANES] {
+    let mut halves = [f16::ZERO; Q4_LANES];
+    halves.convert_from_f32_slice(&values);
+    halves
+}
+
+#[inline(always)]
+fn to_f32(halves: [f16; Q4_LANES]) -> Lanes {
+    let mut values = [0.0; Q4_LANES];
+    halves.convert_to_f32_slice(&mut values);
+    values
 }
 
 /// `1 / scale`; 0 for a group of equal values, whose codes are then 0.
@@ -240,6 +329,80 @@ mod tests {
             }
         }
         assert!(error < plain, "{error}, of the whole range {plain}");
+    }
+
+    #[test]
+    fn numbers_are_rounded_as_by_the_standard_library() {
+        for i in 0..=1050_u16 {
+            let value = 0.125 * f32::from(i);
+            for value in [value, value.next_up(), value.next_down().max(0.0)] {
+                assert_eq!(round(value), value.round(), "{value}");
+            }
+        }
+    }
+
+    /// The fit of one group, a step at a time.
+    fn fit_alone(group: &[f32]) -> [f16; 2] {
+        let code = |value: f32, inverse: f32, offset: f32| ((value - offset) * inverse).round().clamp(0.0, Q4_MAX);
+        let low = group.iter().copied().fold(f32::INFINITY, f32::min);
+        let high = group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut best = (f32::INFINITY, [f16::ZERO; 2]);
+        for start in 0..Q4_STARTS {
+            let half = 0.5 * (high - low) * (1.0 - 0.25 * start as f32 / (Q4_STARTS - 1) as f32);
+            let (mut scale, mut offset) = (2.0 * half / Q4_MAX, 0.5 * (low + high) - half);
+            for _ in 0..Q4_REFINEMENTS {
+                let rounded = [scale, offset].map(f16::from_f32);
+                let [s, o] = rounded.map(f16::to_f32);
+                let i = inverse(s);
+                let error = group.iter().map(|value| (value - o - s * code(*value, i, o)).powi(2)).sum();
+                if error < best.0 {
+                    best = (error, rounded);
+                }
+                let (n, i) = (group.len() as f32, inverse(scale));
+                let [mut c, mut cc, mut v, mut cv] = [0.0_f32; 4];
+                for value in group {
+                    let code = code(*value, i, offset);
+                    c += code;
+                    cc += code * code;
+                    v += value;
+                    cv += code * value;
+                }
+                let spread = n * cc - c * c;
+                if spread <= 0.0 {
+                    break;
+                }
+                scale = (n * cv - c * v) / spread;
+                offset = (v - scale * c) / n;
+            }
+        }
+        best.1
+    }
+
+    #[test]
+    fn groups_side_by_side_are_fitted_as_each_alone() {
+        for (len, scale) in [(1, 1.0), (31, 0.02), (32, 1e-5), (300, 0.02), (1000, 3e4), (2048, 0.02), (4099, 1e-7)] {
+            // Groups of equal values and of few different ones among the others.
+            let coarse = |i: usize, value: f32| match i / GROUP % 5 {
+                3 => 0.25,
+                4 => (4.0 * value).round() / 4.0,
+                _ => value,
+            };
+            let values: Vec<f32> = values(len).iter().enumerate().map(|(i, v)| scale * coarse(i, *v)).collect();
+            let mut row = vec![0; DType::Q4.row_bytes(len)];
+            quantize_row(DType::Q4, &values, &mut row).expect("the values are small");
+            let (codes, parameters) = row.split_at(Q4.code_bytes(len));
+            for (at, group) in values.chunks(GROUP).enumerate() {
+                let fit = fit_alone(group);
+                let bytes = fit.map(f16::to_le_bytes);
+                assert_eq!(&parameters[4 * at..][..4], bytes.as_flattened(), "{len} {scale}: group {at}");
+                let [scale, offset] = fit.map(f16::to_f32);
+                for (i, value) in group.iter().enumerate() {
+                    let code = ((value - offset) * inverse(scale)).round().clamp(0.0, Q4_MAX);
+                    let found = codes[at * GROUP / 2 + i / 2] >> (i % 2 * 4) & 15;
+                    assert_eq!(f32::from(found), code, "{len}: group {at}, value {i}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! [`Upload`]: the contents of many tensors on their way to the device, through a few mapped buffers that several threads fill.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -59,18 +60,22 @@ impl<'a> Upload<'a> {
         let pieces = self.pieces(STAGING_BYTES.min(total.div_ceil(FILLS_PER_BUFFER * BUFFERS_PER_THREAD * threads)));
         let num_threads = threads.min(pieces.len());
         let bytes = pieces.iter().map(|piece| piece.staged_bytes).max().unwrap_or_default();
-        let mut ring = Vec::new();
-        for _ in 0..num_threads {
-            let buffers = (0..BUFFERS_PER_THREAD).map(|_| Staging::new(self.gpu, bytes as u64));
-            ring.push(buffers.collect::<Result<Vec<_>>>()?);
-        }
         let next = AtomicUsize::new(0);
-        let work = |buffers: &mut Vec<Staging>, done: Sender<u64>| {
-            for turn in 0.. {
-                let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
-                let buffer = &mut buffers[turn % BUFFERS_PER_THREAD];
+        let send = |piece: &Piece, buffers: &mut VecDeque<Staging>| {
+            // Made by the threads, since new buffers are mapped full of zeros.
+            let mut buffer = match buffers.len() {
+                BUFFERS_PER_THREAD => buffers.pop_front().expect("there is one"),
+                _ => Staging::new(self.gpu, bytes as u64)?,
+            };
+            let sent = self.send(piece, &mut buffer);
+            buffers.push_back(buffer);
+            sent
+        };
+        let work = |done: Sender<u64>| {
+            let mut buffers = VecDeque::new();
+            while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
                 // After a failure there is nothing left to do for the others.
-                let sent = self.send(piece, buffer).inspect_err(|_| next.store(pieces.len(), Ordering::Relaxed));
+                let sent = send(piece, &mut buffers).inspect_err(|_| next.store(pieces.len(), Ordering::Relaxed));
                 // The receiver stays until all threads have ended.
                 let _ = done.send(sent?);
             }
@@ -78,11 +83,11 @@ impl<'a> Upload<'a> {
         };
         thread::scope(|scope| {
             let (sender, done) = mpsc::channel();
-            let start = |buffers| {
+            let start = |_| {
                 let (work, sender) = (&work, sender.clone());
-                scope.spawn(move || work(buffers, sender))
+                scope.spawn(move || work(sender))
             };
-            let workers: Vec<_> = ring.iter_mut().map(start).collect();
+            let workers: Vec<_> = (0..num_threads).map(start).collect();
             drop(sender);
             let mut total = 0;
             for bytes in done {
@@ -200,10 +205,8 @@ struct Staging {
 impl Staging {
     fn new(gpu: &Gpu, bytes: u64) -> Result<Self> {
         use wgpu::BufferUsages as U;
-        let buffer = gpu.create_buffer("upload", bytes, U::MAP_WRITE | U::COPY_SRC)?;
-        let staging = Self { buffer, state: Arc::new(AtomicU8::new(PENDING)), submitted: None };
-        gpu.catch(|_, _| staging.buffer.map_async(wgpu::MapMode::Write, .., staging.arrival()));
-        Ok(staging)
+        let buffer = gpu.create_mapped_buffer("upload", bytes, U::MAP_WRITE | U::COPY_SRC)?;
+        Ok(Self { buffer, state: Arc::new(AtomicU8::new(MAPPED)), submitted: None })
     }
 
     /// What is called when the buffer is mapped, or cannot be.

@@ -17,6 +17,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
+use std::time::Instant;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -182,6 +183,7 @@ impl DeviceWeights {
         precision: Precision,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self> {
+        let start = Instant::now();
         let mut loader = Loader::new(gpu, checkpoint, precision);
         let config = checkpoint.config();
         let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
@@ -231,9 +233,10 @@ impl DeviceWeights {
         };
         let stacks = loader.layer_stacks(&layers)?;
         // All tensors are there: what does not fit is known before anything is converted.
-        let num_bytes = loader.num_bytes;
+        let (num_bytes, allocated) = (loader.num_bytes, start.elapsed());
         loader.upload.run(progress)?;
         gpu.wait_idle()?;
+        tracing::debug!(bytes = num_bytes, ?allocated, uploaded = ?start.elapsed() - allocated, "uploaded weights");
         Ok(Self { embed_tokens, lm_head, norm, layers, stacks, routers, num_bytes })
     }
 

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::path::PathBuf;
+use std::thread;
 use std::time::Instant;
 
 use mor_kernels::Gpu;
@@ -207,25 +208,29 @@ impl Session {
         Self::load_with(|_| Ok(gpu), source, options)
     }
 
-    /// Loads a model onto the device that `open_gpu` gives, once the model is known to be usable.
+    /// Loads a model onto the device that `open_gpu` gives.
     fn load_with(
-        open_gpu: impl FnOnce(&GpuOptions) -> mor_kernels::Result<Gpu>,
+        open_gpu: impl FnOnce(&GpuOptions) -> mor_kernels::Result<Gpu> + Send,
         source: ModelSource,
         mut options: SessionOptions,
     ) -> Result<Self> {
         let start = Instant::now();
         options.batch.validate()?;
-        let (checkpoint, tokenizer) = open(source)?;
-        let checkpoint = match options.kv {
-            Some(kv) => checkpoint.with_kv(kv)?,
-            None => checkpoint,
-        };
-        options.depth.validate(checkpoint.config())?;
-        let checkpoint = match options.quantize {
-            Some(quantization) => checkpoint.quantize(quantization)?,
-            None => checkpoint,
-        };
-        let gpu = open_gpu(&options.gpu)?;
+        let (kv, depth, quantization) = (options.kv, options.depth, options.quantize);
+        // A driver takes about as long to open a device as it takes to read and check all weights.
+        let (gpu, checkpoint) = thread::scope(|scope| {
+            let gpu = scope.spawn(|| {
+                let gpu = open_gpu(&options.gpu);
+                tracing::debug!(time = ?start.elapsed(), "opened the device");
+                gpu
+            });
+            let checkpoint = prepare(source, kv, depth, quantization);
+            tracing::debug!(time = ?start.elapsed(), "prepared weights");
+            (gpu.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), checkpoint)
+        });
+        // What is wrong with the model is said first: it is the same on every machine.
+        let (checkpoint, tokenizer) = checkpoint?;
+        let gpu = gpu?;
         let precision = options.precision.unwrap_or(if gpu.caps().is_cpu { Precision::F32 } else { Precision::F16 });
         let total_bytes = checkpoint.device_bytes(precision, None);
         check_memory(&gpu, checkpoint.config(), total_bytes, (0, 0))?;
@@ -330,7 +335,7 @@ impl Session {
         self.model.precision()
     }
 
-    /// Milliseconds that loading took, from opening the files to the last upload.
+    /// Milliseconds that loading took, from opening files and device to the last upload.
     pub fn load_ms(&self) -> f64 {
         self.load_ms
     }
@@ -824,6 +829,24 @@ fn profile(gpu: &Gpu, plan: &Plan) -> Result<StepProfile> {
 fn append(to: &mut Vec<Vec<f32>>, from: Vec<Vec<f32>>) {
     to.resize(from.len(), Vec::new());
     to.iter_mut().zip(from).for_each(|(to, from)| to.extend(from));
+}
+
+/// Opens a model and makes of its weights what options ask for.
+fn prepare(
+    source: ModelSource,
+    kv: Option<KvStrategy>,
+    depth: DepthControl,
+    quantization: Option<Quantization>,
+) -> Result<(Checkpoint, Option<Tokenizer>)> {
+    let (mut checkpoint, tokenizer) = open(source)?;
+    if let Some(kv) = kv {
+        checkpoint = checkpoint.with_kv(kv)?;
+    }
+    depth.validate(checkpoint.config())?;
+    if let Some(quantization) = quantization {
+        checkpoint = checkpoint.quantize(quantization)?;
+    }
+    Ok((checkpoint, tokenizer))
 }
 
 fn open(source: ModelSource) -> Result<(Checkpoint, Option<Tokenizer>)> {

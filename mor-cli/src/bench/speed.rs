@@ -221,13 +221,13 @@ fn measure(args: &SpeedArgs, model: &Model, device: DeviceSelector, tests: &[Tes
     };
     let compiled_before = gpu.compile_time();
     let mut checkpoint = model.checkpoint()?;
-    if let Some(quantization) = args.load.quantization() {
-        checkpoint = checkpoint.quantize(quantization)?;
-    }
     let mut row = describe(&session, &checkpoint, model, peaks);
     row.depths = args.mode.name().to_owned();
     row.repetitions = args.repetitions.unwrap_or(if gpu.caps().is_cpu { 2 } else { 5 });
     if !args.no_check {
+        if let Some(quantization) = args.load.quantization() {
+            checkpoint = checkpoint.quantize(quantization)?;
+        }
         let check = Check::of(&mut session, &checkpoint)?;
         row.check_tokens = Some(check.tokens);
         row.check_same_depths = Some(check.same_depths);

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use mor_kernels::{quantize, tensor::DType};
 
@@ -64,7 +65,11 @@ pub(crate) fn decode_row(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     let halves = bytes.as_chunks::<2>().0;
     match dtype {
         Dtype::F32 => values.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b)),
-        Dtype::F16 => values.iter_mut().zip(halves).for_each(|(v, b)| *v = f16::from_le_bytes(*b).to_f32()),
+        Dtype::F16 => match bytemuck::try_cast_slice::<_, f16>(bytes) {
+            // Several at a time, where the processor can.
+            Ok(halves) if cfg!(target_endian = "little") => halves.convert_to_f32_slice(values),
+            _ => values.iter_mut().zip(halves).for_each(|(v, b)| *v = f16::from_le_bytes(*b).to_f32()),
+        },
         Dtype::BF16 => values.iter_mut().zip(halves).for_each(|(v, b)| *v = bf16::from_le_bytes(*b).to_f32()),
         Dtype::Q8 | Dtype::Q4 => quantize::dequantize_row(dtype.on_device(), bytes, values),
     }

@@ -174,7 +174,7 @@ fn refuse_ambiguous_groups(
 
 /// Scans every tensor for NaN and infinity, on all cores; the first in table order is reported.
 fn check_finite(files: &[WeightFile], tensors: &[Tensor]) -> Result<(), ModelError> {
-    let num_threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(8);
+    let num_threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(16);
     let next = AtomicUsize::new(0);
     let scan = || {
         let mut worst: Option<(usize, usize)> = None;
