@@ -159,6 +159,7 @@ mod tests {
             subgroup_sizes: Some((8, 32)),
             shader_f16: false,
             cooperative_matrices: false,
+            packed_dots: false,
             coherent_storage: false,
             timestamps: true,
             max_storage_binding_bytes: 128 << 20,
