@@ -355,8 +355,8 @@ fn add_decode_layers(list: &mut List) {
             vocab_size: [333, 49152][i % 2],
             attention: AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table },
             layer_dtype,
-            // As models have it.
-            head_dtype: if layer_dtype == DType::Q4 { DType::Q8 } else { layer_dtype },
+            // As models have it, but for one of q4.
+            head_dtype: if layer_dtype == DType::Q4 && i > WEIGHT_DTYPES.len() { DType::Q8 } else { layer_dtype },
             router_dtype: PLAIN_DTYPES[i / 4 % PLAIN_DTYPES.len()],
             routing: routings[i % routings.len()],
         };

@@ -71,7 +71,7 @@ fn the_registry_reaches_every_kernel_and_branch() {
     assert!(seen.keys().copied().eq(mor_shaders::kernel_names()), "{:?}", seen.keys());
     for (kernel, specialisations) in seen {
         for flag in branch_flags(kernel) {
-            let set = specialisations.iter().filter(|flags| flags.contains(flag)).count();
+            let set = specialisations.iter().filter(|flags| flags.contains(&*flag)).count();
             assert!(set > 0, "{kernel}: no variant sets {flag}");
             assert!(set < specialisations.len(), "{kernel}: every variant sets {flag}");
         }
@@ -79,11 +79,23 @@ fn the_registry_reaches_every_kernel_and_branch() {
 }
 
 /// Flags that the directives of `name` and of its imports ask for.
-fn branch_flags(name: &str) -> BTreeSet<&'static str> {
+fn branch_flags(name: &str) -> BTreeSet<String> {
     let mut flags = BTreeSet::new();
+    // Placeholders of each #for that is open, and what they are replaced by.
+    let mut open: Vec<Vec<(String, Vec<&str>)>> = Vec::new();
     for line in mor_shaders::source(name).expect("a kernel or an import").lines().map(str::trim) {
-        if let Some(condition) = line.strip_prefix("#if ").or_else(|| line.strip_prefix("#elif ")) {
-            flags.insert(condition.trim().trim_start_matches('!'));
+        if let Some((placeholders, names)) = line.strip_prefix("#for ").and_then(|rest| rest.split_once(" in ")) {
+            let names = |i| names.split_whitespace().filter_map(|name| name.split(':').nth(i)).collect();
+            let placeholders = placeholders.split_whitespace().enumerate();
+            open.push(placeholders.map(|(i, placeholder)| (format!("${placeholder}"), names(i))).collect());
+        } else if line == "#endfor" {
+            open.pop();
+        } else if let Some(condition) = line.strip_prefix("#if ").or_else(|| line.strip_prefix("#elif ")) {
+            let flag = condition.trim().trim_start_matches('!');
+            match open.iter().flatten().find(|(placeholder, _)| flag.contains(placeholder)) {
+                Some((placeholder, names)) => flags.extend(names.iter().map(|name| flag.replace(placeholder, name))),
+                None => _ = flags.insert(flag.to_owned()),
+            }
         } else if let Some(import) = line.strip_prefix("#import ") {
             flags.extend(branch_flags(import.trim()));
         }

@@ -4,7 +4,8 @@
 // others have it, would lose 2^-8. Products of a group's digits and codes are summed exactly. Flag: DIGITS; without, this file is
 // empty.
 //
-// Eight neighbouring lanes hold a group, four consecutive elements each. The including kernel imports shared/quantized.
+// Eight neighbouring lanes hold a group, four consecutive elements each. The including kernel imports
+// shared/quantized_units.
 #if DIGITS
 // The digits of four elements: of each digit a word of signed bytes, in the order of the codes. With the step, and the sum of x.
 struct Digits {

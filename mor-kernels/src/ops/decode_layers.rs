@@ -931,9 +931,9 @@ mod tests {
             ];
             // Of layers and head: those of models, then others.
             let dtypes = [
+                [DType::F16, DType::F16],
                 [DType::F32, DType::F32],
                 [DType::Q4, DType::Q8],
-                [DType::F16, DType::F16],
                 [DType::BF16, DType::BF16],
                 [DType::Q8, DType::Q8],
                 [DType::F32, DType::BF16],
