@@ -17,7 +17,7 @@
 //           write; 13 keys write; 14 values write; 15 logits write; 16 mail write; 17 control write; 18 embed_tokens
 //           read; 19 lm_head read; 20 router read [ROUTED]; 21 bias read [BIAS]; 21 keep read [SCRIPTED]
 // Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time
-// Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; HIDDEN_SIZE, MLP_DIM,
+// Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; MAX_GROUPS; HIDDEN_SIZE, MLP_DIM,
 //           NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of the type of a layer's matrices:
 //           LAYER_F16, LAYER_BF16, LAYER_QUANTISED (LAYER_Q8 or LAYER_Q4) or neither, LAYER_QUAD_ELEMS elements of a
 //           unit, LAYER_UNIT_CODES eights of codes if it is quantised, LAYER_PREFETCH of the units on their way before
@@ -34,8 +34,8 @@
 //           subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS),
 //           ROUTERS at a time; KV_F16; ROUTER_F16, ROUTER_BF16 or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
-//           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 24 bytes of workgroup memory, with ROUTED
-//           8 + 4 * ROUTERS * TEAMS more. A value that is polled params.poll_limit times in vain ends the step:
+//           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 12 * MAX_GROUPS + 24 bytes of workgroup memory,
+//           with ROUTED 8 + 4 * ROUTERS * TEAMS more. A value that is polled params.poll_limit times in vain ends the step:
 //           control[2] = 1, flags of the row = ROW_FAILED, K/V lengths as before
 // Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split
 // Source    MoR (arXiv 2507.10524); persistent threads: Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596)
@@ -231,8 +231,9 @@ struct KvPlace {
     len: u32,
     table: u32,
 }
-// Of the row in the present layer's caches.
+// Of the row in the present layer's caches, and in those of each group.
 var<workgroup> kv: KvPlace;
+var<workgroup> kv_places: array<KvPlace, MAX_GROUPS>;
 // Recursions that the row's depth counts, and blocks that it ran.
 var<workgroup> taken: u32;
 var<workgroup> blocks: u32;
@@ -951,12 +952,11 @@ fn route() -> vec2<f32> {
 #endif
 
 // Where the row's keys and values of a group are.
-fn enter_group(group: u32) {
+fn kv_place(group: u32) -> KvPlace {
     let place = rows[0].sequence * params.num_groups + group;
     let slot = kv_lengths[place];
-    kv.table = place * params.max_pages;
-    kv.slot = pages[place * params.max_pages + slot / PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE;
-    kv.len = slot + 1u;
+    let first_page = place * params.max_pages;
+    return KvPlace(pages[first_page + slot / PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE, slot + 1u, first_page);
 }
 
 // Elements `column` and `column + 1` of a token's embedding.
@@ -1004,6 +1004,10 @@ fn run_layers() -> bool {
         own_hidden = embedded(rows[0].token, 2u * pair);
         post_pair(2u * pair, own_hidden);
     }
+    // All at once, for each is three loads that wait for each other.
+    for (var group = thread; group < params.num_groups; group += WORKGROUP_SIZE) {
+        kv_places[group] = kv_place(group);
+    }
     // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
     workgroupBarrier();
     var hidden_tag = tag;
@@ -1017,7 +1021,7 @@ fn run_layers() -> bool {
         }
 #endif
         if thread == 0u && (steps[s].flags & ENTER) != 0u {
-            enter_group(steps[s].group);
+            kv = kv_places[steps[s].group];
         }
         prefetch_QKV(steps[s].qkv_proj, &ahead);
 

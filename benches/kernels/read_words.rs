@@ -19,7 +19,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
         let params = ReadWordsParams { num_quads, num_workgroups };
         let Some(plan) = record(gpu, id, |plan| kernel.record(plan, bindings, params)) else { continue };
         gpu.run(&plan).expect("the device answers");
-        let want = read_words(&words, num_workgroups as usize, kernel.workgroup_size as usize);
+        let want = read_words(&words, num_workgroups as usize, kernel.quads_in_turn(gpu.caps(), params) as usize);
         assert_eq!(out.read_u32(gpu), want, "{id}");
         time_read(criterion, gpu, "read_words", id, bytes.into(), &plan, &|| {});
     }

@@ -3,7 +3,8 @@
 //! - `kernels/<stem>.rs`: every shape is first compared with the kernel's oracle, then timed by device timestamps. A
 //!   shape that does not fit the device is skipped by name.
 //!   Beside criterion's report stands the best rate and its share of what the device reaches in the same run: of the bandwidth of
-//!   a copy, or of reads where a kernel reads weights, keys and values and writes little; or of `linear` in a large square product.
+//!   a copy, or of reads where a kernel reads weights, keys and values and writes little, and of a dispatch that does nothing but
+//!   read as many bytes; or of `linear` in a large square product.
 //! - `runs/`: raw outputs, one file per date and device; a number in prose links the one it comes from.
 //!
 //! `cargo bench -p mor-bench` times; `cargo test -p mor-bench --benches` runs everything once. `MOR_TEST_DEVICE` chooses an
@@ -201,7 +202,11 @@ fn share(gpu: &Gpu, work: Work, micros: f64) -> String {
     let (scale, unit, digits) = if matches!(work, Work::Multiply(_)) { (1e12, "TFLOP/s", 3) } else { (1e9, "GB/s", 1) };
     let rate = amount as f64 * 1e6 / micros;
     let share = 100.0 * rate / peak;
-    format!("{:.digits$} {unit}, {share:.1} % of {:.digits$} {done}", rate / scale, peak / scale)
+    let text = format!("{:.digits$} {unit}, {share:.1} % of {:.digits$} {done}", rate / scale, peak / scale);
+    let Work::Read(bytes) = work else { return text };
+    // What a kernel of this size could reach at best: small ones begin and end longer than they read.
+    let alone = Peaks::read_bytes_per_s_of(gpu, bytes).expect("the device writes timestamps");
+    format!("{text}, {:.1} % of {:.digits$} where that is all it does", 100.0 * rate / alone, alone / scale)
 }
 
 #[cfg(test)]

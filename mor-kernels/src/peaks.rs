@@ -71,7 +71,15 @@ impl Peaks {
     /// # Errors
     /// As [`Peaks::measure`].
     pub fn read_bytes_per_s(gpu: &Gpu) -> Result<f64> {
-        let num_quads = (Self::bytes(gpu, 2) / 16) as u32;
+        Self::read_bytes_per_s_of(gpu, Self::bytes(gpu, 2))
+    }
+
+    /// As [`Peaks::read_bytes_per_s`], of a dispatch that reads `bytes`: less, since it takes time to begin and to end.
+    ///
+    /// # Errors
+    /// As [`Peaks::measure`].
+    pub fn read_bytes_per_s_of(gpu: &Gpu, bytes: u64) -> Result<f64> {
+        let num_quads = (bytes / 16) as u32;
         let num_workgroups = if gpu.caps().is_cpu { 64 } else { 2048 };
         let x = Tensor::zeros(gpu, "read", DType::U32, &[num_quads as usize, 4])?.into_weight(gpu)?;
         let out = Tensor::zeros(gpu, "sums", DType::U32, &[num_workgroups as usize])?;

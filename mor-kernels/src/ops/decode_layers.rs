@@ -382,6 +382,11 @@ impl DecodeLayers {
         GridExchange::most_workgroups(gpu, self.workgroup_size, self.workgroup_storage_bytes(gpu.caps()))
     }
 
+    /// K/V groups at most: a layer or more each, and that of layers in no recursion.
+    fn max_groups(&self) -> u32 {
+        self.max_steps + 1
+    }
+
     /// Elements of the mail.
     pub fn mail_elems(&self) -> usize {
         let (heads, q_dim) = (self.shape.attention.num_attention_heads, self.q_dim());
@@ -492,6 +497,9 @@ impl DecodeLayers {
         if p.num_steps > self.max_steps {
             return refuse("num_steps", p.num_steps.to_string(), format!("at most {}", self.max_steps));
         }
+        if p.num_groups > self.max_groups() {
+            return refuse("num_groups", p.num_groups.to_string(), format!("at most {}", self.max_groups()));
+        }
         if b.mail.num_elems() < 2 * self.mail_elems() {
             let expected = format!("{} elements of 2", self.mail_elems());
             return refuse("mail", b.mail.num_elems().to_string(), expected);
@@ -533,6 +541,7 @@ impl Kernel for DecodeLayers {
             .u32("NUM_WORKGROUPS", self.num_workgroups)
             .u32("LANES", lanes)
             .u32("MAX_STEPS", self.max_steps)
+            .u32("MAX_GROUPS", self.max_groups())
             .u32("HIDDEN_SIZE", shape.hidden_size)
             .u32("MLP_DIM", shape.mlp_dim)
             .u32("NUM_ATTENTION_HEADS", shape.attention.num_attention_heads)
@@ -616,7 +625,7 @@ impl Kernel for DecodeLayers {
         let teams = self.workgroup_size / caps.lanes().width();
         // Parts of the routers' products, and what is decided.
         let routing = self.routers().map_or(0, |routers| 8 + 4 * routers * teams);
-        16 * staged + 8 * partials + 4 * teams + routing + 24
+        16 * staged + 8 * partials + 4 * teams + routing + 12 * self.max_groups() + 24
     }
 }
 

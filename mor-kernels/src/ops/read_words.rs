@@ -41,6 +41,12 @@ impl ReadWords {
         Self { workgroup_size: if caps.is_cpu { 64 } else { 256 }, loads: 4 }
     }
 
+    /// Units of 16 bytes that a workgroup reads side by side before it goes on: on a software rasteriser, whose processor reads
+    /// ahead, all that it reads.
+    pub fn quads_in_turn(&self, caps: &DeviceCaps, p: ReadWordsParams) -> u32 {
+        if caps.is_cpu { p.num_quads.div_ceil(p.num_workgroups).max(1) } else { self.workgroup_size }
+    }
+
     /// Records the kernel.
     ///
     /// # Errors
@@ -91,11 +97,12 @@ mod tests {
             // Less than a workgroup's, some turns and a rest, more than a texture's row.
             for (num_quads, num_workgroups) in [(0, 2), (1, 1), (63, 3), (5000, 2), (9001, 5), (40_000, 7)] {
                 let words: Vec<u32> = (0..4 * num_quads).map(|_| rng.next_u64() as u32).collect();
-                let want = read_words(&words, num_workgroups as usize, kernel.workgroup_size as usize);
+                let params = ReadWordsParams { num_quads, num_workgroups };
+                let in_turn = kernel.quads_in_turn(gpu.caps(), params) as usize;
+                let want = read_words(&words, num_workgroups as usize, in_turn);
                 let x = parity::upload_u32(gpu, &words).into_weight(gpu).expect("a small texture fits");
                 let out = parity::Output::new(gpu, num_workgroups as usize);
                 let bindings = ReadWordsBindings { x: &x, out: &out.tensor };
-                let params = ReadWordsParams { num_quads, num_workgroups };
                 parity::run(gpu, |plan| kernel.record(plan, bindings, params));
                 assert_eq!(out.read_u32(gpu), want, "{profile}: {num_quads} by {num_workgroups}");
             }
