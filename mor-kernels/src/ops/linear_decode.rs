@@ -225,10 +225,12 @@ impl LinearDecode {
         plan.dispatch(self, b, p, Grid::rows(b.rows, self.workgroups_x(), self.rows))
     }
 
-    /// Whether codes are multiplied with digits of the activation, of which eight lanes make a group's.
+    /// Whether codes are multiplied with digits of the activation, of which eight lanes make a group's. To make those of several
+    /// rows in every workgroup takes longer than it saves.
     fn multiplies_digits(&self, caps: &DeviceCaps) -> bool {
         let whole_groups = self.unit > 8 && (self.block * self.lanes).is_multiple_of(2);
-        whole_groups && caps.multiplies_digits() && !caps.is_cpu && (self.lanes * self.groups).is_multiple_of(8)
+        let whole_lanes = (self.lanes * self.groups).is_multiple_of(8);
+        self.rows == 1 && whole_groups && whole_lanes && caps.multiplies_digits() && !caps.is_cpu
     }
 
     fn workgroups_x(&self) -> u32 {
