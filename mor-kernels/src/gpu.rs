@@ -87,6 +87,8 @@ pub struct GpuOptions {
     pub cooperative_matrices: bool,
     /// Clamp every limit to WebGPU's defaults, as a browser would.
     pub webgpu_limits: bool,
+    /// Take a software rasteriser for a GPU, so that it runs the variants of kernels that are for those: for tests.
+    pub software_as_gpu: bool,
     /// Clamp storage bindings to this many bytes, so that even small weights are split: for tests.
     pub max_binding_bytes: Option<u64>,
     /// Folder in which compiled kernels are kept between runs, where the backend can (Vulkan), and what trials have found out
@@ -103,6 +105,7 @@ impl Default for GpuOptions {
             subgroups: !on("MOR_NO_SUBGROUPS"),
             cooperative_matrices: !on("MOR_NO_COOPERATIVE_MATRICES"),
             webgpu_limits: on("MOR_WEBGPU_LIMITS"),
+            software_as_gpu: false,
             max_binding_bytes: None,
             pipeline_cache: None,
         }
@@ -250,8 +253,9 @@ impl Gpu {
     ) -> Result<Self> {
         let (features, limits) = wanted(adapter, options);
         let (features, offered) = (features & device.features(), device.limits());
-        let summary = summarise(0, adapter, features, &limits.or_worse_values_from(&offered));
+        let mut summary = summarise(0, adapter, features, &limits.or_worse_values_from(&offered));
         let missing = missing(adapter, &offered, summary.caps.is_cpu);
+        summary.caps.is_cpu &= !options.software_as_gpu;
         if !missing.is_empty() {
             return Err(KernelError::UnfitDevice { adapter: summary.name, missing: missing.join(", ") });
         }

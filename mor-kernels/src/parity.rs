@@ -55,6 +55,22 @@ pub fn on_every_profile(mut test: impl FnMut(&Gpu, &str)) {
     }
 }
 
+/// As [`on_every_profile`], and where the adapter is a software rasteriser once more as if it were a GPU, unchecked: for kernels
+/// that have variants of their own there.
+///
+/// # Panics
+/// As [`on_every_profile`].
+pub fn on_every_profile_and_as_gpu(mut test: impl FnMut(&Gpu, &str)) {
+    on_every_profile(&mut test);
+    if gpu().caps().is_cpu {
+        let [(_, options), ..] = profiles();
+        let options = GpuOptions { device: device(), software_as_gpu: true, ..options };
+        let gpu = Gpu::open(&options).unwrap_or_else(|error| panic!("{error}"));
+        test(&gpu, "unchecked, as a GPU");
+        gpu.check().expect("the device raised no error");
+    }
+}
+
 /// The unchecked device of [`on_every_profile`], for tests of one profile.
 pub fn gpu() -> &'static Gpu {
     &devices()[0].0

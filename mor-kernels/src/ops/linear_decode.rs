@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn products_match_oracle() {
-        parity::on_every_profile(|gpu, profile| {
+        parity::on_every_profile_and_as_gpu(|gpu, profile| {
             let mut rng = Rng::new("linear_decode");
             // Each case is three pipelines; the row counts go round so that every ROWS meets small and large K. Of
             // quantised rows, K that fill their last group and K that do not.
@@ -412,7 +412,7 @@ mod tests {
 
     #[test]
     fn merge_matches_oracle() {
-        parity::on_every_profile(|gpu, _| {
+        parity::on_every_profile_and_as_gpu(|gpu, _| {
             let mut rng = Rng::new("linear_decode merge");
             let (heads, head_dim, num_splits, num_outputs, num_active) = (3, 16, 5, 48, 2);
             let in_features = heads * head_dim;
@@ -476,7 +476,7 @@ mod tests {
 
     #[test]
     fn epilogues_match_oracle() {
-        parity::on_every_profile(|gpu, profile| {
+        parity::on_every_profile_and_as_gpu(|gpu, profile| {
             let mut rng = Rng::new("linear_decode epilogues");
             for kind in EpilogueKind::ALL {
                 for (num_rows, num_active) in [(1, 1), (4, 1), (9, 6)] {
