@@ -31,7 +31,7 @@
 //           26 * ROWS * CHUNK * PARTS, with NORM 4 * ROWS * GROUPS * LANES more, without SUBGROUP 4 * GROUPS * LANES more;
 //           with TEXELS the last alone
 // Numerics  f32; lane-strided partial sums, then a tree over lanes; codes are summed before they are scaled. DIGITS: exact sums
-//           within a group, of an activation rounded to 2^-24 of the group's greatest
+//           within a group, of an activation that is off by less than 2^-23 of the group's greatest
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
 #import shared/rows
 #import shared/weights
@@ -196,13 +196,23 @@ fn weights_of(loaded: LoadedUnit, unit: u32, part: u32) -> mat2x4<f32> {
     return loaded;
 }
 #endif
-#elif DIGITS
+#else
+#if !QUANTISED
+alias LoadedUnit = WeightUnit;
+
+fn fetch(row: u32, unit: u32) -> LoadedUnit {
+    return w[row * UNITS + unit];
+}
+
+#endif
+// Adds what unit `base + unit` of the rows, as loaded, gives with the staged inputs.
 fn add_unit(
     base: u32,
     unit: u32,
     loaded: ptr<function, array<LoadedUnit, OUTPUTS>>,
     sums: ptr<function, array<f32, ROWS * OUTPUTS>>,
 ) {
+#if DIGITS
     for (var m = 0u; m < ROWS; m++) {
         let group = staged_groups[m * GROUPS_STAGED + unit * UNIT / GROUP];
         var dots: array<vec3<i32>, OUTPUTS>;
@@ -230,15 +240,7 @@ fn add_unit(
 #endif
         }
     }
-}
 #elif QUANTISED
-// Adds what unit `base + unit` of the rows, as loaded, gives with the staged inputs.
-fn add_unit(
-    base: u32,
-    unit: u32,
-    loaded: ptr<function, array<LoadedUnit, OUTPUTS>>,
-    sums: ptr<function, array<f32, ROWS * OUTPUTS>>,
-) {
     var products: array<f32, ROWS * OUTPUTS>;
     for (var s = 0u; s < ROWS * OUTPUTS; s++) {
         products[s] = 0.0;
@@ -275,20 +277,7 @@ fn add_unit(
 #endif
         }
     }
-}
 #else
-alias LoadedUnit = WeightUnit;
-
-fn fetch(row: u32, unit: u32) -> LoadedUnit {
-    return w[row * UNITS + unit];
-}
-
-fn add_unit(
-    base: u32,
-    unit: u32,
-    loaded: ptr<function, array<LoadedUnit, OUTPUTS>>,
-    sums: ptr<function, array<f32, ROWS * OUTPUTS>>,
-) {
     for (var m = 0u; m < ROWS; m++) {
         let x0 = staged[m * ROW_STRIDE + padded(2u * unit)];
         let x1 = staged[m * ROW_STRIDE + padded(2u * unit + 1u)];
@@ -297,6 +286,7 @@ fn add_unit(
             (*sums)[m * OUTPUTS + o] += dot(weights[0], x0) + dot(weights[1], x1);
         }
     }
+#endif
 }
 #endif
 

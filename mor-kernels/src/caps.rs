@@ -74,10 +74,4 @@ impl DeviceCaps {
             _ => Lanes::Workgroup { width: 16 },
         }
     }
-
-    /// Whether quantised weights are multiplied with digits of the activation (`shared/digits.wgsl`), which takes
-    /// [`DeviceCaps::packed_dots`] and eight lanes that exchange values.
-    pub fn multiplies_digits(&self) -> bool {
-        self.packed_dots && self.lanes().uses_subgroups() && self.lanes().width() >= 8
-    }
 }

@@ -74,12 +74,13 @@ impl Peaks {
         Self::read_bytes_per_s_of(gpu, Self::bytes(gpu, 2))
     }
 
-    /// As [`Peaks::read_bytes_per_s`], of a dispatch that reads `bytes`: less, since it takes time to begin and to end.
+    /// As [`Peaks::read_bytes_per_s`], of a dispatch that reads `bytes`, or as many as a binding holds: less, since it takes time to
+    /// begin and to end.
     ///
     /// # Errors
     /// As [`Peaks::measure`].
     pub fn read_bytes_per_s_of(gpu: &Gpu, bytes: u64) -> Result<f64> {
-        let num_quads = (bytes / 16) as u32;
+        let num_quads = (bytes.min(Self::most_bytes(gpu)) / 16) as u32;
         let num_workgroups = if gpu.caps().is_cpu { 64 } else { 2048 };
         let x = Tensor::zeros(gpu, "read", DType::U32, &[num_quads as usize, 4])?.into_weight(gpu)?;
         let out = Tensor::zeros(gpu, "sums", DType::U32, &[num_workgroups as usize])?;
@@ -91,8 +92,12 @@ impl Peaks {
 
     /// Bytes of a tensor that no cache holds, `times` as large as one of a copy, where the device has such.
     fn bytes(gpu: &Gpu, times: u64) -> u64 {
-        let most = gpu.caps().max_buffer_bytes.min(gpu.caps().max_storage_binding_bytes);
-        most.min(times * if gpu.caps().is_cpu { 64 << 20 } else { 256 << 20 })
+        Self::most_bytes(gpu).min(times * if gpu.caps().is_cpu { 64 << 20 } else { 256 << 20 })
+    }
+
+    /// Bytes that one binding holds.
+    fn most_bytes(gpu: &Gpu) -> u64 {
+        gpu.caps().max_buffer_bytes.min(gpu.caps().max_storage_binding_bytes)
     }
 
     /// [`Peaks::matrix_flop_per_s`] alone.

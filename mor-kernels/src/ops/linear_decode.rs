@@ -126,7 +126,7 @@ pub struct LinearDecode {
     pub block: u32,
     /// How often a lane group takes the next pairs of outputs; more than once only where all inputs are staged at once.
     pub rounds: u32,
-    /// Most bytes of workgroup memory.
+    /// Most bytes of workgroup memory for staged inputs and reductions.
     pub staging_bytes: u32,
     /// Whether the streams have one row, so that it need not be looked up.
     pub single_row: bool,
@@ -225,12 +225,13 @@ impl LinearDecode {
         plan.dispatch(self, b, p, Grid::rows(b.rows, self.workgroups_x(), self.rows))
     }
 
-    /// Whether codes are multiplied with digits of the activation, of which eight lanes make a group's. To make those of several
-    /// rows in every workgroup takes longer than it saves.
+    /// Whether codes are multiplied with digits of the activation (`shared/digits.wgsl`), of which eight lanes make a group's. To
+    /// make those of several rows in every workgroup takes longer than it saves.
     fn multiplies_digits(&self, caps: &DeviceCaps) -> bool {
+        let lanes = caps.lanes();
+        let exchanges = lanes.uses_subgroups() && lanes.width() >= 8 && (self.lanes * self.groups).is_multiple_of(8);
         let whole_groups = self.unit > 8 && (self.block * self.lanes).is_multiple_of(2);
-        let whole_lanes = (self.lanes * self.groups).is_multiple_of(8);
-        self.rows == 1 && whole_groups && whole_lanes && caps.multiplies_digits() && !caps.is_cpu
+        self.rows == 1 && whole_groups && exchanges && caps.packed_dots && !caps.is_cpu
     }
 
     fn workgroups_x(&self) -> u32 {
