@@ -42,6 +42,7 @@
 #import shared/rows
 #import shared/gate
 #import shared/mailbox
+#import shared/lanes
 #if SCRIPTED
 #import shared/pcg4d
 #endif
@@ -84,9 +85,9 @@ struct LayerStep {
     output: u32,
     // Recursion that it belongs to, or NONE.
     recursion: u32,
-    // ENTER, BLOCK_BEGIN, BLOCK_END, ALWAYS.
+    // BLOCK_BEGIN, BLOCK_END, ALWAYS.
     flags: u32,
-    // K/V group in which the row is given a slot.
+    // K/V group of its caches.
     group: u32,
     reserved: u32,
 }
@@ -94,7 +95,6 @@ struct LayerStep {
 const BLOCK_BEGIN: u32 = 1u;
 const BLOCK_END: u32 = 2u;
 const ALWAYS: u32 = 4u;
-const ENTER: u32 = 8u;
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<uniform> steps: array<LayerStep, MAX_STEPS>;
@@ -137,7 +137,6 @@ const EMBED_STRIDE: u32 = HEAD_STRIDE;
 
 const LOWEST: f32 = -3.4028234e38;
 const TEAMS: u32 = WORKGROUP_SIZE / LANES;
-const LANES_LOG2: u32 = firstTrailingBit(LANES);
 const HEAD_UNITS: u32 = HEAD_DIM / 8u;
 const Q_DIM: u32 = NUM_ATTENTION_HEADS * HEAD_DIM;
 const KV_DIM: u32 = NUM_KEY_VALUE_HEADS * HEAD_DIM;
@@ -231,36 +230,12 @@ struct KvPlace {
     len: u32,
     table: u32,
 }
-// Of the row in the present layer's caches, and in those of each group.
-var<workgroup> kv: KvPlace;
+// Of the row in the caches of each group.
 var<workgroup> kv_places: array<KvPlace, MAX_GROUPS>;
+var<private> kv_group: u32;
 // Recursions that the row's depth counts, and blocks that it ran.
 var<workgroup> taken: u32;
 var<workgroup> blocks: u32;
-
-fn lane_sum(value: f32) -> f32 {
-#if SUBGROUP_EXACT
-    return subgroupAdd(value);
-#else
-    var sum = value;
-    for (var step = 0u; step < LANES_LOG2; step++) {
-        sum += subgroupShuffleXor(sum, 1u << step);
-    }
-    return sum;
-#endif
-}
-
-fn lane_max(value: f32) -> f32 {
-#if SUBGROUP_EXACT
-    return subgroupMax(value);
-#else
-    var highest = value;
-    for (var step = 0u; step < LANES_LOG2; step++) {
-        highest = max(highest, subgroupShuffleXor(highest, 1u << step));
-    }
-    return highest;
-#endif
-}
 
 // Products differ in constants and types alone, and each has functions of its own, called from one place: compilers inline those,
 // and know all sizes then.
@@ -343,7 +318,7 @@ fn pair_number(local: u32) -> u32 {
 }
 
 #for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER HEAD:HEAD
-// Sends for the first units of a product: nothing that they depend on has to be waited for.
+// Sends for the first units of a product.
 fn prefetch_$P(place: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) {
     let split = $P_SPLIT;
     let row = 2u * pair_number(team / split);
@@ -357,8 +332,8 @@ fn prefetch_$P(place: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>
 }
 
 // Multiplies the pair of rows that is this team's in a round with the staged activation, or its part of them, and sends for
-// what is multiplied next.
-fn multiply_pair_$P(place: u32, round: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) -> vec2<f32> {
+// what is multiplied next. Even lanes have the one's product, odd lanes the other's.
+fn multiply_pair_$P(place: u32, round: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) -> f32 {
     let split = $P_SPLIT;
     let in_a_round = TEAMS / split;
     let row = 2u * pair_number(round * in_a_round + team / split);
@@ -385,20 +360,19 @@ fn multiply_pair_$P(place: u32, round: u32, ahead: ptr<function, array<Unit_$T, 
         }
 #endrepeat
     }
-    return vec2<f32>(lane_sum(sums.x), lane_sum(sums.y));
+    return lane_sums(sums, lane);
 }
 #endfor
 
 #for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER
-// Multiplies this workgroup's rows with the staged activation; sums of teams go to `partials`.
+// Multiplies this workgroup's rows with the staged activation; sums of teams go to `partials`, for after a barrier.
 fn multiply_$P(place: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) {
     for (var round = 0u; round < $P_ROUNDS; round++) {
-        let sums = multiply_pair_$P(place, round, ahead);
-        if lane == 0u {
-            partials[round * TEAMS + team] = sums;
+        let sum = multiply_pair_$P(place, round, ahead);
+        if lane < 2u {
+            partials[round * TEAMS + team][lane] = sum;
         }
     }
-    workgroupBarrier();
 }
 
 // Pairs of outputs that this workgroup may have.
@@ -431,94 +405,71 @@ fn stage_$P(element: u32, value: f32) {
     staged[within / 4u * $P_QUADS + element / $T_QUAD_ELEMS][within % 4u] = value;
 }
 
-// Stages `count` elements from place `at` of the mail on, as the activation of the product, times a norm's weight from
-// `weight_at` on unless that is NONE; leaves the teams' sums of squares, and of the products with routers from `router_at` on
-// unless that is NONE. False if they do not come.
-fn stage_mail_$P(
-    at: u32,
-    count: u32,
-    expected: u32,
-    weight_at: u32,
-    router_at: u32,
-    ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>,
-) -> bool {
-    var square = 0.0;
-#if ROUTED
-    router_sums = array<f32, ROUTERS>();
-#endif
-    for (var first = thread; first < count; first += BATCH * WORKGROUP_SIZE) {
-        var weights: array<f32, BATCH>;
-        var elements: array<vec2<u32>, BATCH>;
-#if ROUTED
-        var router_weights: array<f32, BATCH * ROUTERS>;
-        if router_at != NONE {
-#repeat i BATCH
-            for (var r = 0u; r < ROUTERS; r++) {
-                router_weights[i * ROUTERS + r] =
-                    router_weight(router_at + r * HIDDEN_SIZE + min(first + i * WORKGROUP_SIZE, count - 1u));
-            }
-#endrepeat
-        }
-#endif
-        if weight_at != NONE {
-#repeat i BATCH
-            weights[i] = norms[weight_at + min(first + i * WORKGROUP_SIZE, count - 1u)];
-#endrepeat
-        }
-        loop {
-            var is_there = true;
-#repeat i BATCH
-            if i == 0u || i * WORKGROUP_SIZE < count {
-                elements[i] = mail[at + min(first + i * WORKGROUP_SIZE, count - 1u)];
-            }
-#endrepeat
-#repeat i BATCH
-            if i == 0u || i * WORKGROUP_SIZE < count {
-                is_there = is_there && elements[i].y == expected;
-            }
-#endrepeat
-            // Compilers would move the loads to where their results are used; a poll more or less does no harm.
-#repeat p $T_PREFETCH
-            if p < $P_STEPS {
-                polls += u32((*ahead)[2u * p].codes.x == elements[0].y);
-                polls += u32((*ahead)[2u * p + 1u].codes.x == elements[0].y);
-#if $T_QUANTISED
-                polls += u32((*ahead)[2u * p].parameters == elements[0].y);
-                polls += u32((*ahead)[2u * p + 1u].parameters == elements[0].y);
-#endif
-            }
-#endrepeat
-            if is_there || !keeps_waiting() {
-                break;
-            }
-        }
-#repeat i BATCH
-        if first + i * WORKGROUP_SIZE < count {
-            var value = bitcast<f32>(elements[i].x);
-#if ROUTED
-            if router_at != NONE {
-                for (var r = 0u; r < ROUTERS; r++) {
-                    router_sums[r] += value * router_weights[i * ROUTERS + r];
-                }
-            }
-#endif
-            if weight_at != NONE {
-                square += value * value;
-                value *= weights[i];
-            }
-            stage_$P(first + i * WORKGROUP_SIZE, value);
-        }
-#endrepeat
-    }
-    // The last unit may have more elements than there are.
+// The last unit may have more elements than there are.
+fn pad_$P(count: u32) {
     for (var element = count + thread; element < $P_QUADS * $T_QUAD_ELEMS; element += WORKGROUP_SIZE) {
         stage_$P(element, 0.0);
     }
-    if weight_at != NONE {
-        let sum = lane_sum(square);
-        if lane == 0u {
-            team_values[team] = sum;
+}
+#endfor
+
+// Sends for a thread's elements of a norm's weight.
+fn prefetch_norm(at: u32, ahead_norm: ptr<function, array<f32, STREAM_ELEMS>>) {
+#repeat i STREAM_ELEMS
+    (*ahead_norm)[i] = norms[at + min(i * WORKGROUP_SIZE + thread, HIDDEN_SIZE - 1u)];
+#endrepeat
+}
+
+#for P in QKV GATE_UP HEAD
+// Stages a stream from place `at` of the mail on, times a norm's weight, as the activation of the product; leaves the teams' sums of
+// squares, and of the products with routers from `router_at` on unless that is NONE. False if it does not come.
+fn stage_stream_$P(at: u32, expected: u32, weights: ptr<function, array<f32, STREAM_ELEMS>>, router_at: u32) -> bool {
+    var elements: array<vec2<u32>, STREAM_ELEMS>;
+#if ROUTED
+    var router_weights: array<f32, STREAM_ELEMS * ROUTERS>;
+    // At most one turn, see above.
+    for (var row = router_at; row != NONE; row = NONE) {
+#repeat i STREAM_ELEMS
+        for (var r = 0u; r < ROUTERS; r++) {
+            router_weights[i * ROUTERS + r] =
+                router_weight(row + r * HIDDEN_SIZE + min(i * WORKGROUP_SIZE + thread, HIDDEN_SIZE - 1u));
         }
+#endrepeat
+    }
+    router_sums = array<f32, ROUTERS>();
+#endif
+    loop {
+        var is_there = true;
+#repeat i STREAM_ELEMS
+        elements[i] = mail[at + min(i * WORKGROUP_SIZE + thread, HIDDEN_SIZE - 1u)];
+#endrepeat
+#repeat i STREAM_ELEMS
+        is_there = is_there && elements[i].y == expected;
+#endrepeat
+        if is_there || !keeps_waiting() {
+            break;
+        }
+    }
+    var square = 0.0;
+#repeat i STREAM_ELEMS
+    let element = i * WORKGROUP_SIZE + thread;
+    if element < HIDDEN_SIZE {
+        let value = bitcast<f32>(elements[i].x);
+#if ROUTED
+        if router_at != NONE {
+            for (var r = 0u; r < ROUTERS; r++) {
+                router_sums[r] += value * router_weights[i * ROUTERS + r];
+            }
+        }
+#endif
+        square += value * value;
+        stage_$P(element, value * (*weights)[i]);
+    }
+#endrepeat
+    pad_$P(HIDDEN_SIZE);
+    let sum = lane_sum(square);
+    if lane == 0u {
+        team_values[team] = sum;
     }
 #if ROUTED
     if router_at != NONE {
@@ -530,6 +481,38 @@ fn stage_mail_$P(
         }
     }
 #endif
+    return all_is_there();
+}
+#endfor
+
+#for P in O DOWN
+// Stages `count` elements from place `at` of the mail on, as the activation of the product. False if they do not come.
+fn stage_mail_$P(at: u32, count: u32) -> bool {
+    for (var first = thread; first < count; first += BATCH * WORKGROUP_SIZE) {
+        var elements: array<vec2<u32>, BATCH>;
+        loop {
+            var is_there = true;
+#repeat i BATCH
+            if i == 0u || i * WORKGROUP_SIZE < count {
+                elements[i] = mail[at + min(first + i * WORKGROUP_SIZE, count - 1u)];
+            }
+#endrepeat
+#repeat i BATCH
+            if i == 0u || i * WORKGROUP_SIZE < count {
+                is_there = is_there && elements[i].y == tag;
+            }
+#endrepeat
+            if is_there || !keeps_waiting() {
+                break;
+            }
+        }
+#repeat i BATCH
+        if first + i * WORKGROUP_SIZE < count {
+            stage_$P(first + i * WORKGROUP_SIZE, bitcast<f32>(elements[i].x));
+        }
+#endrepeat
+    }
+    pad_$P(count);
     return all_is_there();
 }
 #endfor
@@ -555,7 +538,7 @@ fn post_pair(at: u32, value: vec2<f32>) {
 }
 
 fn kv_at(step_slot: u32, key: u32, kv_head: u32, unit: u32) -> u32 {
-    let slot = step_slot + pages[kv.table + key / PAGE_SIZE] * PAGE_SIZE + key % PAGE_SIZE;
+    let slot = step_slot + pages[kv_places[kv_group].table + key / PAGE_SIZE] * PAGE_SIZE + key % PAGE_SIZE;
     return ((slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + unit) * KV_QUADS;
 }
 
@@ -590,7 +573,7 @@ fn unpack_kv(unit: KvUnit) -> mat2x4<f32> {
 
 // Stores columns `column` and `column + 1` of the row's key or value.
 fn store_kv(is_key: bool, step_slot: u32, column: u32, value: vec2<f32>) {
-    let element = (step_slot + kv.slot) * KV_DIM + column;
+    let element = (step_slot + kv_places[kv_group].slot) * KV_DIM + column;
 #if KV_F16
     let word = pack2x16float(value);
     if is_key {
@@ -613,7 +596,8 @@ fn store_kv(is_key: bool, step_slot: u32, column: u32, value: vec2<f32>) {
 // Parts that the keys are split into, each a workgroup's.
 fn num_splits() -> u32 {
     // Few keys are read sooner than what becomes of them is merged.
-    let keys = select(kv.len, 1u, kv.len <= ALONE_KEYS);
+    let kv_len = kv_places[kv_group].len;
+    let keys = select(kv_len, 1u, kv_len <= ALONE_KEYS);
     return min((keys + SPLIT_KEYS - 1u) / SPLIT_KEYS, MAX_SPLITS);
 }
 
@@ -625,7 +609,7 @@ struct AttentionPart {
 }
 
 fn attention_part(item: u32) -> AttentionPart {
-    let kv_len = kv.len;
+    let kv_len = kv_places[kv_group].len;
     let chunk = (kv_len + num_splits() - 1u) / num_splits();
     let split = item / NUM_ATTENTION_HEADS;
     return AttentionPart(
@@ -648,7 +632,7 @@ fn prefetch_kv(
         let kv_head = part.head / (NUM_ATTENTION_HEADS / NUM_KEY_VALUE_HEADS);
 #repeat i KEYS
         let key = part.start + i * SLICES + thread / KEY_LANES;
-        if key + 1u < kv.len {
+        if key + 1u < kv_places[kv_group].len {
             let at = kv_at(step_slot, key, kv_head, unit);
             (*ahead_keys)[i] = key_unit(at);
             (*ahead_values)[i] = value_unit(at);
@@ -681,7 +665,7 @@ fn attend(
     ahead_keys: ptr<function, array<KvUnit, KEYS>>,
     ahead_values: ptr<function, array<KvUnit, KEYS>>,
 ) -> bool {
-    let kv_len = kv.len;
+    let kv_len = kv_places[kv_group].len;
     let splits = num_splits();
     let key_lane = lane % KEY_LANES;
     let unit = min(key_lane, HEAD_UNITS - 1u);
@@ -800,10 +784,10 @@ fn attend(
 }
 
 // Stages the attention of all heads, its parts merged; false if it does not come.
-fn stage_attention(ahead: ptr<function, array<Unit_LAYER, 2u * LAYER_PREFETCH>>) -> bool {
+fn stage_attention() -> bool {
     let splits = num_splits();
     if splits == 1u {
-        return stage_mail_O(ATTENTION, Q_DIM, tag, NONE, NONE, ahead);
+        return stage_mail_O(ATTENTION, Q_DIM);
     }
     // Each part's share of its head's attention.
     for (var i = thread; i < NUM_ATTENTION_HEADS * splits; i += WORKGROUP_SIZE) {
@@ -997,7 +981,10 @@ fn run_layers() -> bool {
     var own_running = vec2<f32>();
     var running_tag = 0u;
 #endif
-    var ahead: array<Unit_LAYER, 2u * LAYER_PREFETCH>;
+    // Of the queries', keys' and values' product and of that after the next, in turn; of the two others.
+    var ahead_inputs: array<Unit_LAYER, 2u * LAYER_PREFETCH>;
+    var ahead_outputs: array<Unit_LAYER, 2u * LAYER_PREFETCH>;
+    var ahead_norm: array<f32, STREAM_ELEMS>;
     var ahead_keys: array<KvUnit, KEYS>;
     var ahead_values: array<KvUnit, KEYS>;
     if has_pair_DOWN() {
@@ -1011,6 +998,8 @@ fn run_layers() -> bool {
     // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
     workgroupBarrier();
     var hidden_tag = tag;
+    // The step whose first weights are on their way.
+    var sent_for = NONE;
     for (var s = 0u; s < params.num_steps; s++) {
         let begins = (steps[s].flags & BLOCK_BEGIN) != 0u;
 #if TOKEN
@@ -1020,10 +1009,15 @@ fn run_layers() -> bool {
             continue;
         }
 #endif
-        if thread == 0u && (steps[s].flags & ENTER) != 0u {
-            kv = kv_places[steps[s].group];
+        // The first step's, and those after an exit; at most one turn, which keeps compilers from moving the loads to where they are
+        // used.
+        for (var coming = s; coming != sent_for; coming = sent_for) {
+            prefetch_QKV(steps[coming].qkv_proj, &ahead_inputs);
+            prefetch_O(steps[coming].o_proj, &ahead_outputs);
+            prefetch_norm(2u * steps[coming].norms * HIDDEN_SIZE, &ahead_norm);
         }
-        prefetch_QKV(steps[s].qkv_proj, &ahead);
+        kv_group = steps[s].group;
+        prefetch_kv(steps[s].first_slot, &ahead_keys, &ahead_values);
 
         // Queries, keys and values.
         let column = 2u * pair;
@@ -1054,8 +1048,7 @@ fn run_layers() -> bool {
             router_at = 0u;
         }
 #endif
-        let norm_at = 2u * steps[s].norms * HIDDEN_SIZE;
-        if !stage_mail_QKV(steps[s].input * HIDDEN_SIZE, HIDDEN_SIZE, input_tag, norm_at, router_at, &ahead) {
+        if !stage_stream_QKV(steps[s].input * HIDDEN_SIZE, input_tag, &ahead_norm, router_at) {
             return false;
         }
         if begins {
@@ -1079,7 +1072,12 @@ fn run_layers() -> bool {
             }
         }
         let qkv_factor = norm_factor();
-        multiply_QKV(steps[s].qkv_proj, &ahead);
+        multiply_QKV(steps[s].qkv_proj, &ahead_inputs);
+        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+            prefetch_GATE_UP(steps[coming].gate_up_proj, &ahead_inputs);
+            prefetch_norm((2u * steps[coming].norms + 1u) * HIDDEN_SIZE, &ahead_norm);
+        }
+        workgroupBarrier();
         tag += 1u;
         if has_pair_QKV() {
             let v = product_QKV(thread) * qkv_factor;
@@ -1096,17 +1094,19 @@ fn run_layers() -> bool {
         }
 
         workgroupBarrier();
-        prefetch_O(steps[s].o_proj, &ahead);
-        prefetch_kv(steps[s].first_slot, &ahead_keys, &ahead_values);
         if !attend(steps[s].first_slot, &ahead_keys, &ahead_values) {
             return false;
         }
         tag += 1u;
 
-        if !stage_attention(&ahead) {
+        if !stage_attention() {
             return false;
         }
-        multiply_O(steps[s].o_proj, &ahead);
+        multiply_O(steps[s].o_proj, &ahead_outputs);
+        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+            prefetch_DOWN(steps[coming].down_proj, &ahead_outputs);
+        }
+        workgroupBarrier();
         tag += 1u;
         var own_middle = vec2<f32>();
         if has_pair_O() {
@@ -1115,12 +1115,24 @@ fn run_layers() -> bool {
         }
 
         workgroupBarrier();
-        prefetch_GATE_UP(steps[s].gate_up_proj, &ahead);
-        if !stage_mail_GATE_UP(MIDDLE, HIDDEN_SIZE, tag, norm_at + HIDDEN_SIZE, NONE, &ahead) {
+        if !stage_stream_GATE_UP(MIDDLE, tag, &ahead_norm, NONE) {
             return false;
         }
         let mlp_factor = norm_factor();
-        multiply_GATE_UP(steps[s].gate_up_proj, &ahead);
+        multiply_GATE_UP(steps[s].gate_up_proj, &ahead_inputs);
+        sent_for = s + 1u;
+#if TOKEN
+        // What is not yet the last recursion's goes on.
+        let goes_on = routed.x != f32(steps[s].recursion + 1u);
+        if (steps[s].flags & BLOCK_END) != 0u && !goes_on {
+            sent_for = params.coda;
+        }
+#endif
+        for (var coming = sent_for; coming < params.num_steps; coming += params.num_steps) {
+            prefetch_QKV(steps[coming].qkv_proj, &ahead_inputs);
+            prefetch_norm(2u * steps[coming].norms * HIDDEN_SIZE, &ahead_norm);
+        }
+        workgroupBarrier();
         tag += 1u;
         if has_pair_GATE_UP() {
             let v = product_GATE_UP(thread) * mlp_factor;
@@ -1128,11 +1140,14 @@ fn run_layers() -> bool {
         }
 
         workgroupBarrier();
-        prefetch_DOWN(steps[s].down_proj, &ahead);
-        if !stage_mail_DOWN(MLP, MLP_DIM, tag, NONE, NONE, &ahead) {
+        if !stage_mail_DOWN(MLP, MLP_DIM) {
             return false;
         }
-        multiply_DOWN(steps[s].down_proj, &ahead);
+        multiply_DOWN(steps[s].down_proj, &ahead_outputs);
+        for (var coming = sent_for; coming < params.num_steps; coming += params.num_steps) {
+            prefetch_O(steps[coming].o_proj, &ahead_outputs);
+        }
+        workgroupBarrier();
         tag += 1u;
         var y = vec2<f32>();
         if has_pair_DOWN() {
@@ -1144,8 +1159,7 @@ fn run_layers() -> bool {
         if (steps[s].flags & BLOCK_END) != 0u {
             output = 0u;
 #if TOKEN
-            // What is not yet the last recursion's goes on.
-            output = select(1u, 0u, routed.x == f32(steps[s].recursion + 1u));
+            output = u32(goes_on);
 #endif
             if output == 0u {
                 y = own_hidden + select(routed.y, 1.0, params.additive != 0u) * y;
@@ -1176,15 +1190,16 @@ fn run_layers() -> bool {
     }
     var ahead_head: array<Unit_HEAD, 2u * HEAD_PREFETCH>;
     prefetch_HEAD(0u, &ahead_head);
-    if !stage_mail_HEAD(0u, HIDDEN_SIZE, hidden_tag, params.final_norm * HIDDEN_SIZE, NONE, &ahead_head) {
+    prefetch_norm(params.final_norm * HIDDEN_SIZE, &ahead_norm);
+    if !stage_stream_HEAD(0u, hidden_tag, &ahead_norm, NONE) {
         return false;
     }
     let factor = norm_factor();
     for (var round = 0u; round < HEAD_ROUNDS; round++) {
-        let sums = multiply_pair_HEAD(0u, round, &ahead_head);
+        let sum = multiply_pair_HEAD(0u, round, &ahead_head);
         let outputs = pair_number(round * TEAMS + team);
-        if lane == 0u && 2u * outputs < HEAD_ROWS {
-            logits[outputs] = sums * factor;
+        if lane < 2u && 2u * outputs < HEAD_ROWS {
+            logits[outputs][lane] = sum * factor;
         }
     }
     return true;

@@ -6,8 +6,8 @@ use criterion::Criterion;
 use mor_bench::{SHAPES, Shape, is_wanted, record, time_read};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{
-    AttentionShape, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, ENTER, GridExchange, LayerRouting,
-    LayerStep, LayersShape,
+    AttentionShape, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, GridExchange, LayerRouting, LayerStep,
+    LayersShape,
 };
 use mor_kernels::oracle::decode_layers::{LayersState, decode_layers};
 use mor_kernels::parity::{self, Output, Rng, Tolerance};
@@ -147,7 +147,6 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             norms: layer,
             first_slot: layer * num_slots as u32,
             recursion: NONE,
-            flags: if layer == 0 { ENTER } else { 0 },
             ..LayerStep::default()
         })
         .collect();

@@ -1,8 +1,8 @@
 //! [`LayersTensors`]: a decode step of one sequence, up to its logits, in one dispatch, where model and device allow it.
 
 use mor_kernels::ops::{
-    ALWAYS, BLOCK_BEGIN, BLOCK_END, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, ENTER, ExpertGate,
-    GridExchange, LayerRouting, LayerStep, LayersShape, TokenGate,
+    ALWAYS, BLOCK_BEGIN, BLOCK_END, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, ExpertGate, GridExchange,
+    LayerRouting, LayerStep, LayersShape, TokenGate,
 };
 use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::{NONE, RowSet};
@@ -261,7 +261,6 @@ fn steps(model: &MorModel, kv: &KvTensors) -> Option<Vec<LayerStep>> {
         };
         let always = begins && config.mode == Mode::Expert && model.takes_all(recursion? as usize);
         let group = place.read_group as u32;
-        let enters = steps.last().is_none_or(|before: &LayerStep| before.group != group);
         let layer = &weights.layers[l];
         steps.push(LayerStep {
             qkv_proj: layer.qkv_proj.weight.place?,
@@ -273,10 +272,7 @@ fn steps(model: &MorModel, kv: &KvTensors) -> Option<Vec<LayerStep>> {
             input,
             output: if is_routed { LAYER } else { HIDDEN },
             recursion: recursion.unwrap_or(NONE),
-            flags: (u32::from(begins) * BLOCK_BEGIN)
-                | (u32::from(ends) * BLOCK_END)
-                | (u32::from(always) * ALWAYS)
-                | (u32::from(enters) * ENTER),
+            flags: (u32::from(begins) * BLOCK_BEGIN) | (u32::from(ends) * BLOCK_END) | (u32::from(always) * ALWAYS),
             group,
             reserved: 0,
         });

@@ -39,6 +39,7 @@ shaders![
     "shared/epilogue",
     "shared/gate",
     "shared/kv",
+    "shared/lanes",
     "shared/mailbox",
     "shared/order_key",
     "shared/pcg4d",

@@ -93,9 +93,6 @@ pub const BLOCK_BEGIN: u32 = 1;
 pub const BLOCK_END: u32 = 2;
 /// [`LayerStep::flags`]: every row that comes as far as the recursion takes it.
 pub const ALWAYS: u32 = 4;
-/// [`LayerStep::flags`]: its K/V group is another than that of the step before, or there is none before. So has the first step
-/// after the shared block, which early exits go to.
-pub const ENTER: u32 = 8;
 
 /// A layer of the step. Mirrors `struct LayerStep` of the shader.
 #[repr(C)]
@@ -119,7 +116,7 @@ pub struct LayerStep {
     pub output: u32,
     /// Recursion that it belongs to, or [`NONE`](crate::rows::NONE).
     pub recursion: u32,
-    /// [`BLOCK_BEGIN`], [`BLOCK_END`], [`ALWAYS`] and [`ENTER`].
+    /// [`BLOCK_BEGIN`], [`BLOCK_END`] and [`ALWAYS`].
     pub flags: u32,
     /// K/V group that it stores in and attends to.
     pub group: u32,
@@ -550,12 +547,12 @@ impl Kernel for DecodeLayers {
             .u32("KEY_LANES", (shape.attention.head_dim / 8).next_power_of_two())
             .u32("KEYS", self.keys)
             .u32("BATCH", self.batch)
+            .u32("STREAM_ELEMS", shape.hidden_size.div_ceil(self.workgroup_size))
             .u32("ALONE_KEYS", ALONE_KEYS)
             .u32("SPLIT_KEYS", SPLIT_KEYS)
             .u32("MAX_SPLITS", self.max_splits())
             .u32("STAGED", staged)
             .u32("NUM_PARTIALS", partials)
-            .flag("SUBGROUP_EXACT", caps.subgroup_sizes == Some((lanes, lanes)))
             .flag("ROUTED", shape.routing != LayerRouting::Fixed)
             .flag("EXPERT", matches!(shape.routing, LayerRouting::Expert { .. }))
             .flag("TOKEN", is_token)
@@ -737,7 +734,7 @@ mod tests {
                     (false, true) => 2,
                     _ => 0,
                 };
-                let (ends, enters) = (in_block && !first, first || !in_block);
+                let ends = in_block && !first;
                 steps.push(LayerStep {
                     qkv_proj: matrix,
                     o_proj: 3 - matrix,
@@ -748,9 +745,7 @@ mod tests {
                     input,
                     output: if first && is_routed { 2 } else { 0 },
                     recursion,
-                    flags: (BLOCK_BEGIN * u32::from(first))
-                        | (BLOCK_END * u32::from(ends))
-                        | (ENTER * u32::from(enters)),
+                    flags: (BLOCK_BEGIN * u32::from(first)) | (BLOCK_END * u32::from(ends)),
                     group: if in_block { 1 + recursion } else { 0 },
                     reserved: 0,
                 });
