@@ -280,31 +280,32 @@ fn pair_product_$P(a: Unit_$T, b: Unit_$T, unit: u32) -> vec2<f32> {
         dot(bitcast<vec4<f32>>(b.codes << vec4<u32>(16u)), even)
             + dot(bitcast<vec4<f32>>(b.codes & vec4<u32>(0xffff0000u)), odd),
     );
-#elif $T_Q8
-    var products = vec2<f32>();
-#repeat half $T_UNIT_CODES
-    let x0 = staged[2u * half * quads + unit];
-    let x1 = staged[(2u * half + 1u) * quads + unit];
-    let wa = q8_values(vec2<u32>(a.codes[2u * half], a.codes[2u * half + 1u]));
-    let wb = q8_values(vec2<u32>(b.codes[2u * half], b.codes[2u * half + 1u]));
-    products += vec2<f32>(dot(wa[0], x0) + dot(wa[1], x1), dot(wb[0], x0) + dot(wb[1], x1));
-#endrepeat
-    let group = unit * $T_QUAD_ELEMS / GROUP;
-    return products * vec2<f32>(q8_scale(a.parameters, group), q8_scale(b.parameters, group));
-#elif $T_Q4
+#elif $T_QUANTISED
+    // What is added to the codes comes off with the sum of the inputs.
     var products = vec2<f32>();
     var inputs = 0.0;
 #repeat half $T_UNIT_CODES
     let x0 = staged[2u * half * quads + unit];
     let x1 = staged[(2u * half + 1u) * quads + unit];
-    let wa = q4_values(a.codes[half]);
-    let wb = q4_values(b.codes[half]);
+#if $T_Q8
+    let wa = q8_biased(vec2<u32>(a.codes[2u * half], a.codes[2u * half + 1u]));
+    let wb = q8_biased(vec2<u32>(b.codes[2u * half], b.codes[2u * half + 1u]));
+#else
+    let wa = q4_biased(a.codes[half]);
+    let wb = q4_biased(b.codes[half]);
+#endif
     inputs += dot(x0 + x1, vec4<f32>(1.0));
     products += vec2<f32>(dot(wa[0], x0) + dot(wa[1], x1), dot(wb[0], x0) + dot(wb[1], x1));
 #endrepeat
+#if $T_Q8
+    let group = unit * $T_QUAD_ELEMS / GROUP;
+    return (products - Q8_BIAS * inputs) * vec2<f32>(q8_scale(a.parameters, group), q8_scale(b.parameters, group));
+#else
     let pa = q4_scale_offset(a.parameters);
     let pb = q4_scale_offset(b.parameters);
-    return products * vec2<f32>(pa.x, pb.x) + inputs * vec2<f32>(pa.y, pb.y);
+    let scales = vec2<f32>(pa.x, pb.x);
+    return products * scales + inputs * (vec2<f32>(pa.y, pb.y) - Q4_BIAS * scales);
+#endif
 #else
     let x0 = staged[unit];
     return vec2<f32>(dot(bitcast<vec4<f32>>(a.codes), x0), dot(bitcast<vec4<f32>>(b.codes), x0));
@@ -427,7 +428,7 @@ fn stage_stream_$P(at: u32, expected: u32, weights: ptr<function, array<f32, STR
     var elements: array<vec2<u32>, STREAM_ELEMS>;
 #if ROUTED
     var router_weights: array<f32, STREAM_ELEMS * ROUTERS>;
-    // At most one turn, see above.
+    // At most one turn.
     for (var row = router_at; row != NONE; row = NONE) {
 #repeat i STREAM_ELEMS
         for (var r = 0u; r < ROUTERS; r++) {
@@ -981,9 +982,7 @@ fn run_layers() -> bool {
     var own_running = vec2<f32>();
     var running_tag = 0u;
 #endif
-    // Of the queries', keys' and values' product and of that after the next, in turn; of the two others.
-    var ahead_inputs: array<Unit_LAYER, 2u * LAYER_PREFETCH>;
-    var ahead_outputs: array<Unit_LAYER, 2u * LAYER_PREFETCH>;
+    var ahead: array<Unit_LAYER, 2u * LAYER_PREFETCH>;
     var ahead_norm: array<f32, STREAM_ELEMS>;
     var ahead_keys: array<KvUnit, KEYS>;
     var ahead_values: array<KvUnit, KEYS>;
@@ -998,7 +997,7 @@ fn run_layers() -> bool {
     // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
     workgroupBarrier();
     var hidden_tag = tag;
-    // The step whose first weights are on their way.
+    // The step whose first norm is on its way.
     var sent_for = NONE;
     for (var s = 0u; s < params.num_steps; s++) {
         let begins = (steps[s].flags & BLOCK_BEGIN) != 0u;
@@ -1009,11 +1008,12 @@ fn run_layers() -> bool {
             continue;
         }
 #endif
-        // The first step's, and those after an exit; at most one turn, which keeps compilers from moving the loads to where they are
-        // used.
+        // At most one turn, here and below, which keeps compilers from moving loads to where their results are used.
+        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+            prefetch_QKV(steps[coming].qkv_proj, &ahead);
+        }
+        // That of the first step, and that after an exit.
         for (var coming = s; coming != sent_for; coming = sent_for) {
-            prefetch_QKV(steps[coming].qkv_proj, &ahead_inputs);
-            prefetch_O(steps[coming].o_proj, &ahead_outputs);
             prefetch_norm(2u * steps[coming].norms * HIDDEN_SIZE, &ahead_norm);
         }
         kv_group = steps[s].group;
@@ -1072,9 +1072,8 @@ fn run_layers() -> bool {
             }
         }
         let qkv_factor = norm_factor();
-        multiply_QKV(steps[s].qkv_proj, &ahead_inputs);
+        multiply_QKV(steps[s].qkv_proj, &ahead);
         for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
-            prefetch_GATE_UP(steps[coming].gate_up_proj, &ahead_inputs);
             prefetch_norm((2u * steps[coming].norms + 1u) * HIDDEN_SIZE, &ahead_norm);
         }
         workgroupBarrier();
@@ -1094,6 +1093,9 @@ fn run_layers() -> bool {
         }
 
         workgroupBarrier();
+        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+            prefetch_O(steps[coming].o_proj, &ahead);
+        }
         if !attend(steps[s].first_slot, &ahead_keys, &ahead_values) {
             return false;
         }
@@ -1102,10 +1104,7 @@ fn run_layers() -> bool {
         if !stage_attention() {
             return false;
         }
-        multiply_O(steps[s].o_proj, &ahead_outputs);
-        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
-            prefetch_DOWN(steps[coming].down_proj, &ahead_outputs);
-        }
+        multiply_O(steps[s].o_proj, &ahead);
         workgroupBarrier();
         tag += 1u;
         var own_middle = vec2<f32>();
@@ -1115,11 +1114,14 @@ fn run_layers() -> bool {
         }
 
         workgroupBarrier();
+        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+            prefetch_GATE_UP(steps[coming].gate_up_proj, &ahead);
+        }
         if !stage_stream_GATE_UP(MIDDLE, tag, &ahead_norm, NONE) {
             return false;
         }
         let mlp_factor = norm_factor();
-        multiply_GATE_UP(steps[s].gate_up_proj, &ahead_inputs);
+        multiply_GATE_UP(steps[s].gate_up_proj, &ahead);
         sent_for = s + 1u;
 #if TOKEN
         // What is not yet the last recursion's goes on.
@@ -1129,7 +1131,6 @@ fn run_layers() -> bool {
         }
 #endif
         for (var coming = sent_for; coming < params.num_steps; coming += params.num_steps) {
-            prefetch_QKV(steps[coming].qkv_proj, &ahead_inputs);
             prefetch_norm(2u * steps[coming].norms * HIDDEN_SIZE, &ahead_norm);
         }
         workgroupBarrier();
@@ -1140,13 +1141,13 @@ fn run_layers() -> bool {
         }
 
         workgroupBarrier();
+        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+            prefetch_DOWN(steps[coming].down_proj, &ahead);
+        }
         if !stage_mail_DOWN(MLP, MLP_DIM) {
             return false;
         }
-        multiply_DOWN(steps[s].down_proj, &ahead_outputs);
-        for (var coming = sent_for; coming < params.num_steps; coming += params.num_steps) {
-            prefetch_O(steps[coming].o_proj, &ahead_outputs);
-        }
+        multiply_DOWN(steps[s].down_proj, &ahead);
         workgroupBarrier();
         tag += 1u;
         var y = vec2<f32>();
