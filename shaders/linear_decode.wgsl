@@ -20,8 +20,8 @@
 //           row 16 bytes of codes; CHUNK units staged or held at a time, in whole blocks; ROWS, PAIRS, LANES, GROUPS; BLOCK
 //           units of an output that a lane has on their way; ROUNDS, more than one only where CHUNK is a whole row; TEXELS: w
 //           in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a multiple of LANES, STEPS = CHUNK / LANES; PARTS = UNIT / 8;
-//           LOG2_LANES; NORM, or MERGE of SPLITS partials of heads of HEAD_DIM, or neither; X_BY_ROW; SINGLE: streams have
-//           one row; SUBGROUP: lanes exchange by subgroup operations, SUBGROUP_EXACT: LANES is the subgroup size; WEIGHT_F16
+//           NORM, or MERGE of SPLITS partials of heads of HEAD_DIM, or neither; X_BY_ROW; SINGLE: streams have
+//           one row; SUBGROUP: lanes exchange by subgroup operations, SHUFFLES: by shuffles; WEIGHT_F16
 //           or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; DIGITS, of WIDE and SUBGROUP:
 //           UNIT_DIGITS vectors of each digit a unit, an even number of units staged by a multiple of 8 threads; STORE, GELU,
 //           RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16
@@ -37,6 +37,9 @@
 #import shared/weights
 #import shared/quantized_units
 #import shared/digits
+#if SHUFFLES
+#import shared/lanes
+#endif
 
 struct Params {
     num_outputs: u32,
@@ -290,28 +293,27 @@ fn add_unit(
 }
 #endif
 
+// Sums over a group's lanes, of one value and of two, for every lane.
+#if SHUFFLES
+fn group_sum(value: f32, thread: u32, lane: u32) -> f32 {
+    return lane_sum(value);
+}
+
+fn group_sums(values: vec2<f32>, thread: u32, lane: u32) -> vec2<f32> {
+    let sum = lane_sums(values, lane);
+    let other = subgroupShuffleXor(sum, 1u);
+    return select(vec2<f32>(sum, other), vec2<f32>(other, sum), lane % 2u == 1u);
+}
+#else
+fn group_sum(value: f32, thread: u32, lane: u32) -> f32 {
 #if SUBGROUP
-fn lane_sum(value: f32, thread: u32, lane: u32) -> f32 {
-#if TEXELS
     // A software rasteriser adds and shuffles lane by lane but broadcasts in one instruction.
     var sum = 0.0;
 #repeat giver LANES
     sum += subgroupBroadcast(value, giver);
 #endrepeat
     return sum;
-#elif SUBGROUP_EXACT
-    return subgroupAdd(value);
 #else
-    // Counted steps, not a halving variable: compilers unroll only the former.
-    var sum = value;
-    for (var step = 0u; step < LOG2_LANES; step++) {
-        sum += subgroupShuffleXor(sum, 1u << step);
-    }
-    return sum;
-#endif
-}
-#else
-fn lane_sum(value: f32, thread: u32, lane: u32) -> f32 {
     lane_scratch[thread] = value;
     workgroupBarrier();
     for (var step = LANES / 2u; step > 0u; step = step / 2u) {
@@ -323,6 +325,11 @@ fn lane_sum(value: f32, thread: u32, lane: u32) -> f32 {
     let sum = lane_scratch[thread - lane];
     workgroupBarrier();
     return sum;
+#endif
+}
+
+fn group_sums(values: vec2<f32>, thread: u32, lane: u32) -> vec2<f32> {
+    return vec2<f32>(group_sum(values.x, thread, lane), group_sum(values.y, thread, lane));
 }
 #endif
 
@@ -479,7 +486,7 @@ fn main(
 #endrepeat
                 }
                 for (var m = 0u; m < ROWS; m++) {
-                    let sum = vec2<f32>(lane_sum(partial[m].x, thread, lane), lane_sum(partial[m].y, thread, lane));
+                    let sum = group_sums(partial[m], thread, lane);
                     sums[m] += select(vec2<f32>(), sum, pair == lane);
                 }
             }
@@ -487,7 +494,7 @@ fn main(
 #if NORM
         if block == 0u {
             for (var m = 0u; m < ROWS; m++) {
-                factor[m] = inverseSqrt(lane_sum(square[m], thread, lane) / f32(IN_FEATURES) + params.eps);
+                factor[m] = inverseSqrt(group_sum(square[m], thread, lane) / f32(IN_FEATURES) + params.eps);
             }
         }
 #endif
@@ -563,7 +570,7 @@ fn main(
                 for (var t = lane; t < THREADS; t += LANES) {
                     total += squares[m * THREADS + t];
                 }
-                factor[m] = inverseSqrt(lane_sum(total, thread, lane) / f32(IN_FEATURES) + params.eps);
+                factor[m] = inverseSqrt(group_sum(total, thread, lane) / f32(IN_FEATURES) + params.eps);
             }
         }
 #endif
@@ -592,11 +599,14 @@ fn main(
                 for (var m = 0u; m < ROWS; m++) {
                     let entry = list_entry(first_entry + m);
                     for (var p = 0u; p < PAIRS; p++) {
-                        let a = lane_sum(sums[m * OUTPUTS + 2u * p], thread, lane);
-                        let b = lane_sum(sums[m * OUTPUTS + 2u * p + 1u], thread, lane);
+                        let sum = group_sums(
+                            vec2<f32>(sums[m * OUTPUTS + 2u * p], sums[m * OUTPUTS + 2u * p + 1u]),
+                            thread,
+                            lane,
+                        );
                         let o = first_output(workgroup.x, round, group) + 2u * p;
                         if lane == 0u && entry.row != NONE && o < NUM_OUTPUTS {
-                            let y = vec2<f32>(a, b) * factor[m];
+                            let y = sum * factor[m];
                             epilogue(first_entry + m, entry, params.first_output + o, y, read[m * PAIRS + p]);
                         }
                         sums[m * OUTPUTS + 2u * p] = 0.0;

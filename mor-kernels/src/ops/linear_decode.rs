@@ -193,7 +193,8 @@ impl LinearDecode {
         if wide / 8 * WIDEST_LANES <= kernel.fitting(caps) {
             kernel.unit = wide;
         }
-        kernel.lanes = width.min(in_features.div_ceil(kernel.unit).next_power_of_two());
+        // Two sums are taken at a time, by two lanes.
+        kernel.lanes = width.min(in_features.div_ceil(kernel.unit).next_power_of_two().max(2));
         while threads > 256 && num_outputs.div_ceil(2 * threads / kernel.lanes) < ENOUGH_WORKGROUPS {
             threads /= 2;
         }
@@ -276,7 +277,6 @@ impl Kernel for LinearDecode {
         let (lanes, parts) = (self.lanes, self.unit / 8);
         let chunk = self.chunk(caps) / parts;
         let steps = chunk.div_ceil(lanes);
-        let exact = caps.lanes().uses_subgroups() && caps.subgroup_sizes == Some((lanes, lanes));
         let (splits, head_dim) = match self.prologue {
             PrologueKind::Merge { num_splits, head_dim } => (num_splits, head_dim),
             _ => (1, 4),
@@ -292,7 +292,6 @@ impl Kernel for LinearDecode {
             .u32("PAIRS", self.pairs)
             .u32("GROUPS", self.groups)
             .u32("LANES", lanes)
-            .u32("LOG2_LANES", lanes.ilog2())
             .u32("BLOCK", self.block)
             .u32("ROUNDS", self.rounds)
             .u32("STEPS", steps)
@@ -304,7 +303,7 @@ impl Kernel for LinearDecode {
             .u32("SPLITS", splits)
             .u32("HEAD_DIM", head_dim)
             .flag("SUBGROUP", caps.lanes().uses_subgroups())
-            .flag("SUBGROUP_EXACT", exact)
+            .flag("SHUFFLES", caps.lanes().uses_subgroups() && !caps.is_cpu)
             .flag("NORM", self.prologue == PrologueKind::Norm)
             .flag("MERGE", matches!(self.prologue, PrologueKind::Merge { .. }))
             .flag("X_BY_ROW", matches!(self.prologue, PrologueKind::Stream | PrologueKind::Norm));
