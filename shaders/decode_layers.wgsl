@@ -27,8 +27,9 @@
 //           QKV_ROWS, O_ROWS, GATE_UP_ROWS, DOWN_ROWS; units a row QKV_QUADS, O_QUADS, GATE_UP_QUADS, DOWN_QUADS, and
 //           from row to row QKV_STRIDE, O_STRIDE, GATE_UP_STRIDE, DOWN_STRIDE; teams a pair of outputs QKV_SPLIT,
 //           O_SPLIT, GATE_UP_SPLIT, DOWN_SPLIT; units a lane QKV_STEPS, O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a
-//           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
-//           HEAD_STEPS, HEAD_ROUNDS. KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements that a thread waits
+//           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS, and of them QKV_ABREAST, O_ABREAST, GATE_UP_ABREAST,
+//           DOWN_ABREAST at a time, whose units are no more than LAYER_PREFETCH; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
+//           HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST. KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements that a thread waits
 //           for at a time; ALONE_KEYS up to which a workgroup has a head for itself, SPLIT_KEYS of each of several,
 //           MAX_SPLITS of them at most; STAGED and NUM_PARTIALS sizes of workgroup memory; SUBGROUP_EXACT: LANES is the
 //           subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS),
@@ -319,59 +320,75 @@ fn pair_number(local: u32) -> u32 {
 }
 
 #for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER HEAD:HEAD
+// First row of this team in a round.
+fn first_row_$P(round: u32) -> u32 {
+    return 2u * pair_number(round * (TEAMS / $P_SPLIT) + team / $P_SPLIT);
+}
+
+// Unit of a row that is this lane's in a step.
+fn own_unit_$P(step: u32) -> u32 {
+    return (step * $P_SPLIT + team % $P_SPLIT) * LANES + lane;
+}
+
 // Sends for the first units of a product.
 fn prefetch_$P(place: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) {
-    let split = $P_SPLIT;
-    let row = 2u * pair_number(team / split);
 #repeat p $T_PREFETCH
-    if p < $P_STEPS {
-        let unit = (p * split + team % split) * LANES + lane;
+    if p < $P_ABREAST * $P_STEPS {
+        let row = first_row_$P(p / $P_STEPS);
+        let unit = own_unit_$P(p % $P_STEPS);
         (*ahead)[2u * p] = fetch_$P(place, row, unit);
         (*ahead)[2u * p + 1u] = fetch_$P(place, row + 1u, unit);
     }
 #endrepeat
 }
 
-// Multiplies the pair of rows that is this team's in a round with the staged activation, or its part of them, and sends for
-// what is multiplied next. Even lanes have the one's product, odd lanes the other's.
-fn multiply_pair_$P(place: u32, round: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) -> f32 {
-    let split = $P_SPLIT;
-    let in_a_round = TEAMS / split;
-    let row = 2u * pair_number(round * in_a_round + team / split);
-    let next_row = 2u * pair_number((round + 1u) * in_a_round + team / split);
-    var sums = vec2<f32>();
+// Multiplies the pairs of rows that are this team's in the rounds from `round` on with the staged activation, or its part of
+// them, and sends for what is multiplied next. Even lanes have products of first rows, odd lanes those of second ones.
+fn multiply_rounds_$P(
+    place: u32,
+    round: u32,
+    ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>,
+) -> array<f32, $P_ABREAST> {
+    var sums: array<vec2<f32>, $P_ABREAST>;
+    // One turn, if rounds are abreast.
     for (var step = 0u; step < $P_STEPS; step += $T_PREFETCH) {
-        let last_of_round = step + $T_PREFETCH >= $P_STEPS;
-        let more = !last_of_round || round + 1u < $P_ROUNDS;
-        let coming_row = select(row, next_row, last_of_round);
-        let coming_step = select(step + $T_PREFETCH, 0u, last_of_round);
+        let is_last = step + $T_PREFETCH >= $P_STEPS;
+        let coming_round = select(round, round + $P_ABREAST, is_last);
+        let coming_step = select(step + $T_PREFETCH, 0u, is_last);
 #repeat p $T_PREFETCH
-        if p < $P_STEPS {
+        if p < $P_ABREAST * $P_STEPS {
             let a = (*ahead)[2u * p];
             let b = (*ahead)[2u * p + 1u];
-            if more {
-                let coming = ((coming_step + p) * split + team % split) * LANES + lane;
-                (*ahead)[2u * p] = fetch_$P(place, coming_row, coming);
-                (*ahead)[2u * p + 1u] = fetch_$P(place, coming_row + 1u, coming);
+            if coming_round + p / $P_STEPS < $P_ROUNDS {
+                let row = first_row_$P(coming_round + p / $P_STEPS);
+                let coming = own_unit_$P(coming_step + p % $P_STEPS);
+                (*ahead)[2u * p] = fetch_$P(place, row, coming);
+                (*ahead)[2u * p + 1u] = fetch_$P(place, row + 1u, coming);
             }
-            let unit = ((step + p) * split + team % split) * LANES + lane;
+            let unit = own_unit_$P(step + p % $P_STEPS);
             if unit < $P_QUADS {
-                sums += pair_product_$P(a, b, unit);
+                sums[min(p / $P_STEPS, $P_ABREAST - 1u)] += pair_product_$P(a, b, unit);
             }
         }
 #endrepeat
     }
-    return lane_sums(sums, lane);
+    var products: array<f32, $P_ABREAST>;
+    for (var i = 0u; i < $P_ABREAST; i++) {
+        products[i] = lane_sums(sums[i], lane);
+    }
+    return products;
 }
 #endfor
 
 #for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER
 // Multiplies this workgroup's rows with the staged activation; sums of teams go to `partials`, for after a barrier.
 fn multiply_$P(place: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) {
-    for (var round = 0u; round < $P_ROUNDS; round++) {
-        let sum = multiply_pair_$P(place, round, ahead);
-        if lane < 2u {
-            partials[round * TEAMS + team][lane] = sum;
+    for (var round = 0u; round < $P_ROUNDS; round += $P_ABREAST) {
+        let products = multiply_rounds_$P(place, round, ahead);
+        for (var i = 0u; i < $P_ABREAST; i++) {
+            if lane < 2u && round + i < $P_ROUNDS {
+                partials[(round + i) * TEAMS + team][lane] = products[i];
+            }
         }
     }
 }
@@ -1196,11 +1213,13 @@ fn run_layers() -> bool {
         return false;
     }
     let factor = norm_factor();
-    for (var round = 0u; round < HEAD_ROUNDS; round++) {
-        let sum = multiply_pair_HEAD(0u, round, &ahead_head);
-        let outputs = pair_number(round * TEAMS + team);
-        if lane < 2u && 2u * outputs < HEAD_ROWS {
-            logits[outputs][lane] = sum * factor;
+    for (var round = 0u; round < HEAD_ROUNDS; round += HEAD_ABREAST) {
+        let products = multiply_rounds_HEAD(0u, round, &ahead_head);
+        for (var i = 0u; i < HEAD_ABREAST; i++) {
+            let row = first_row_HEAD(round + i);
+            if lane < 2u && row < HEAD_ROWS {
+                logits[row / 2u][lane] = products[i] * factor;
+            }
         }
     }
     return true;

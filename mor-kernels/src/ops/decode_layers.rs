@@ -230,8 +230,9 @@ struct Division {
     split: u32,
     /// Units a lane multiplies for a pair.
     steps: u32,
-    /// Pairs a team multiplies.
+    /// Pairs a team multiplies, and how many of them at a time.
     rounds: u32,
+    abreast: u32,
 }
 
 /// Keys up to which a workgroup has a head for itself, and those of each of several.
@@ -466,7 +467,8 @@ impl DecodeLayers {
         });
         let split = split.expect("one team may always have a pair");
         let (rounds, steps) = split_into(split);
-        Division { rows, quads, stride, split, steps, rounds }
+        let abreast = (prefetch / steps).clamp(1, rounds);
+        Division { rows, quads, stride, split, steps, rounds, abreast }
     }
 
     /// vec4s that are staged at a time, and partial sums.
@@ -569,14 +571,24 @@ impl Kernel for DecodeLayers {
         if let Some(routers) = self.routers() {
             definitions = definitions.u32("ROUTERS", routers);
         }
-        const NAMES: [[&str; 6]; 4] = [
-            ["QKV_ROWS", "QKV_QUADS", "QKV_STRIDE", "QKV_SPLIT", "QKV_STEPS", "QKV_ROUNDS"],
-            ["O_ROWS", "O_QUADS", "O_STRIDE", "O_SPLIT", "O_STEPS", "O_ROUNDS"],
-            ["GATE_UP_ROWS", "GATE_UP_QUADS", "GATE_UP_STRIDE", "GATE_UP_SPLIT", "GATE_UP_STEPS", "GATE_UP_ROUNDS"],
-            ["DOWN_ROWS", "DOWN_QUADS", "DOWN_STRIDE", "DOWN_SPLIT", "DOWN_STEPS", "DOWN_ROUNDS"],
+        const NAMES: [[&str; 7]; 4] = [
+            ["QKV_ROWS", "QKV_QUADS", "QKV_STRIDE", "QKV_SPLIT", "QKV_STEPS", "QKV_ROUNDS", "QKV_ABREAST"],
+            ["O_ROWS", "O_QUADS", "O_STRIDE", "O_SPLIT", "O_STEPS", "O_ROUNDS", "O_ABREAST"],
+            [
+                "GATE_UP_ROWS",
+                "GATE_UP_QUADS",
+                "GATE_UP_STRIDE",
+                "GATE_UP_SPLIT",
+                "GATE_UP_STEPS",
+                "GATE_UP_ROUNDS",
+                "GATE_UP_ABREAST",
+            ],
+            ["DOWN_ROWS", "DOWN_QUADS", "DOWN_STRIDE", "DOWN_SPLIT", "DOWN_STEPS", "DOWN_ROUNDS", "DOWN_ABREAST"],
         ];
         for (names, d) in NAMES.into_iter().zip(self.divisions(caps)) {
-            for (name, value) in names.into_iter().zip([d.rows, d.quads, d.stride, d.split, d.steps, d.rounds]) {
+            for (name, value) in
+                names.into_iter().zip([d.rows, d.quads, d.stride, d.split, d.steps, d.rounds, d.abreast])
+            {
                 definitions = definitions.u32(name, value);
             }
         }
@@ -587,6 +599,7 @@ impl Kernel for DecodeLayers {
             .u32("HEAD_STRIDE", head.stride)
             .u32("HEAD_STEPS", head.steps)
             .u32("HEAD_ROUNDS", head.rounds)
+            .u32("HEAD_ABREAST", head.abreast)
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
