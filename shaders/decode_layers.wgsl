@@ -28,8 +28,8 @@
 //           from row to row QKV_STRIDE, O_STRIDE, GATE_UP_STRIDE, DOWN_STRIDE; teams a pair of outputs QKV_SPLIT,
 //           O_SPLIT, GATE_UP_SPLIT, DOWN_SPLIT; units a lane QKV_STEPS, O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a
 //           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS, and of them QKV_ABREAST, O_ABREAST, GATE_UP_ABREAST,
-//           DOWN_ABREAST at a time, whose units are no more than LAYER_PREFETCH; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
-//           HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST. KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements that a thread waits
+//           DOWN_ABREAST at a time, for which QKV_TURN, O_TURN, GATE_UP_TURN, DOWN_TURN units each are on their way; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
+//           HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST, HEAD_TURN. KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements that a thread waits
 //           for at a time; ALONE_KEYS up to which a workgroup has a head for itself, SPLIT_KEYS of each of several,
 //           MAX_SPLITS of them at most; STAGED and NUM_PARTIALS sizes of workgroup memory; SUBGROUP_EXACT: LANES is the
 //           subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS),
@@ -333,9 +333,9 @@ fn own_unit_$P(step: u32) -> u32 {
 // Sends for the first units of a product.
 fn prefetch_$P(place: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) {
 #repeat p $T_PREFETCH
-    if p < $P_ABREAST * $P_STEPS {
-        let row = first_row_$P(p / $P_STEPS);
-        let unit = own_unit_$P(p % $P_STEPS);
+    if p < $P_ABREAST * $P_TURN {
+        let row = first_row_$P(p % $P_ABREAST);
+        let unit = own_unit_$P(p / $P_ABREAST);
         (*ahead)[2u * p] = fetch_$P(place, row, unit);
         (*ahead)[2u * p + 1u] = fetch_$P(place, row + 1u, unit);
     }
@@ -350,24 +350,24 @@ fn multiply_rounds_$P(
     ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>,
 ) -> array<f32, $P_ABREAST> {
     var sums: array<vec2<f32>, $P_ABREAST>;
-    // One turn, if rounds are abreast.
-    for (var step = 0u; step < $P_STEPS; step += $T_PREFETCH) {
-        let is_last = step + $T_PREFETCH >= $P_STEPS;
+    for (var step = 0u; step < $P_STEPS; step += $P_TURN) {
+        let is_last = step + $P_TURN >= $P_STEPS;
         let coming_round = select(round, round + $P_ABREAST, is_last);
-        let coming_step = select(step + $T_PREFETCH, 0u, is_last);
+        let coming_step = select(step + $P_TURN, 0u, is_last);
 #repeat p $T_PREFETCH
-        if p < $P_ABREAST * $P_STEPS {
+        if p < $P_ABREAST * $P_TURN {
             let a = (*ahead)[2u * p];
             let b = (*ahead)[2u * p + 1u];
-            if coming_round + p / $P_STEPS < $P_ROUNDS {
-                let row = first_row_$P(coming_round + p / $P_STEPS);
-                let coming = own_unit_$P(coming_step + p % $P_STEPS);
+            if coming_round + p % $P_ABREAST < $P_ROUNDS {
+                let row = first_row_$P(coming_round + p % $P_ABREAST);
+                let coming = own_unit_$P(coming_step + p / $P_ABREAST);
                 (*ahead)[2u * p] = fetch_$P(place, row, coming);
                 (*ahead)[2u * p + 1u] = fetch_$P(place, row + 1u, coming);
             }
-            let unit = own_unit_$P(step + p % $P_STEPS);
+            // Rows abreast meet the same unit, which is read once.
+            let unit = own_unit_$P(step + p / $P_ABREAST);
             if unit < $P_QUADS {
-                sums[min(p / $P_STEPS, $P_ABREAST - 1u)] += pair_product_$P(a, b, unit);
+                sums[p % $P_ABREAST] += pair_product_$P(a, b, unit);
             }
         }
 #endrepeat

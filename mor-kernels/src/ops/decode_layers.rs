@@ -233,11 +233,15 @@ struct Division {
     /// Pairs a team multiplies, and how many of them at a time.
     rounds: u32,
     abreast: u32,
+    /// Units of each of those that are on their way.
+    turn: u32,
 }
 
 /// Keys up to which a workgroup has a head for itself, and those of each of several.
 const ALONE_KEYS: u32 = 384;
 const SPLIT_KEYS: u32 = 192;
+/// Most pairs of outputs that a team multiplies at a time.
+const MAX_ABREAST: u32 = 4;
 /// Most workgroups that share a head.
 const MAX_SPLITS: u32 = 16;
 
@@ -453,22 +457,24 @@ impl DecodeLayers {
         };
         let stride = dtype.row_bytes(in_features as usize) as u32 / 16;
         let pairs = rows.div_ceil(2).div_ceil(self.num_workgroups);
-        // Teams that share a pair have fewer units each, but then more pairs follow one another, and each pair has to be summed
-        // over lanes, which takes as long as a unit.
-        let split_into = |split: u32| {
-            let steps = quads.div_ceil(split * lanes);
-            let steps = if steps > prefetch { steps.next_multiple_of(prefetch) } else { steps };
-            (pairs.div_ceil(teams / split), steps)
-        };
+        // Teams that share a pair have fewer units each, but then more pairs follow one another. Pairs abreast share what is read of
+        // the activation, and the wait for their sums. The costs are in multiplications of two units, about as measured.
         let splits = (0..=max_split.ilog2()).map(|log2| 1 << log2);
-        let split = splits.min_by_key(|split| {
-            let (rounds, steps) = split_into(*split);
-            rounds * (steps + 1)
+        let divisions = splits.flat_map(|split| (1..=prefetch.min(MAX_ABREAST)).map(move |abreast| (split, abreast)));
+        let divisions = divisions.map(|(split, abreast)| {
+            let rounds = pairs.div_ceil(teams / split);
+            let steps = quads.div_ceil(split * lanes);
+            let abreast = abreast.min(rounds);
+            let turn = (prefetch / abreast).min(steps);
+            let steps = steps.next_multiple_of(turn);
+            let activation = f64::from(steps) * 0.4;
+            let products = f64::from(steps * abreast);
+            let sums = 0.7 + 0.2 * f64::from(abreast);
+            let cost = f64::from(rounds.div_ceil(abreast)) * (activation + products + sums) + 0.1 * f64::from(split);
+            (cost, Division { rows, quads, stride, split, steps, rounds, abreast, turn })
         });
-        let split = split.expect("one team may always have a pair");
-        let (rounds, steps) = split_into(split);
-        let abreast = (prefetch / steps).clamp(1, rounds);
-        Division { rows, quads, stride, split, steps, rounds, abreast }
+        let (_, division) = divisions.min_by(|(a, _), (b, _)| a.total_cmp(b)).expect("one team may always have a pair");
+        division
     }
 
     /// vec4s that are staged at a time, and partial sums.
@@ -571,9 +577,9 @@ impl Kernel for DecodeLayers {
         if let Some(routers) = self.routers() {
             definitions = definitions.u32("ROUTERS", routers);
         }
-        const NAMES: [[&str; 7]; 4] = [
-            ["QKV_ROWS", "QKV_QUADS", "QKV_STRIDE", "QKV_SPLIT", "QKV_STEPS", "QKV_ROUNDS", "QKV_ABREAST"],
-            ["O_ROWS", "O_QUADS", "O_STRIDE", "O_SPLIT", "O_STEPS", "O_ROUNDS", "O_ABREAST"],
+        const NAMES: [[&str; 8]; 4] = [
+            ["QKV_ROWS", "QKV_QUADS", "QKV_STRIDE", "QKV_SPLIT", "QKV_STEPS", "QKV_ROUNDS", "QKV_ABREAST", "QKV_TURN"],
+            ["O_ROWS", "O_QUADS", "O_STRIDE", "O_SPLIT", "O_STEPS", "O_ROUNDS", "O_ABREAST", "O_TURN"],
             [
                 "GATE_UP_ROWS",
                 "GATE_UP_QUADS",
@@ -582,12 +588,22 @@ impl Kernel for DecodeLayers {
                 "GATE_UP_STEPS",
                 "GATE_UP_ROUNDS",
                 "GATE_UP_ABREAST",
+                "GATE_UP_TURN",
             ],
-            ["DOWN_ROWS", "DOWN_QUADS", "DOWN_STRIDE", "DOWN_SPLIT", "DOWN_STEPS", "DOWN_ROUNDS", "DOWN_ABREAST"],
+            [
+                "DOWN_ROWS",
+                "DOWN_QUADS",
+                "DOWN_STRIDE",
+                "DOWN_SPLIT",
+                "DOWN_STEPS",
+                "DOWN_ROUNDS",
+                "DOWN_ABREAST",
+                "DOWN_TURN",
+            ],
         ];
         for (names, d) in NAMES.into_iter().zip(self.divisions(caps)) {
             for (name, value) in
-                names.into_iter().zip([d.rows, d.quads, d.stride, d.split, d.steps, d.rounds, d.abreast])
+                names.into_iter().zip([d.rows, d.quads, d.stride, d.split, d.steps, d.rounds, d.abreast, d.turn])
             {
                 definitions = definitions.u32(name, value);
             }
@@ -600,6 +616,7 @@ impl Kernel for DecodeLayers {
             .u32("HEAD_STEPS", head.steps)
             .u32("HEAD_ROUNDS", head.rounds)
             .u32("HEAD_ABREAST", head.abreast)
+            .u32("HEAD_TURN", head.turn)
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
