@@ -15,7 +15,8 @@
 // Bindings  0 params uniform; 1 steps uniform; 2 active_rows write; 3 qkv_proj read; 4 o_proj read; 5 gate_up_proj read;
 //           6 down_proj read; 7 norms read; 8 rope read; 9 pages read; 10 kv_lengths write; 11 rows write; 12 depth
 //           write; 13 keys write; 14 values write; 15 logits write; 16 mail write; 17 control write; 18 embed_tokens
-//           read; 19 lm_head read; 20 router read [ROUTED]; 21 bias read [BIAS]; 21 keep read [SCRIPTED]
+//           read; 19 lm_head read; 20 sampling read; 21 seen read; 22 partials write; 23 router read [ROUTED]; 24 bias read
+//           [BIAS]; 24 keep read [SCRIPTED]
 // Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time
 // Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; MAX_GROUPS; HIDDEN_SIZE, MLP_DIM,
 //           NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of the type of a layer's matrices:
@@ -31,12 +32,12 @@
 //           DOWN_ABREAST at a time, for which QKV_TURN, O_TURN, GATE_UP_TURN, DOWN_TURN units each are on their way; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
 //           HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST, HEAD_TURN. KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements that a thread waits
 //           for at a time; ALONE_KEYS up to which a workgroup has a head for itself, SPLIT_KEYS of each of several,
-//           MAX_SPLITS of them at most; STAGED and NUM_PARTIALS sizes of workgroup memory; SUBGROUP_EXACT: LANES is the
+//           MAX_SPLITS of them at most; STAGED and NUM_TEAM_SUMS sizes of workgroup memory; SUBGROUP_EXACT: LANES is the
 //           subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS),
 //           ROUTERS at a time; KV_F16; ROUTER_F16, ROUTER_BF16 or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
-//           wait for; 16 * STAGED + 8 * NUM_PARTIALS + 4 * TEAMS + 12 * MAX_GROUPS + 24 bytes of workgroup memory,
-//           with ROUTED 8 + 4 * ROUTERS * TEAMS more. A value that is polled params.poll_limit times in vain ends the step:
+//           wait for; 16 * STAGED + 8 * NUM_TEAM_SUMS + 4 * TEAMS + 12 * MAX_GROUPS + 40 bytes of workgroup memory,
+//           with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value that is polled params.poll_limit times in vain ends the step:
 //           control[2] = 1, flags of the row = ROW_FAILED, K/V lengths as before
 // Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split
 // Source    MoR (arXiv 2507.10524); persistent threads: Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596)
@@ -44,9 +45,10 @@
 #import shared/gate
 #import shared/mailbox
 #import shared/lanes
-#if SCRIPTED
+#import shared/order_key
 #import shared/pcg4d
-#endif
+#import shared/sampling
+#import shared/best
 
 struct Params {
     num_steps: u32,
@@ -58,6 +60,9 @@ struct Params {
     additive: u32,
     max_depth: u32,
     num_recursions: u32,
+    vocab_size: u32,
+    logits_stride: u32,
+    seen_words: u32,
     coda: u32,
     base_depth: u32,
     final_norm: u32,
@@ -112,21 +117,24 @@ const ALWAYS: u32 = 4u;
 @group(0) @binding(12) var<storage, read_write> depth: array<u32>;
 @group(0) @binding(13) var<storage, read_write> keys: array<vec4<u32>>;
 @group(0) @binding(14) var<storage, read_write> values: array<vec4<u32>>;
-@group(0) @binding(15) var<storage, read_write> logits: array<vec2<f32>>;
+@group(0) @binding(15) var<storage, read_write> logits: array<f32>;
 // What one workgroup writes and another reads must not be read from a cache of its own.
 @group(0) @binding(16) @coherent var<storage, read_write> mail: array<vec2<u32>>;
 // The last tag that is taken, workgroups that have left, whether one has waited in vain, unused; rows that took each recursion.
 @group(0) @binding(17) var<storage, read_write> control: array<atomic<u32>>;
 @group(0) @binding(18) var<storage, read> embed_tokens: array<vec4<u32>>;
 @group(0) @binding(19) var<storage, read> lm_head: array<vec4<u32>>;
+@group(0) @binding(20) var<storage, read> sampling: array<Sampling>;
+@group(0) @binding(21) var<storage, read> seen: array<u32>;
+@group(0) @binding(22) var<storage, read_write> partials: array<vec4<u32>>;
 #if ROUTED
-@group(0) @binding(20) var<storage, read> router: array<RouterUnit>;
+@group(0) @binding(23) var<storage, read> router: array<RouterUnit>;
 #endif
 #if BIAS
-@group(0) @binding(21) var<storage, read> bias: array<f32>;
+@group(0) @binding(24) var<storage, read> bias: array<f32>;
 #endif
 #if SCRIPTED
-@group(0) @binding(21) var<storage, read> keep: array<f32>;
+@group(0) @binding(24) var<storage, read> keep: array<f32>;
 #endif
 
 // The products: those of a layer, QKV, O, GATE_UP and DOWN, of the type LAYER, and that of the HEAD, of a type of its own. Type
@@ -209,12 +217,16 @@ fn router_weight(at: u32) -> f32 {
 // The activation of a product, as [vec4s of a unit, units]: neighbouring lanes read neighbouring vec4s. In attention query, own key
 // and own value, and behind them partial sums as [TEAMS, HEAD_DIM / 4].
 var<workgroup> staged: array<vec4<f32>, STAGED>;
-var<workgroup> partials: array<vec2<f32>, NUM_PARTIALS>;
+var<workgroup> team_sums: array<vec2<f32>, NUM_TEAM_SUMS>;
 var<workgroup> team_values: array<f32, TEAMS>;
 #if ROUTED
 // Parts of the routers' products, as [ROUTERS, TEAMS].
 var<workgroup> team_routers: array<f32, ROUTERS * TEAMS>;
 var<workgroup> routed: vec2<f32>;
+#if SCRIPTED
+// 1 where the script has the row take a recursion, else -1.
+var<workgroup> script: array<f32, MAX_GROUPS>;
+#endif
 var<private> router_sums: array<f32, ROUTERS>;
 #endif
 
@@ -381,13 +393,13 @@ fn multiply_rounds_$P(
 #endfor
 
 #for P T in QKV:LAYER O:LAYER GATE_UP:LAYER DOWN:LAYER
-// Multiplies this workgroup's rows with the staged activation; sums of teams go to `partials`, for after a barrier.
+// Multiplies this workgroup's rows with the staged activation; sums of teams go to `team_sums`, for after a barrier.
 fn multiply_$P(place: u32, ahead: ptr<function, array<Unit_$T, 2u * $T_PREFETCH>>) {
     for (var round = 0u; round < $P_ROUNDS; round += $P_ABREAST) {
         let products = multiply_rounds_$P(place, round, ahead);
         for (var i = 0u; i < $P_ABREAST; i++) {
             if lane < 2u && round + i < $P_ROUNDS {
-                partials[(round + i) * TEAMS + team][lane] = products[i];
+                team_sums[(round + i) * TEAMS + team][lane] = products[i];
             }
         }
     }
@@ -405,7 +417,7 @@ fn product_$P(local: u32) -> vec2<f32> {
     let first = local / in_a_round * TEAMS + local % in_a_round * split;
     var sum = vec2<f32>();
     for (var part = 0u; part < split; part++) {
-        sum += partials[first + part];
+        sum += team_sums[first + part];
     }
     return sum;
 }
@@ -777,14 +789,14 @@ fn attend(
             staged[STAGED_PARTS + team * (HEAD_DIM / 4u) + 2u * lane + 1u] = out[1];
         }
         if lane == 0u {
-            partials[team].x = sum;
+            team_sums[team].x = sum;
         }
         workgroupBarrier();
         if thread < HEAD_DIM {
             var all_sum = 0.0;
             var all_out = 0.0;
             for (var t = 0u; t < TEAMS; t++) {
-                all_sum += partials[t].x;
+                all_sum += team_sums[t].x;
                 all_out += staged[STAGED_PARTS + t * (HEAD_DIM / 4u) + thread / 4u][thread % 4u];
             }
             let at = part.head * splits + part.split;
@@ -816,22 +828,22 @@ fn stage_attention() -> bool {
             }
             statistic = array<vec2<u32>, 2>(mail[STATISTICS + 2u * i], mail[STATISTICS + 2u * i + 1u]);
         }
-        partials[i] = bitcast<vec2<f32>>(vec2<u32>(statistic[0].x, statistic[1].x));
+        team_sums[i] = bitcast<vec2<f32>>(vec2<u32>(statistic[0].x, statistic[1].x));
     }
     workgroupBarrier();
     for (var head = thread; head < NUM_ATTENTION_HEADS; head += WORKGROUP_SIZE) {
         var highest = LOWEST;
         for (var s = 0u; s < splits; s++) {
-            highest = max(highest, partials[head * splits + s].x);
+            highest = max(highest, team_sums[head * splits + s].x);
         }
         var mass = 0.0;
         for (var s = 0u; s < splits; s++) {
-            let share = exp(partials[head * splits + s].x - highest);
-            mass += share * partials[head * splits + s].y;
-            partials[head * splits + s].x = share;
+            let share = exp(team_sums[head * splits + s].x - highest);
+            mass += share * team_sums[head * splits + s].y;
+            team_sums[head * splits + s].x = share;
         }
         for (var s = 0u; s < splits; s++) {
-            partials[head * splits + s].x /= mass;
+            team_sums[head * splits + s].x /= mass;
         }
     }
     workgroupBarrier();
@@ -855,7 +867,7 @@ fn stage_attention() -> bool {
                 }
 #repeat i BATCH
                 if base + i < splits {
-                    value += partials[first + base + i].x * bitcast<f32>(elements[i].x);
+                    value += team_sums[first + base + i].x * bitcast<f32>(elements[i].x);
                 }
 #endrepeat
             }
@@ -896,10 +908,7 @@ fn route(recursion: u32) -> vec2<f32> {
     if thread == 0u {
         routed = vec2<f32>(logit, gate_of(logit));
 #if SCRIPTED
-        // As in router_expert.
-        let place = rows[0].sequence * params.num_recursions + recursion;
-        let bits = pcg4d(vec4<u32>(params.seed_low, params.seed_high, rows[0].position, place)).x;
-        routed.x = select(-1.0, 1.0, f32(bits >> 8u) * 5.9604644775390625e-8 < keep[recursion]);
+        routed.x = script[recursion];
 #endif
     }
     return workgroupUniformLoad(&routed);
@@ -986,6 +995,44 @@ fn embedded(token: u32, column: u32) -> vec2<f32> {
 #endif
 }
 
+// What sample_partial does, for the tokens whose logits are of this workgroup, which must have been written.
+fn draw_partial() {
+    let row = rows[0];
+    let s = sampling[row.sequence];
+    let source = source_of(s, 0u, row.sequence);
+    var best = vec2<u32>(0u, NONE);
+    // A thread's tokens ascend, so the first of equals stays.
+    for (var i = thread; 2u * pair_number(i / 2u) < HEAD_ROWS; i += WORKGROUP_SIZE) {
+        let token = 2u * pair_number(i / 2u) + i % 2u;
+        if token < HEAD_ROWS {
+            let key = token_key(source, token);
+            if key > best.x {
+                best = vec2<u32>(key, token);
+            }
+        }
+    }
+    best = workgroup_best(best, thread, lane);
+    var drawn = vec2<u32>(0u, NONE);
+    if !is_greedy(s) && !has_threshold(s) && best.x != 0u {
+        let relative = relative_to(source, s, best.x);
+        for (var i = thread; 2u * pair_number(i / 2u) < HEAD_ROWS; i += WORKGROUP_SIZE) {
+            let token = 2u * pair_number(i / 2u) + i % 2u;
+            if token < HEAD_ROWS {
+                let key = token_key(source, token);
+                let score = token_score(relative, s, row.position, token, key);
+                if key != 0u && score > drawn.x {
+                    drawn = vec2<u32>(score, token);
+                }
+            }
+        }
+        drawn = workgroup_best(drawn, thread, lane);
+        drawn.x = token_key(source, drawn.y);
+    }
+    if thread == 0u {
+        partials[own_workgroup] = vec4<u32>(best, drawn);
+    }
+}
+
 // From the token to its logits; false if results do not come. Streams of the pair of columns that is a thread's own stay in its
 // registers.
 fn run_layers() -> bool {
@@ -1011,6 +1058,14 @@ fn run_layers() -> bool {
     for (var group = thread; group < params.num_groups; group += WORKGROUP_SIZE) {
         kv_places[group] = kv_place(group);
     }
+#if SCRIPTED
+    // As in router_expert.
+    for (var r = thread; r < min(params.num_recursions, MAX_GROUPS); r += WORKGROUP_SIZE) {
+        let place = rows[0].sequence * params.num_recursions + r;
+        let bits = pcg4d(vec4<u32>(params.seed_low, params.seed_high, rows[0].position, place)).x;
+        script[r] = select(-1.0, 1.0, f32(bits >> 8u) * 5.9604644775390625e-8 < keep[r]);
+    }
+#endif
     // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
     workgroupBarrier();
     var hidden_tag = tag;
@@ -1218,10 +1273,12 @@ fn run_layers() -> bool {
         for (var i = 0u; i < HEAD_ABREAST; i++) {
             let row = first_row_HEAD(round + i);
             if lane < 2u && row < HEAD_ROWS {
-                logits[row / 2u][lane] = products[i] * factor;
+                logits[row + lane] = products[i] * factor;
             }
         }
     }
+    storageBarrier();
+    draw_partial();
     return true;
 }
 

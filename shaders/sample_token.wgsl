@@ -4,14 +4,14 @@
 // Why       the token goes to the next step without leaving the device; without top-k and top-p the parts that
 //           sample_partial left decide, so that the vocabulary is read by many workgroups, and not again
 // Shapes    active_rows [n]; logits [n, logits_stride] f32; sampling [S]; partials [n, P, 4] u32 as sample_partial writes
-//           them, P = ceil(vocab_size / PART_SIZE); seen [S, seen_words] u32, a bit a token; next_rows [S];
+//           them, or decode_layers, P = num_parts; seen [S, seen_words] u32, a bit a token; next_rows [S];
 //           results [S, RESULTS, 2] u32 of (token, depth), a ring by position; S sequences
 // Bindings  0 params uniform; 1 active_rows read; 2 logits read; 3 sampling read; 4 partials read; 5 seen write;
 //           6 next_rows write; 7 results write
 // Grid      (1, n, 1) workgroups; one per sampled row; WORKGROUP_SIZE threads stride over the parts, and over the
 //           vocabulary where tokens are cut off
 // Spec      WORKGROUP_SIZE 16..=1024; MAX_LISTED: 4 * MAX_LISTED bytes of workgroup memory; MIN_TEMPERATURE: greedy below;
-//           PART_SIZE; RESULTS; SUBGROUP
+//           RESULTS; SUBGROUP
 // Limits    vocab_size <= 2^18; one row a sequence; penalty and temperature not NaN
 // Numerics  penalty: l > 0 ? l / p : l * p. Order: penalty, temperature, top-k, top-p, min-p, draw. top-k keeps
 //           l >= the k-th largest; top-p the fewest tokens whose mass, renormalised after top-k, is >= top_p; both keep
@@ -34,6 +34,7 @@ struct Params {
     vocab_size: u32,
     logits_stride: u32,
     seen_words: u32,
+    num_parts: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -160,12 +161,11 @@ fn is_likely(source: Source, s: Sampling, key: u32) -> bool {
 }
 
 // The most likely token of row i, with its key.
-fn most_likely(num_parts: u32, i: u32, thread: u32, lane: u32) -> vec2<u32> {
+fn most_likely(i: u32, thread: u32, lane: u32) -> vec2<u32> {
     var best = vec2<u32>(0u, NONE);
-    for (var part = thread; part < num_parts; part += WORKGROUP_SIZE) {
-        let partial = partials[i * num_parts + part];
-        // A thread's parts ascend, so the first of equals stays.
-        if partial.x > best.x {
+    for (var part = thread; part < params.num_parts; part += WORKGROUP_SIZE) {
+        let partial = partials[i * params.num_parts + part];
+        if partial.x > best.x || (partial.x == best.x && partial.y < best.y) {
             best = partial.xy;
         }
     }
@@ -173,13 +173,13 @@ fn most_likely(num_parts: u32, i: u32, thread: u32, lane: u32) -> vec2<u32> {
 }
 
 // The winner of the tokens drawn from the parts of row i: the draw among all tokens.
-fn draw_of_parts(source: Source, num_parts: u32, i: u32, s: Sampling, position: u32, thread: u32, lane: u32) -> u32 {
+fn draw_of_parts(source: Source, i: u32, s: Sampling, position: u32, thread: u32, lane: u32) -> u32 {
     var best = vec2<u32>(0u, NONE);
-    for (var part = thread; part < num_parts; part += WORKGROUP_SIZE) {
-        let drawn = partials[i * num_parts + part].zw;
+    for (var part = thread; part < params.num_parts; part += WORKGROUP_SIZE) {
+        let drawn = partials[i * params.num_parts + part].zw;
         if drawn.x != 0u {
             let score = token_score(source, s, position, drawn.y, drawn.x);
-            if score > best.x {
+            if score > best.x || (score == best.x && drawn.y < best.y) {
                 best = vec2<u32>(score, drawn.y);
             }
         }
@@ -231,8 +231,7 @@ fn main(
         return;
     }
     let s = sampling[entry.sequence];
-    let num_parts = (params.vocab_size + PART_SIZE - 1u) / PART_SIZE;
-    let best = most_likely(num_parts, workgroup.y, thread, lane);
+    let best = most_likely(workgroup.y, thread, lane);
     // A row of NaN alone has no key above 0.
     var token = select(best.y, 0u, best.x == 0u);
     if !is_greedy(s) && best.x != 0u {
@@ -248,9 +247,9 @@ fn main(
                 candidates = keep_top(source, candidates, 0u, s.top_p, thread);
             }
         } else {
-            token = draw_of_parts(source, num_parts, workgroup.y, s, entry.position, thread, lane);
+            token = draw_of_parts(source, workgroup.y, s, entry.position, thread, lane);
             // The winner among all tokens is the winner among those that min-p keeps, if it keeps it.
-            is_drawn = is_likely(source, s, partials[workgroup.y * num_parts + token / PART_SIZE].z);
+            is_drawn = is_likely(source, s, token_key(source, token));
         }
         if !is_drawn {
             token = draw(source, candidates, s, entry.position, thread, lane);

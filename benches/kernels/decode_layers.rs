@@ -6,8 +6,8 @@ use criterion::Criterion;
 use mor_bench::{SHAPES, Shape, is_wanted, record, time_read};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{
-    AttentionShape, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, GridExchange, LayerRouting, LayerStep,
-    LayersShape,
+    AttentionShape, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, GpuSampling, GridExchange, LayerRouting,
+    LayerStep, LayersShape,
 };
 use mor_kernels::oracle::decode_layers::{LayersState, decode_layers};
 use mor_kernels::parity::{self, Output, Rng, Tolerance};
@@ -157,6 +157,8 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
     let (kv_lengths, depth) = (parity::upload_u32(gpu, &state.kv_lengths), parity::upload_u32(gpu, &[0]));
     let sampled = RowSet::new(gpu, "sampled", 1).expect("a small buffer fits");
     let logits = Output::new(gpu, sizes.vocab_size as usize);
+    let sampling = parity::upload_u32(gpu, bytemuck::cast_slice(&[GpuSampling::default()]));
+    let seen = parity::upload_u32(gpu, &vec![0; sizes.vocab_size.div_ceil(32) as usize]);
 
     for position in POSITIONS {
         let id = format!("{what}/{position}");
@@ -167,6 +169,9 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             poll_limit: GridExchange::POLL_LIMIT,
             num_groups: 1,
             max_pages,
+            vocab_size: sizes.vocab_size,
+            logits_stride: sizes.vocab_size,
+            seen_words: sizes.vocab_size.div_ceil(32),
             base_depth: 1,
             final_norm: 2 * NUM_LAYERS,
             eps: 1e-5,
@@ -192,6 +197,7 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
                 return;
             }
         };
+        let partials = parity::upload_u32(gpu, &vec![0; 4 * num_workgroups as usize]);
         let bindings = DecodeLayersBindings {
             steps: &table,
             rows: &rows,
@@ -212,6 +218,9 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             control: &control.tensor,
             embed_tokens: &head,
             lm_head: &head,
+            sampling: &sampling,
+            seen: &seen,
+            partials: &partials,
             router: None,
             bias_or_keep: None,
         };

@@ -47,7 +47,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 let params = SamplePartialParams { vocab_size, logits_stride, seen_words };
                 plan.dispatch(&SamplePartial::new(gpu.caps()), &before, &params, Grid::Fixed([num_parts, 1, 1]))
             });
-            let params = SampleTokenParams { vocab_size, logits_stride, seen_words };
+            let params = SampleTokenParams { vocab_size, logits_stride, seen_words, num_parts };
             let id = format!("{name}/{vocab_size}");
             let grid = Grid::Fixed([1, 1, 1]);
             let kernel = SampleToken::new(gpu.caps());

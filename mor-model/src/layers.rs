@@ -10,7 +10,7 @@ use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{KernelError, Result};
 
 use crate::model::MorModel;
-use crate::step_tensors::{KvTensors, StepTensors};
+use crate::step_tensors::{KvTensors, SampleTensors, StepTensors};
 use crate::{Gating, Mode, RouterFunc, UNSHARED_GROUP};
 
 /// Streams of [`LayerStep`].
@@ -29,18 +29,21 @@ pub struct LayersTensors {
     steps: Tensor,
     mail: Tensor,
     control: Tensor,
+    /// What each workgroup would draw.
+    partials: Tensor,
     /// The row to draw for; its grid is fixed.
     sampled: RowSet,
 }
 
 impl LayersTensors {
-    /// For steps of `step`, which has room for one row and the tensor that its rows come from, over the caches `kv`; `None` where the model has what the kernel has not
+    /// For steps of `step`, which has room for one row and the tensor that its rows come from, over the caches `kv`,
+    /// with draws as `sample` has them; `None` where the model has what the kernel has not
     /// (adapters, encodings, K/V that recursions share, routers of two matrices or with an auxiliary one, layers of different
     /// types, a head of several parts), or the device cannot run it. Waits for trials of how many workgroups run at a time.
     ///
     /// # Errors
     /// [`KernelError`] of a device that fails otherwise.
-    pub fn new(model: &MorModel, step: &StepTensors, kv: &KvTensors) -> Result<Option<Self>> {
+    pub fn new(model: &MorModel, step: &StepTensors, kv: &KvTensors, sample: &SampleTensors) -> Result<Option<Self>> {
         let (Some(shape), Some(steps)) = (shape(model), steps(model, kv)) else { return Ok(None) };
         if step.capacity != 1 {
             return Ok(None);
@@ -66,6 +69,9 @@ impl LayersTensors {
             additive: (config.gating == Gating::Additive).into(),
             max_depth: model.max_depth() as u32,
             num_recursions: config.num_recursions as u32,
+            vocab_size: config.vocab_size as u32,
+            logits_stride: model.logits_stride() as u32,
+            seen_words: sample.seen.shape()[1] as u32,
             base_depth: (config.mode == Mode::Vanilla).into(),
             final_norm: 2 * config.num_hidden_layers as u32,
             coda: steps.iter().rposition(|step| step.recursion != NONE).map_or(0, |last| last as u32 + 1),
@@ -90,9 +96,10 @@ impl LayersTensors {
                 steps: table.clone(),
                 mail: Tensor::zeros(gpu, "mail", DType::U32, &[kernel.mail_elems(), 2])?,
                 control: Tensor::zeros(gpu, "control", DType::U32, &[4 + config.num_recursions])?,
+                partials: Tensor::zeros(gpu, "partials", DType::U32, &[num_workgroups as usize, 4])?,
                 sampled: step.sampled.fixed(),
             };
-            if layers.passes_trial(model, step, kv)? {
+            if layers.passes_trial(model, step, kv, sample)? {
                 if tuned.is_none() {
                     gpu.remember(&name, num_workgroups);
                 }
@@ -105,17 +112,24 @@ impl LayersTensors {
     }
 
     /// Whether the kernel's workgroups run at a time.
-    fn passes_trial(&self, model: &MorModel, step: &StepTensors, kv: &KvTensors) -> Result<bool> {
+    fn passes_trial(
+        &self,
+        model: &MorModel,
+        step: &StepTensors,
+        kv: &KvTensors,
+        sample: &SampleTensors,
+    ) -> Result<bool> {
         let gpu = model.gpu();
         let mut plan = PlanBuilder::new(gpu)?;
         let params = DecodeLayersParams { trial_rounds: TRIAL_ROUNDS, ..self.params };
-        self.kernel.record(&mut plan, self.bindings(model, step, kv), params)?;
+        self.kernel.record(&mut plan, self.bindings(model, step, kv, sample), params)?;
         gpu.run(&plan.finish()?)?;
         let control: Vec<u32> = gpu.read(&self.control)?;
         Ok(control[2] == 0)
     }
 
-    /// Records the step over the row `step.rows`, up to `step.logits`; a token is to be drawn for the rows that are returned.
+    /// Records the step over the row `step.rows`, up to `step.logits`; a token is to be drawn for the rows that are returned, of
+    /// the parts that are returned.
     ///
     /// # Errors
     /// As [`PlanBuilder::dispatch`].
@@ -125,9 +139,10 @@ impl LayersTensors {
         model: &MorModel,
         step: &StepTensors,
         kv: &KvTensors,
-    ) -> Result<&RowSet> {
-        self.kernel.record(plan, self.bindings(model, step, kv), self.params)?;
-        Ok(&self.sampled)
+        sample: &SampleTensors,
+    ) -> Result<(&RowSet, &Tensor)> {
+        self.kernel.record(plan, self.bindings(model, step, kv, sample), self.params)?;
+        Ok((&self.sampled, &self.partials))
     }
 
     fn bindings<'a>(
@@ -135,6 +150,7 @@ impl LayersTensors {
         model: &'a MorModel,
         step: &'a StepTensors,
         kv: &'a KvTensors,
+        sample: &'a SampleTensors,
     ) -> DecodeLayersBindings<'a> {
         let weights = model.weights();
         let stacks = weights.stacks.as_ref().expect("shape() asks for them");
@@ -160,6 +176,9 @@ impl LayersTensors {
             control: &self.control,
             embed_tokens: &weights.embed_tokens.shards[0].tensor,
             lm_head: &weights.lm_head.shards[0].tensor,
+            sampling: &sample.sampling,
+            seen: &sample.seen,
+            partials: &self.partials,
             router: routers.map(|routers| &routers.router.output),
             bias_or_keep: model.script().map(|(_, keep)| keep).or(routers.and_then(|routers| routers.bias.as_ref())),
         }

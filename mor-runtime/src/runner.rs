@@ -217,7 +217,7 @@ impl Runner {
         let mut persistent = None;
         if options.persistent && num_slots == 1 && !options.batch_invariant {
             let mut tensors = decode_tensors(Batching::Lockstep)?;
-            tensors.layers = LayersTensors::new(model, &tensors, &kv.tensors)?;
+            tensors.layers = LayersTensors::new(model, &tensors, &kv.tensors, &sample)?;
             persistent = Some(tensors).filter(|tensors| tensors.layers.is_some());
         }
         let (batching, decode_tensors) = match persistent {

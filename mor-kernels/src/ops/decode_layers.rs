@@ -4,6 +4,8 @@ use super::attention_decode::AttentionShape;
 use super::grid_exchange::GridExchange;
 use super::router_expert::{ExpertGate, check_router};
 use super::router_token::TokenGate;
+use super::sample_partial::{BEST_BYTES, SamplePartial};
+use super::sample_token::{MIN_TEMPERATURE, check_sizes};
 use crate::caps::DeviceCaps;
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
@@ -146,6 +148,12 @@ pub struct DecodeLayersParams {
     pub max_depth: u32,
     /// Recursions R.
     pub num_recursions: u32,
+    /// Tokens V.
+    pub vocab_size: u32,
+    /// Elements of the logits, V at least.
+    pub logits_stride: u32,
+    /// Words of a sequence's seen bits: `ceil(V / 32)`.
+    pub seen_words: u32,
     /// The first step after the shared block.
     pub coda: u32,
     /// What recursions are added to in the row's depth: 1 in vanilla models.
@@ -213,6 +221,12 @@ pub struct DecodeLayersBindings<'a> {
     pub embed_tokens: &'a Tensor,
     /// `[V, C]`; may be the same.
     pub lm_head: &'a Tensor,
+    /// `[sequences]` of [`GpuSampling`](super::GpuSampling).
+    pub sampling: &'a Tensor,
+    /// `[sequences, seen_words]` u32: a bit for every token of the sequence so far.
+    pub seen: &'a Tensor,
+    /// `[num_workgroups, 4]` u32, written: as [`SamplePartial`](super::SamplePartial) of the tokens whose logits are a workgroup's.
+    pub partials: &'a Tensor,
     /// `[R, C]`, of routed models.
     pub router: Option<&'a Tensor>,
     /// Token choice: `[R]` f32; a script: `[R]` shares.
@@ -240,8 +254,11 @@ struct Division {
 /// Keys up to which a workgroup has a head for itself, and those of each of several.
 const ALONE_KEYS: u32 = 384;
 const SPLIT_KEYS: u32 = 192;
-/// Most pairs of outputs that a team multiplies at a time.
-const MAX_ABREAST: u32 = 4;
+/// Most pairs of outputs that a team multiplies at a time; more would take more registers than they save time.
+fn max_abreast(dtype: DType) -> u32 {
+    if dtype == DType::Q4 { 3 } else { 2 }
+}
+
 /// Most workgroups that share a head.
 const MAX_SPLITS: u32 = 16;
 
@@ -312,8 +329,8 @@ impl DecodeLayers {
     pub fn new(caps: &DeviceCaps, shape: LayersShape, max_steps: u32, num_workgroups: u32) -> Result<Self> {
         // More threads would leave each few registers for what is on its way.
         let workgroup_size = caps.max_workgroup_size.min(512);
-        // Measured on an H200. A quantised row is half as many units.
-        let prefetch = |dtype: DType| if dtype.is_quantized() { 2 } else { 4 };
+        // Measured on an H200.
+        let prefetch = |dtype| if dtype == DType::Q4 { 3 } else { 4 };
         // What a thread has of a stream.
         let batch = shape.hidden_size.div_ceil(workgroup_size).next_power_of_two().clamp(2, 4);
         let kernel = Self {
@@ -368,7 +385,7 @@ impl DecodeLayers {
             let limit = caps.max_workgroup_storage_bytes;
             return refuse("workgroup memory in bytes", storage, limit, "the device offers");
         }
-        let buffers = 20;
+        let buffers = 23;
         if buffers > caps.max_storage_buffers {
             return refuse("storage bindings", buffers, caps.max_storage_buffers, "the device offers");
         }
@@ -460,11 +477,11 @@ impl DecodeLayers {
         // Teams that share a pair have fewer units each, but then more pairs follow one another. Pairs abreast share what is read of
         // the activation, and the wait for their sums. The costs are in multiplications of two units, about as measured.
         let splits = (0..=max_split.ilog2()).map(|log2| 1 << log2);
-        let divisions = splits.flat_map(|split| (1..=prefetch.min(MAX_ABREAST)).map(move |abreast| (split, abreast)));
+        let divisions = splits.flat_map(|split| (1..=max_abreast(dtype)).map(move |abreast| (split, abreast)));
         let divisions = divisions.map(|(split, abreast)| {
             let rounds = pairs.div_ceil(teams / split);
             let steps = quads.div_ceil(split * lanes);
-            let abreast = abreast.min(rounds);
+            let abreast = abreast.min(rounds).min(prefetch);
             let turn = (prefetch / abreast).min(steps);
             let steps = steps.next_multiple_of(turn);
             let activation = f64::from(steps) * 0.4;
@@ -509,6 +526,8 @@ impl DecodeLayers {
             let expected = format!("{} elements of 2", self.mail_elems());
             return refuse("mail", b.mail.num_elems().to_string(), expected);
         }
+        check_sizes(Self::NAME, p.vocab_size, p.logits_stride, p.seen_words)?;
+        SamplePartial::check_partials(Self::NAME, b.partials, 1, self.num_workgroups)?;
         let (routed, extra) = match self.shape.routing {
             LayerRouting::Fixed => (false, false),
             LayerRouting::Expert { scripted, .. } => (true, scripted),
@@ -532,7 +551,7 @@ impl Kernel for DecodeLayers {
 
     fn definitions(&self, caps: &DeviceCaps) -> Definitions {
         let shape = &self.shape;
-        let (staged, partials) = self.storage(caps);
+        let (staged, team_sums) = self.storage(caps);
         let lanes = caps.lanes().width();
         let gate = match shape.routing {
             LayerRouting::Expert { gate: ExpertGate::Sigmoid, .. } => "SIGMOID",
@@ -560,7 +579,9 @@ impl Kernel for DecodeLayers {
             .u32("SPLIT_KEYS", SPLIT_KEYS)
             .u32("MAX_SPLITS", self.max_splits())
             .u32("STAGED", staged)
-            .u32("NUM_PARTIALS", partials)
+            .u32("NUM_TEAM_SUMS", team_sums)
+            .f32("MIN_TEMPERATURE", MIN_TEMPERATURE)
+            .flag("SUBGROUP", true)
             .flag("ROUTED", shape.routing != LayerRouting::Fixed)
             .flag("EXPERT", matches!(shape.routing, LayerRouting::Expert { .. }))
             .flag("TOKEN", is_token)
@@ -641,25 +662,33 @@ impl Kernel for DecodeLayers {
             // A row of it.
             Binding::read(18, b.embed_tokens),
             Binding::weight(19, b.lm_head),
+            Binding::read(20, b.sampling),
+            Binding::read(21, b.seen),
+            Binding::write(22, b.partials),
         ];
-        bindings.extend(b.router.map(|router| Binding::read(20, router)));
-        bindings.extend(b.bias_or_keep.map(|tensor| Binding::read(21, tensor)));
+        bindings.extend(b.router.map(|router| Binding::read(23, router)));
+        bindings.extend(b.bias_or_keep.map(|tensor| Binding::read(24, tensor)));
         bindings
     }
 
     fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32 {
-        let (staged, partials) = self.storage(caps);
+        let (staged, team_sums) = self.storage(caps);
         let teams = self.workgroup_size / caps.lanes().width();
         // Parts of the routers' products, and what is decided.
         let routing = self.routers().map_or(0, |routers| 8 + 4 * routers * teams);
-        16 * staged + 8 * partials + 4 * teams + routing + 12 * self.max_groups() + 24
+        let is_scripted = matches!(self.shape.routing, LayerRouting::Expert { scripted: true, .. });
+        let routing = routing + if is_scripted { 4 * self.max_groups() } else { 0 };
+        16 * staged + 8 * team_sums + 4 * teams + routing + BEST_BYTES + 12 * self.max_groups() + 24
     }
 }
 
 #[cfg(all(test, feature = "oracle"))]
 mod tests {
     use super::*;
+    use crate::ops::GpuSampling;
     use crate::oracle::decode_layers::{LayersState, decode_layers};
+    use crate::oracle::sample_partial::sample_parts;
+    use crate::oracle::sample_token::scores;
     use crate::parity::{self, Output, Rng, Tolerance};
     use crate::rows::{ActiveRow, KvTable, NONE, PAGE_SIZE, ROW_ACTIVE, ROW_FAILED, ROW_SAMPLE, Row};
 
@@ -790,6 +819,9 @@ mod tests {
                 additive: 0,
                 max_depth: NUM_RECURSIONS as u32,
                 num_recursions: NUM_RECURSIONS as u32,
+                vocab_size: VOCAB_SIZE,
+                logits_stride: VOCAB_SIZE.next_multiple_of(2),
+                seen_words: VOCAB_SIZE.div_ceil(32),
                 coda: 7,
                 base_depth: 0,
                 final_norm: 2 * steps.len() as u32,
@@ -849,6 +881,21 @@ mod tests {
                 RowSet::from_rows(gpu, "sampled", &[ActiveRow { row: 5, ..ActiveRow::ABSENT }]).expect("it fits");
             let kv_lengths = Output::from_words(gpu, &self.state.kv_lengths);
             let depth = Output::from_words(gpu, &[self.state.depth]);
+            let sampling = GpuSampling {
+                temperature: 0.8,
+                repetition_penalty: 2.0,
+                seed_low: 7,
+                seed_high: 9,
+                ..GpuSampling::default()
+            };
+            // Of the second of two sequences every third token.
+            let seen_words = VOCAB_SIZE.div_ceil(32) as usize;
+            let is_seen: Vec<u32> = (0..VOCAB_SIZE).step_by(3).collect();
+            let mut seen = vec![0; 2 * seen_words];
+            for token in &is_seen {
+                seen[seen_words + *token as usize / 32] |= 1 << (token % 32);
+            }
+            let partials = Output::new(gpu, 4 * num_workgroups as usize);
             let control = Output::from_words(gpu, &[0; 4 + NUM_RECURSIONS]);
             let extra = match self.shape.routing {
                 LayerRouting::Expert { scripted: true, .. } | LayerRouting::Token { bias: true, .. } => {
@@ -876,6 +923,9 @@ mod tests {
                 control: &control.tensor,
                 embed_tokens: &self.weights[4],
                 lm_head: &self.weights[5],
+                sampling: &parity::upload_u32(gpu, bytemuck::cast_slice(&[GpuSampling::default(), sampling])),
+                seen: &parity::upload_u32(gpu, &seen),
+                partials: &partials.tensor,
                 router: self.router.as_ref(),
                 bias_or_keep: extra.as_ref(),
             };
@@ -912,6 +962,22 @@ mod tests {
             let tolerance = if is_half { Tolerance::F16 } else { Tolerance { absolute: 1e-4, relative: 1e-4 } };
             let got = &logits.read(gpu)[..VOCAB_SIZE as usize];
             parity::assert_close(&format!("{what} logits"), got, &want.logits, tolerance);
+            let of_workgroup = |w: u32| -> Vec<usize> {
+                let pairs = (w..VOCAB_SIZE.div_ceil(2)).step_by(num_workgroups as usize);
+                pairs.flat_map(|pair| [2 * pair as usize, 2 * pair as usize + 1]).filter(|t| *t < got.len()).collect()
+            };
+            let parts: Vec<_> = (0..num_workgroups).map(of_workgroup).collect();
+            let best = sample_parts(got, &sampling, &is_seen, position, &parts);
+            let chances = scores(got, &sampling, &is_seen, position);
+            for (w, (got, want)) in partials.read_u32(gpu).as_chunks::<4>().0.iter().zip(&best).enumerate() {
+                assert_eq!(got[..2], want[..2], "{what}: most likely of workgroup {w}");
+                // The logarithm of a device is off by some units in the last place.
+                let as_good = got[3] == want[3] || chances[got[3] as usize] >= chances[want[3] as usize] - 1e-4;
+                assert!(
+                    as_good && parts[w].contains(&(got[3] as usize)),
+                    "{what}: drawn of workgroup {w}: {got:?}, {want:?}"
+                );
+            }
             for (name, cache, want) in [("keys", &caches[0], &want.keys), ("values", &caches[1], &want.values)] {
                 let got: Vec<f32> = if is_half {
                     let halves: Vec<half::f16> = gpu.read(cache).expect("the device answers");

@@ -79,7 +79,7 @@ impl SamplePartial {
     ) -> Result<()> {
         check_sizes(Self::NAME, p.vocab_size, p.logits_stride, p.seen_words)?;
         let num_rows = b.logits.num_elems() / p.logits_stride as usize;
-        Self::check_partials(Self::NAME, b.partials, num_rows, p.vocab_size)?;
+        Self::check_partials(Self::NAME, b.partials, num_rows, Self::num_parts(p.vocab_size))?;
         plan.dispatch(self, &b, &p, Grid::rows(b.rows, Self::num_parts(p.vocab_size), 1))
     }
 
@@ -88,10 +88,9 @@ impl SamplePartial {
         kernel: &'static str,
         partials: &Tensor,
         num_rows: usize,
-        vocab_size: u32,
+        num_parts: u32,
     ) -> Result<()> {
-        let num_parts = Self::num_parts(vocab_size) as usize;
-        if partials.num_elems() >= 4 * num_parts * num_rows {
+        if partials.num_elems() >= 4 * num_parts as usize * num_rows {
             return Ok(());
         }
         let expected = format!("at least [{num_rows}, {num_parts}, 4] elements");

@@ -83,6 +83,8 @@ pub struct SampleTokenParams {
     pub logits_stride: u32,
     /// Words of a sequence's seen bits: `ceil(vocab_size / 32)`.
     pub seen_words: u32,
+    /// Parts of the vocabulary: [`SamplePartial::num_parts`], or the workgroups of [`DecodeLayers`](super::DecodeLayers).
+    pub num_parts: u32,
 }
 
 /// Tensors of a call, S sequences.
@@ -94,7 +96,8 @@ pub struct SampleTokenBindings<'a> {
     pub logits: &'a Tensor,
     /// `[S]` of [`GpuSampling`].
     pub sampling: &'a Tensor,
-    /// `[n, num_parts, 4]` u32: what [`SamplePartial`] left of the same logits.
+    /// `[n, num_parts, 4]` u32: what [`SamplePartial`] or [`DecodeLayers`](super::DecodeLayers) left of the same
+    /// logits.
     pub partials: &'a Tensor,
     /// `[S, seen_words]` u32: a bit for every token of the sequence so far, updated.
     pub seen: &'a Tensor,
@@ -123,7 +126,7 @@ impl SampleToken {
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: SampleTokenBindings<'_>, p: SampleTokenParams) -> Result<()> {
         check_sizes(Self::NAME, p.vocab_size, p.logits_stride, p.seen_words)?;
         let num_rows = b.logits.num_elems() / p.logits_stride as usize;
-        SamplePartial::check_partials(Self::NAME, b.partials, num_rows, p.vocab_size)?;
+        SamplePartial::check_partials(Self::NAME, b.partials, num_rows, p.num_parts)?;
         plan.dispatch(self, &b, &p, Grid::rows(b.rows, 1, 1))
     }
 }
@@ -163,7 +166,6 @@ impl Kernel for SampleToken {
         Definitions::new()
             .u32("WORKGROUP_SIZE", self.workgroup_size)
             .u32("MAX_LISTED", MAX_LISTED)
-            .u32("PART_SIZE", SamplePartial::PART_SIZE)
             .u32("RESULTS", Self::RESULTS)
             .f32("MIN_TEMPERATURE", MIN_TEMPERATURE)
             .flag("SUBGROUP", caps.lanes().uses_subgroups())
@@ -257,7 +259,7 @@ mod tests {
         parity::run(gpu, |plan| {
             let params = SamplePartialParams { vocab_size, logits_stride, seen_words };
             plan.dispatch(&SamplePartial::new(gpu.caps()), &before, &params, grid(num_parts))?;
-            let params = SampleTokenParams { vocab_size, logits_stride, seen_words };
+            let params = SampleTokenParams { vocab_size, logits_stride, seen_words, num_parts };
             plan.dispatch(&SampleToken::new(gpu.caps()), &bindings, &params, grid(1))
         });
         let (vocab_size, seen_words) = (vocab_size as usize, seen_words as usize);
@@ -534,7 +536,12 @@ mod tests {
         let (sampling, partials, seen) = (&t, &t, &u);
         let b = SampleTokenBindings { rows: &rows, logits, sampling, partials, seen, next_rows: &u, results: &u };
         let mut message = |vocab_size, logits_stride, seen_words| {
-            let p = SampleTokenParams { vocab_size, logits_stride, seen_words };
+            let p = SampleTokenParams {
+                vocab_size,
+                logits_stride,
+                seen_words,
+                num_parts: SamplePartial::num_parts(vocab_size),
+            };
             SampleToken::new(gpu.caps()).record(&mut plan, b, p).expect_err("must be refused").to_string()
         };
         assert!(message((1 << 18) + 1, 1 << 19, 1 << 14).contains("vocab_size = 262145 exceeds 262144"));

@@ -16,6 +16,19 @@ pub fn sample_partial(
     position: u32,
     part_size: usize,
 ) -> Vec<[u32; 4]> {
+    let tokens: Vec<usize> = (0..logits.len()).collect();
+    let parts: Vec<_> = tokens.chunks(part_size).map(<[usize]>::to_vec).collect();
+    sample_parts(logits, sampling, seen, position, &parts)
+}
+
+/// The same of any `parts`, lists of ascending tokens.
+pub fn sample_parts(
+    logits: &[f32],
+    sampling: &GpuSampling,
+    seen: &[u32],
+    position: u32,
+    parts: &[Vec<usize>],
+) -> Vec<[u32; 4]> {
     let penalised = scores(logits, &GpuSampling { temperature: 0.0, ..*sampling }, seen, position);
     // Parts do not know what min-p keeps.
     let drawn = scores(logits, &GpuSampling { min_p: 0.0, ..*sampling }, seen, position);
@@ -25,15 +38,15 @@ pub fn sample_partial(
         Some(token) => [order_key(penalised[token] as f32), token as u32],
         None => [0, NONE],
     };
-    let part = |first: usize| {
-        let tokens = || (first..logits.len().min(first + part_size)).filter(|token| !penalised[*token].is_nan());
+    let part = |part: &Vec<usize>| {
+        let tokens = || part.iter().copied().filter(|token| !penalised[*token].is_nan());
         // The first of equals.
         let best =
             |scores: &[f64]| tokens().reduce(|best, token| if scores[token] > scores[best] { token } else { best });
         let ([key, token], [drawn_key, drawn]) = (with_key(best(&penalised)), with_key(best(&drawn).filter(|_| draws)));
         [key, token, drawn_key, drawn]
     };
-    (0..logits.len()).step_by(part_size).map(part).collect()
+    parts.iter().map(part).collect()
 }
 
 /// A number's key: keys are in the order of the numbers. -0 equals +0.

@@ -71,9 +71,9 @@ impl MorModel {
         let recorder = Recorder { model: self, step, kv, sample, phase, routing };
         if let Some(layers) = &step.layers {
             plan.part(BLOCK);
-            let sampled = layers.record(plan, self, step, kv)?;
+            let (sampled, partials) = layers.record(plan, self, step, kv, sample)?;
             plan.part(CODA);
-            return recorder.record_draw(plan, sampled);
+            return recorder.record_token(plan, sampled, partials);
         }
         plan.part(PRELUDE);
         let stream = recorder.record_layers(plan, after_recursion)?;

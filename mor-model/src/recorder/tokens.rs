@@ -55,9 +55,20 @@ impl Recorder<'_> {
         let bindings = SamplePartialBindings { rows, logits, sampling, seen, partials };
         let params = SamplePartialParams { vocab_size, logits_stride, seen_words };
         SamplePartial::new(plan.gpu().caps()).record(plan, bindings, params)?;
+        self.record_token(plan, rows, partials)
+    }
+
+    /// The same from what parts of the vocabulary, `partials` `[rows, parts, 4]`, would draw.
+    pub(super) fn record_token(&self, plan: &mut PlanBuilder<'_>, rows: &RowSet, partials: &Tensor) -> Result<()> {
+        let (logits, sample) = (&self.step.logits, self.sample);
+        let (sampling, seen) = (&sample.sampling, &sample.seen);
+        let vocab_size = self.config().vocab_size as u32;
+        let logits_stride = self.model.logits_stride() as u32;
+        let seen_words = seen.shape()[1] as u32;
+        let num_parts = partials.shape()[partials.shape().len() - 2] as u32;
         let (next_rows, results) = (&sample.next_rows, &sample.results);
         let bindings = SampleTokenBindings { rows, logits, sampling, partials, seen, next_rows, results };
-        let params = SampleTokenParams { vocab_size, logits_stride, seen_words };
+        let params = SampleTokenParams { vocab_size, logits_stride, seen_words, num_parts };
         SampleToken::new(plan.gpu().caps()).record(plan, bindings, params)
     }
 }
