@@ -5,16 +5,19 @@
 //           of 4
 // Bindings  0 params uniform; 1 active_rows read; 2 x read; 3 weight read; 4 y write
 // Grid      (1, n, 1) workgroups; one per active row; WORKGROUP_SIZE threads stride over C
-// Spec      WORKGROUP_SIZE power of two: 4 * WORKGROUP_SIZE bytes of workgroup memory; OUT_F16: for a `linear` that
-//           multiplies halves
-// Limits    none beyond the bindings
+// Spec      WORKGROUP_SIZE power of two, UNITS = C / 4, HELD = ceil(UNITS / WORKGROUP_SIZE); SHUFFLES: LANES lanes of a subgroup
+//           exchange by shuffles; OUT_F16: for a `linear` that multiplies halves
+// Limits    4 * WORKGROUP_SIZE bytes of workgroup memory, with SHUFFLES 4 * WORKGROUP_SIZE / LANES
 // Numerics  f32 throughout; tree sum
 // Source    Zhang and Sennrich 2019 (arXiv 1910.07467), as Llama uses it
 #import shared/rows
+#if SHUFFLES
+#import shared/lanes
+#else
 #import shared/reduce
+#endif
 
 struct Params {
-    hidden_size: u32,
     eps: f32,
 }
 
@@ -34,19 +37,52 @@ fn pack(v: vec4<f32>) -> vec4<f32> {
 }
 #endif
 
+#if SHUFFLES
+var<workgroup> team_sums: array<f32, WORKGROUP_SIZE / LANES>;
+#endif
+
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+#if SHUFFLES
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_size) subgroup_size: u32,
+    @builtin(subgroup_invocation_id) subgroup_lane: u32,
+#else
+    @builtin(local_invocation_index) thread: u32,
+#endif
+) {
+#if SHUFFLES
+    let thread = subgroup * subgroup_size + subgroup_lane;
+#endif
     let i = workgroup.y;
     let row = active_rows[i].row;
-    let units = params.hidden_size / 4u;
-    var sum = 0.0;
-    for (var c = thread; c < units; c += WORKGROUP_SIZE) {
-        let v = x[row * units + c];
-        sum += dot(v, v);
+    var held: array<vec4<f32>, HELD>;
+    for (var h = 0u; h < HELD; h++) {
+        held[h] = x[row * UNITS + min(h * WORKGROUP_SIZE + thread, UNITS - 1u)];
     }
-    let mean = workgroup_sum(sum, thread) / f32(params.hidden_size);
-    let scale = inverseSqrt(mean + params.eps);
-    for (var c = thread; c < units; c += WORKGROUP_SIZE) {
-        y[i * units + c] = pack(x[row * units + c] * scale * weight[c]);
+    var sum = 0.0;
+    for (var h = 0u; h < HELD; h++) {
+        sum += select(0.0, dot(held[h], held[h]), h * WORKGROUP_SIZE + thread < UNITS);
+    }
+#if SHUFFLES
+    let team_sum = lane_sum(sum);
+    if thread % LANES == 0u {
+        team_sums[thread / LANES] = team_sum;
+    }
+    workgroupBarrier();
+    var total = 0.0;
+    for (var t = 0u; t < WORKGROUP_SIZE / LANES; t++) {
+        total += team_sums[t];
+    }
+#else
+    let total = workgroup_sum(sum, thread);
+#endif
+    let scale = inverseSqrt(total / f32(4u * UNITS) + params.eps);
+    for (var h = 0u; h < HELD; h++) {
+        let c = h * WORKGROUP_SIZE + thread;
+        if c < UNITS {
+            y[i * UNITS + c] = pack(held[h] * scale * weight[c]);
+        }
     }
 }

@@ -22,11 +22,11 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 weight: &parity::upload(gpu, &weight),
                 y: &y.tensor,
             };
-            let params = RmsNormParams { hidden_size: shape.hidden_size, eps: 1e-5 };
+            let params = RmsNormParams { eps: 1e-5 };
+            let kernel = RmsNorm::new(gpu.caps(), shape.hidden_size);
             let id = format!("{}/{num_rows}", shape.name);
             let grid = Grid::Fixed([1, num_rows as u32, 1]);
-            let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&RmsNorm::default(), &bindings, &params, grid))
-            else {
+            let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else {
                 continue;
             };
             gpu.run(&plan).expect("the device answers");

@@ -76,8 +76,8 @@ mod tests {
             let y = parity::Output::new(&gpu, 4);
             let mut plan = PlanBuilder::new(&gpu).unwrap();
             let bindings = RmsNormBindings { rows: &rows, x: &x, weight: &x, y: &y.tensor };
-            let params = RmsNormParams { hidden_size: 4, eps: 0.0 };
-            plan.dispatch(&RmsNorm::default(), &bindings, &params, Grid::Fixed([1, 1, 1])).unwrap();
+            let params = RmsNormParams { eps: 0.0 };
+            plan.dispatch(&RmsNorm::new(gpu.caps(), 4), &bindings, &params, Grid::Fixed([1, 1, 1])).unwrap();
             plan.finish().unwrap();
             gpu.inner.pipeline_cache.is_some()
         };

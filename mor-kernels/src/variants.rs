@@ -155,7 +155,8 @@ pub fn all() -> Vec<Variant> {
         add_decode_layers(&mut list);
         list.add(&CrossEntropy::default());
         for half_output in [false, true] {
-            list.add(&RmsNorm { half_output, ..RmsNorm::default() });
+            let kernel = RmsNorm::new(&list.caps, 960);
+            list.add(&RmsNorm { half_output, ..kernel });
         }
         list.add(&ReadWords::new(&list.caps));
         list.add(&SamplePartial::new(&list.caps));

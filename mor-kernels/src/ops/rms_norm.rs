@@ -14,18 +14,18 @@ use crate::tensor::{DType, Tensor};
 /// Zhang and Sennrich 2019, arXiv 1910.07467.
 #[derive(Clone, Copy, Debug)]
 pub struct RmsNorm {
+    /// Elements of a row, a multiple of 4.
+    pub hidden_size: u32,
     /// Threads of a workgroup: a power of two.
     pub workgroup_size: u32,
     /// Whether y is f16.
     pub half_output: bool,
 }
 
-/// Sizes and constants of a call. Mirrors `struct Params` of the shader.
+/// Constants of a call. Mirrors `struct Params` of the shader.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct RmsNormParams {
-    /// Elements of a row, a multiple of 4.
-    pub hidden_size: u32,
     /// Added to the mean square.
     pub eps: f32,
 }
@@ -43,13 +43,19 @@ pub struct RmsNormBindings<'a> {
     pub y: &'a Tensor,
 }
 
-impl Default for RmsNorm {
-    fn default() -> Self {
-        Self { workgroup_size: 64, half_output: false }
-    }
-}
-
 impl RmsNorm {
+    /// The kernel for rows of `hidden_size` elements, in the workgroup size that suits the device: a software rasteriser pays for
+    /// every thread at every barrier.
+    pub fn new(caps: &DeviceCaps, hidden_size: u32) -> Self {
+        let most = if caps.is_cpu { 64 } else { caps.max_workgroup_size.min(256) };
+        let workgroup_size = (hidden_size / 4).next_power_of_two().clamp(64, most.max(64));
+        Self { hidden_size, workgroup_size, half_output: false }
+    }
+
+    fn shuffles(caps: &DeviceCaps) -> bool {
+        caps.lanes().uses_subgroups() && !caps.is_cpu
+    }
+
     /// Records the kernel over all active rows.
     ///
     /// # Errors
@@ -69,8 +75,15 @@ impl Kernel for RmsNorm {
     type Params = RmsNormParams;
     type Bindings<'a> = RmsNormBindings<'a>;
 
-    fn definitions(&self, _: &DeviceCaps) -> Definitions {
-        Definitions::new().u32("WORKGROUP_SIZE", self.workgroup_size).flag("OUT_F16", self.half_output)
+    fn definitions(&self, caps: &DeviceCaps) -> Definitions {
+        let units = self.hidden_size / 4;
+        let definitions = Definitions::new()
+            .u32("WORKGROUP_SIZE", self.workgroup_size)
+            .u32("UNITS", units)
+            .u32("HELD", units.div_ceil(self.workgroup_size))
+            .flag("SHUFFLES", Self::shuffles(caps))
+            .flag("OUT_F16", self.half_output);
+        if Self::shuffles(caps) { definitions.u32("LANES", caps.lanes().width()) } else { definitions }
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
@@ -82,8 +95,8 @@ impl Kernel for RmsNorm {
         ]
     }
 
-    fn workgroup_storage_bytes(&self, _: &DeviceCaps) -> u32 {
-        4 * self.workgroup_size
+    fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32 {
+        if Self::shuffles(caps) { 4 * self.workgroup_size / caps.lanes().width() } else { 4 * self.workgroup_size }
     }
 }
 
@@ -95,9 +108,9 @@ mod tests {
 
     #[test]
     fn matches_oracle() {
-        parity::on_every_profile(|gpu, profile| {
+        parity::on_every_profile_and_as_gpu(|gpu, profile| {
             let mut rng = Rng::new("rms_norm");
-            for hidden_size in [4, 64, 260, 960] {
+            for hidden_size in [4, 64, 260, 960, 2048] {
                 for num_active in [0, 1, 7, 33, 63, 64, 65] {
                     let num_rows = num_active + 3;
                     // Every other row from the second on: active rows are not where they lie in the batch.
@@ -110,14 +123,14 @@ mod tests {
                     let want = rms_norm(&active, &x, &weight, 1e-5);
 
                     let y = parity::Output::new(gpu, num_active * hidden_size);
-                    let kernel = RmsNorm::default();
+                    let kernel = RmsNorm::new(gpu.caps(), hidden_size as u32);
                     let bindings = RmsNormBindings {
                         rows: &parity::row_set(gpu, &active),
                         x: &parity::upload(gpu, &x),
                         weight: &parity::upload(gpu, &weight),
                         y: &y.tensor,
                     };
-                    let params = RmsNormParams { hidden_size: hidden_size as u32, eps: 1e-5 };
+                    let params = RmsNormParams { eps: 1e-5 };
                     parity::run(gpu, |plan| {
                         plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, num_active as u32, 1]))
                     });

@@ -116,9 +116,9 @@ impl<'a> Recorder<'a> {
         y: &'i Tensor,
     ) -> Result<Input<'i>> {
         let Input::Norm { x, weight } = input else { return Ok(input) };
-        let norm = RmsNormParams { hidden_size: weight.num_elems() as u32, eps };
-        let kernel = RmsNorm { half_output: y.dtype() == DType::F16, ..RmsNorm::default() };
-        kernel.record(plan, RmsNormBindings { rows, x, weight, y }, norm)?;
+        let kernel = RmsNorm::new(plan.gpu().caps(), weight.num_elems() as u32);
+        let kernel = RmsNorm { half_output: y.dtype() == DType::F16, ..kernel };
+        kernel.record(plan, RmsNormBindings { rows, x, weight, y }, RmsNormParams { eps })?;
         Ok(Input::Compact { x: y })
     }
 
