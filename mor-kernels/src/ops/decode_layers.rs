@@ -225,7 +225,7 @@ pub struct DecodeLayersBindings<'a> {
     pub sampling: &'a Tensor,
     /// `[sequences, seen_words]` u32: a bit for every token of the sequence so far.
     pub seen: &'a Tensor,
-    /// `[num_workgroups, 4]` u32, written: as [`SamplePartial`](super::SamplePartial) of the tokens whose logits are a workgroup's.
+    /// `[num_workgroups, 4]` u32, written: as [`SamplePartial`] of the tokens whose logits are a workgroup's.
     pub partials: &'a Tensor,
     /// `[R, C]`, of routed models.
     pub router: Option<&'a Tensor>,

@@ -182,9 +182,9 @@ impl LinearDecode {
             // A software rasteriser pays for every load of every lane: many outputs share one of the activation.
             return Self { unit: wide, lanes: width, pairs: 32, ..kernel };
         }
-        // Several rows need the memory for their sums.
-        let mut threads = 128;
+        let (mut threads, mut least_threads) = (256, 128);
         if rows == 1 {
+            least_threads = 256;
             kernel.staging_bytes = ONE_ROW_BYTES.min(caps.max_workgroup_storage_bytes);
             // So many that each stages a vector or two.
             threads = (in_features / 4).next_power_of_two().clamp(256, 1024).min(caps.max_workgroup_size);
@@ -195,12 +195,18 @@ impl LinearDecode {
         }
         // Two sums are taken at a time, by two lanes.
         kernel.lanes = width.min(in_features.div_ceil(kernel.unit).next_power_of_two().max(2));
-        while threads > 256 && num_outputs.div_ceil(2 * threads / kernel.lanes) < ENOUGH_WORKGROUPS {
+        let is_enough = |workgroup_outputs| num_outputs.div_ceil(workgroup_outputs) >= ENOUGH_WORKGROUPS;
+        while threads > least_threads && !is_enough(2 * threads / kernel.lanes) {
             threads /= 2;
         }
         kernel.groups = threads / kernel.lanes;
         let step = kernel.lanes * kernel.unit / 8;
-        kernel.block = in_features.div_ceil(8 * step).min(2).min(kernel.fitting(caps) / step);
+        let mut most_ahead = 2;
+        if rows > 1 {
+            // Each value of the activation that is read is multiplied with twice as many weights, which are as many on their way.
+            (kernel.pairs, most_ahead) = if is_enough(4 * kernel.groups) { (2, 1) } else { (1, 2) };
+        }
+        kernel.block = in_features.div_ceil(8 * step).min(most_ahead).min(kernel.fitting(caps) / step);
         if kernel.multiplies_digits(caps) && in_features.div_ceil(8) <= kernel.chunk(caps) {
             kernel.rounds = (kernel.workgroups_x() / ENOUGH_FOR_DIGITS).clamp(1, 8);
         }
