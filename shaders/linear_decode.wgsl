@@ -20,10 +20,10 @@
 //           row 16 bytes of codes; CHUNK units staged or held at a time, in whole blocks; ROWS, PAIRS, LANES, GROUPS; BLOCK
 //           units of an output that a lane has on their way; ROUNDS, more than one only where CHUNK is a whole row; TEXELS: w
 //           in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a multiple of LANES, STEPS = CHUNK / LANES; PARTS = UNIT / 8;
-//           NORM, or MERGE of SPLITS partials of heads of HEAD_DIM, or neither; X_BY_ROW; SINGLE: streams have
-//           one row; SUBGROUP: lanes exchange by subgroup operations, SHUFFLES: by shuffles; WEIGHT_F16
-//           or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; DIGITS, of WIDE and SUBGROUP:
-//           UNIT_DIGITS vectors of each digit a unit, an even number of units staged by a multiple of 8 threads; STORE, GELU,
+//           NORM, or MERGE of SPLITS partials of heads of HEAD_DIM, or neither; X_BY_ROW; SINGLE: streams have one row;
+//           SUBGROUP: lanes exchange by subgroup operations, SHUFFLES: by shuffles, BUILT_IN: and are added by built-in sums,
+//           LANES being the subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in
+//           groups of GROUP; DIGITS, of WIDE and SUBGROUP: UNIT_DIGITS vectors of each digit a unit, an even number of units staged by a multiple of 8 threads; STORE, GELU,
 //           RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16
 //           caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the
 //           layer adds up to
@@ -300,9 +300,13 @@ fn group_sum(value: f32, thread: u32, lane: u32) -> f32 {
 }
 
 fn group_sums(values: vec2<f32>, thread: u32, lane: u32) -> vec2<f32> {
+#if BUILT_IN
+    return vec2<f32>(subgroupAdd(values.x), subgroupAdd(values.y));
+#else
     let sum = lane_sums(values, lane);
     let other = subgroupShuffleXor(sum, 1u);
     return select(vec2<f32>(sum, other), vec2<f32>(other, sum), lane % 2u == 1u);
+#endif
 }
 #else
 fn group_sum(value: f32, thread: u32, lane: u32) -> f32 {

