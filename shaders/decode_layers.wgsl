@@ -2,7 +2,8 @@
 // Math      hidden = embed_tokens[token]; a layer of steps[s], x its input stream: m = x + o(attention(qkv(norm(x))));
 //           y = m + down(swiglu(gate_up(norm(m)))); y into its output stream, or hidden += gate * y at a block's end.
 //           Before a block: EXPERT gates l = input_scale * dot(hidden, router[r]) and ends at l < threshold; TOKEN
-//           chooses the depth at the first. logits = lm_head(norm(hidden))
+//           chooses the depth at the first. logits = lm_head(norm(hidden)); partials as of sample_partial, of the tokens
+//           whose logits are a workgroup's
 // Why       a layer is five phases of some microseconds; as dispatches each costs as much again to begin and to end.
 //           Here the weights of the next phase are on their way while the last one's results are waited for, and an
 //           early exit skips what is left
@@ -10,7 +11,7 @@
 //           [matrices, O, K], embed_tokens, lm_head [V, C] units of 16 bytes, or quantised rows; norms [N, C]; rope
 //           [positions, D / 2, 2]; pages [sequences, groups, max_pages]; kv_lengths [sequences, groups]; rows [1]; depth
 //           [1]; keys, values [slots of all caches, G, D] f32 or f16; logits [V], V up to the next even number; control
-//           [4 + R]; router [R, C]; bias [R]; keep [R]; mail [hidden C; running C; layer C; middle C; q; k; v; attention
+//           [4 + R]; sampling [S]; seen [S, seen_words]; partials [NUM_WORKGROUPS, 4]; router [R, C]; bias [R]; keep [R]; mail [hidden C; running C; layer C; middle C; q; k; v; attention
 //           H S D; statistics H S 2; mlp] of (bits, tag)
 // Bindings  0 params uniform; 1 steps uniform; 2 active_rows write; 3 qkv_proj read; 4 o_proj read; 5 gate_up_proj read;
 //           6 down_proj read; 7 norms read; 8 rope read; 9 pages read; 10 kv_lengths write; 11 rows write; 12 depth
@@ -18,27 +19,29 @@
 //           read; 19 lm_head read; 20 sampling read; 21 seen read; 22 partials write; 23 router read [ROUTED]; 24 bias read
 //           [BIAS]; 24 keep read [SCRIPTED]
 // Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time
-// Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; MAX_GROUPS; HIDDEN_SIZE, MLP_DIM,
-//           NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of the type of a layer's matrices:
-//           LAYER_F16, LAYER_BF16, LAYER_QUANTISED (LAYER_Q8 or LAYER_Q4) or neither, LAYER_QUAD_ELEMS elements of a
-//           unit, LAYER_UNIT_CODES eights of codes if it is quantised, LAYER_PREFETCH of the units on their way before
-//           the activation is there; of the type of embed_tokens and lm_head alike HEAD_F16, HEAD_BF16, HEAD_QUANTISED,
-//           HEAD_Q8, HEAD_Q4, HEAD_QUAD_ELEMS, HEAD_UNIT_CODES, HEAD_PREFETCH; groups of GROUP. Of each of the four
-//           products: outputs
-//           QKV_ROWS, O_ROWS, GATE_UP_ROWS, DOWN_ROWS; units a row QKV_QUADS, O_QUADS, GATE_UP_QUADS, DOWN_QUADS, and
-//           from row to row QKV_STRIDE, O_STRIDE, GATE_UP_STRIDE, DOWN_STRIDE; teams a pair of outputs QKV_SPLIT,
-//           O_SPLIT, GATE_UP_SPLIT, DOWN_SPLIT; units a lane QKV_STEPS, O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a
-//           team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS, and of them QKV_ABREAST, O_ABREAST, GATE_UP_ABREAST,
-//           DOWN_ABREAST at a time, for which QKV_TURN, O_TURN, GATE_UP_TURN, DOWN_TURN units each are on their way; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
-//           HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST, HEAD_TURN. KEY_LANES lanes a key, KEYS fetched at a time; BATCH elements that a thread waits
-//           for at a time; ALONE_KEYS up to which a workgroup has a head for itself, SPLIT_KEYS of each of several,
-//           MAX_SPLITS of them at most; STAGED and NUM_TEAM_SUMS sizes of workgroup memory; SUBGROUP_EXACT: LANES is the
-//           subgroup size; ROUTED, by EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS),
-//           ROUTERS at a time; KV_F16; ROUTER_F16, ROUTER_BF16 or neither
+// Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; MAX_GROUPS; HIDDEN_SIZE,
+//           MLP_DIM, NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of the type of a layer's
+//           matrices: LAYER_F16, LAYER_BF16, LAYER_QUANTISED (LAYER_Q8 or LAYER_Q4) or neither, LAYER_QUAD_ELEMS
+//           elements of a unit, LAYER_UNIT_CODES eights of codes if it is quantised, LAYER_PREFETCH of the units on
+//           their way before the activation is there; of the type of embed_tokens and lm_head alike HEAD_F16,
+//           HEAD_BF16, HEAD_QUANTISED, HEAD_Q8, HEAD_Q4, HEAD_QUAD_ELEMS, HEAD_UNIT_CODES, HEAD_PREFETCH; groups of
+//           GROUP. Of each of the four products: outputs QKV_ROWS, O_ROWS, GATE_UP_ROWS, DOWN_ROWS; units a row
+//           QKV_QUADS, O_QUADS, GATE_UP_QUADS, DOWN_QUADS, and from row to row QKV_STRIDE, O_STRIDE, GATE_UP_STRIDE,
+//           DOWN_STRIDE; teams a pair of outputs QKV_SPLIT, O_SPLIT, GATE_UP_SPLIT, DOWN_SPLIT; units a lane QKV_STEPS,
+//           O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS, and of
+//           them QKV_ABREAST, O_ABREAST, GATE_UP_ABREAST, DOWN_ABREAST at a time, for which QKV_TURN, O_TURN,
+//           GATE_UP_TURN, DOWN_TURN units each are on their way; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
+//           HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST, HEAD_TURN. KEY_LANES lanes a key, KEYS fetched at a time; BATCH
+//           elements that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for itself,
+//           SPLIT_KEYS of each of several, MAX_SPLITS of them at most; STAGED and NUM_TEAM_SUMS sizes of workgroup
+//           memory; STREAM_ELEMS elements of a stream are a thread's; MIN_TEMPERATURE: greedy below; SUBGROUP; ROUTED, by
+//           EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS), ROUTERS at a time; KV_F16;
+//           ROUTER_F16, ROUTER_BF16 or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
 //           wait for; 16 * STAGED + 8 * NUM_TEAM_SUMS + 4 * TEAMS + 12 * MAX_GROUPS + 40 bytes of workgroup memory,
-//           with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value that is polled params.poll_limit times in vain ends the step:
-//           control[2] = 1, flags of the row = ROW_FAILED, K/V lengths as before
+//           with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value that is polled
+//           params.poll_limit times in vain ends the step: control[2] = 1, flags of the row = ROW_FAILED, K/V lengths
+//           as before
 // Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split
 // Source    MoR (arXiv 2507.10524); persistent threads: Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596)
 #import shared/rows
@@ -451,8 +454,8 @@ fn prefetch_norm(at: u32, ahead_norm: ptr<function, array<f32, STREAM_ELEMS>>) {
 }
 
 #for P in QKV GATE_UP HEAD
-// Stages a stream from place `at` of the mail on, times a norm's weight, as the activation of the product; leaves the teams' sums of
-// squares, and of the products with routers from `router_at` on unless that is NONE. False if it does not come.
+// Stages a stream from place `at` of the mail on, times a norm's weight, as the activation of the product; leaves the teams' sums
+// of squares, and of the products with routers from `router_at` on unless that is NONE. False if it does not come.
 fn stage_stream_$P(at: u32, expected: u32, weights: ptr<function, array<f32, STREAM_ELEMS>>, router_at: u32) -> bool {
     var elements: array<vec2<u32>, STREAM_ELEMS>;
 #if ROUTED

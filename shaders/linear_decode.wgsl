@@ -16,17 +16,18 @@
 //           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED]
 // Grid      (ceil(O / (2 * GROUPS * PAIRS * ROUNDS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs, ROUNDS times over
-// Spec      NUM_OUTPUTS of this call; IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, WIDE, of a quantised
-//           row 16 bytes of codes; CHUNK units staged or held at a time, in whole blocks; ROWS, PAIRS, LANES, GROUPS; BLOCK
-//           units of an output that a lane has on their way; ROUNDS, more than one only where CHUNK is a whole row; TEXELS: w
-//           in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a multiple of LANES, STEPS = CHUNK / LANES; PARTS = UNIT / 8;
-//           NORM, or MERGE of SPLITS partials of heads of HEAD_DIM, or neither; X_BY_ROW; SINGLE: streams have one row;
-//           SUBGROUP: lanes exchange by subgroup operations, SHUFFLES: by shuffles, BUILT_IN: and are added by built-in sums,
-//           LANES being the subgroup size; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in
-//           groups of GROUP; DIGITS, of WIDE and SUBGROUP: UNIT_DIGITS vectors of each digit a unit, an even number of units staged by a multiple of 8 threads; STORE, GELU,
-//           RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16
-//           caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the
-//           layer adds up to
+// Spec      NUM_OUTPUTS of this call; IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, WIDE, of a
+//           quantised row 16 bytes of codes; CHUNK units staged or held at a time, in whole blocks; ROWS, PAIRS, LANES,
+//           GROUPS; BLOCK units of an output that a lane has on their way; ROUNDS, more than one only where CHUNK is a
+//           whole row; TEXELS: w in rows of TEXEL_ROW texels, GROUPS = 1, PAIRS a multiple of LANES, STEPS = CHUNK /
+//           LANES; PARTS = UNIT / 8; NORM, or MERGE of SPLITS partials of heads of HEAD_DIM, or neither; X_BY_ROW;
+//           SINGLE: streams have one row; SUBGROUP: lanes exchange by subgroup operations, SHUFFLES: by shuffles,
+//           BUILT_IN: and are added by built-in sums, LANES being the subgroup size; WEIGHT_F16 or WEIGHT_BF16 or
+//           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; DIGITS, of WIDE and SUBGROUP: UNIT_DIGITS
+//           vectors of each digit a unit, an even number of units staged by a multiple of 8 threads; STORE, GELU,
+//           RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into
+//           f16 caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with
+//           what the layer adds up to
 // Limits    16 * ROWS * (2 * CHUNK * PARTS + CHUNK * PARTS / 4 + 1) bytes of workgroup memory, with DIGITS
 //           26 * ROWS * CHUNK * PARTS, with NORM 4 * ROWS * GROUPS * LANES more, without SUBGROUP 4 * GROUPS * LANES more;
 //           with TEXELS the last alone
