@@ -11,8 +11,8 @@
 //           [matrices, O, K], embed_tokens, lm_head [V, C] units of 16 bytes, or quantised rows; norms [N, C]; rope
 //           [positions, D / 2, 2]; pages [sequences, groups, max_pages]; kv_lengths [sequences, groups]; rows [1]; depth
 //           [1]; keys, values [slots of all caches, G, D] f32 or f16; logits [V], V up to the next even number; control
-//           [4 + R]; sampling [S]; seen [S, seen_words]; partials [NUM_WORKGROUPS, 4]; router [R, C]; bias [R]; keep [R]; mail [hidden C; running C; layer C; middle C; q; k; v; attention
-//           H S D; statistics H S 2; mlp] of (bits, tag)
+//           [4 + R]; sampling [S]; seen [S, seen_words]; partials [NUM_WORKGROUPS, 4]; router [R, C]; bias [R]; keep [R];
+//           mail [hidden C; running C; layer C; middle C; q; k; v; attention H S D; statistics H S 2; mlp] of (bits, tag)
 // Bindings  0 params uniform; 1 steps uniform; 2 active_rows write; 3 qkv_proj read; 4 o_proj read; 5 gate_up_proj read;
 //           6 down_proj read; 7 norms read; 8 rope read; 9 pages read; 10 kv_lengths write; 11 rows write; 12 depth
 //           write; 13 keys write; 14 values write; 15 logits write; 16 mail write; 17 control write; 18 embed_tokens
@@ -38,7 +38,7 @@
 //           EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS), ROUTERS at a time; KV_F16;
 //           ROUTER_F16, ROUTER_BF16 or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
-//           wait for; 16 * STAGED + 8 * NUM_TEAM_SUMS + 4 * TEAMS + 12 * MAX_GROUPS + 40 bytes of workgroup memory,
+//           wait for; 16 * STAGED + 8 * NUM_TEAM_SUMS + 4 * TEAMS + 12 * MAX_GROUPS + 28 bytes of workgroup memory,
 //           with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value that is polled
 //           params.poll_limit times in vain ends the step: control[2] = 1, flags of the row = ROW_FAILED, K/V lengths
 //           as before
@@ -154,6 +154,9 @@ const Q_DIM: u32 = NUM_ATTENTION_HEADS * HEAD_DIM;
 const KV_DIM: u32 = NUM_KEY_VALUE_HEADS * HEAD_DIM;
 const SLICES: u32 = WORKGROUP_SIZE / KEY_LANES;
 const KEY_LANES_LOG2: u32 = firstTrailingBit(KEY_LANES);
+
+// A tag from which on they are counted anew.
+const FEW_TAGS_LEFT: u32 = 0x80000000u;
 
 // Places in `mail`.
 const RUNNING: u32 = HIDDEN_SIZE;
@@ -1288,7 +1291,15 @@ fn run_layers() -> bool {
 // What the last workgroup to leave does: the next dispatch finds counts of 0 and tags that nothing has. The row's lengths and depth
 // are now as the step makes them, or as they were before it, and the row is listed for its draw, or none is.
 fn conclude() {
-    atomicStore(&control[0], first_tag + max(5u * params.num_steps, params.trial_rounds));
+    var last_tag = first_tag + max(5u * params.num_steps, params.trial_rounds);
+    if last_tag >= FEW_TAGS_LEFT {
+        // Before tags come again that places still have.
+        for (var i = 0u; i < max(MLP + MLP_DIM, 2u * NUM_WORKGROUPS); i++) {
+            mail[i] = vec2<u32>();
+        }
+        last_tag = 0u;
+    }
+    atomicStore(&control[0], last_tag);
     atomicStore(&control[1], 0u);
     if params.trial_rounds > 0u {
         return;

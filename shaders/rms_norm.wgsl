@@ -5,13 +5,13 @@
 //           of 4
 // Bindings  0 params uniform; 1 active_rows read; 2 x read; 3 weight read; 4 y write
 // Grid      (1, n, 1) workgroups; one per active row; WORKGROUP_SIZE threads stride over C
-// Spec      WORKGROUP_SIZE power of two, UNITS = C / 4, HELD = ceil(UNITS / WORKGROUP_SIZE); SHUFFLES: LANES lanes of a subgroup
+// Spec      WORKGROUP_SIZE power of two, UNITS = C / 4, HELD = ceil(UNITS / WORKGROUP_SIZE); SUBGROUP: LANES lanes of a subgroup
 //           exchange by shuffles; OUT_F16: for a `linear` that multiplies halves
-// Limits    4 * WORKGROUP_SIZE bytes of workgroup memory, with SHUFFLES 4 * WORKGROUP_SIZE / LANES
+// Limits    4 * WORKGROUP_SIZE bytes of workgroup memory, with SUBGROUP 4 * WORKGROUP_SIZE / LANES
 // Numerics  f32 throughout; tree sum
 // Source    Zhang and Sennrich 2019 (arXiv 1910.07467), as Llama uses it
 #import shared/rows
-#if SHUFFLES
+#if SUBGROUP
 #import shared/lanes
 #else
 #import shared/reduce
@@ -37,14 +37,14 @@ fn pack(v: vec4<f32>) -> vec4<f32> {
 }
 #endif
 
-#if SHUFFLES
+#if SUBGROUP
 var<workgroup> team_sums: array<f32, WORKGROUP_SIZE / LANES>;
 #endif
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
-#if SHUFFLES
+#if SUBGROUP
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_size) subgroup_size: u32,
     @builtin(subgroup_invocation_id) subgroup_lane: u32,
@@ -52,7 +52,7 @@ fn main(
     @builtin(local_invocation_index) thread: u32,
 #endif
 ) {
-#if SHUFFLES
+#if SUBGROUP
     let thread = subgroup * subgroup_size + subgroup_lane;
 #endif
     let i = workgroup.y;
@@ -65,7 +65,7 @@ fn main(
     for (var h = 0u; h < HELD; h++) {
         sum += select(0.0, dot(held[h], held[h]), h * WORKGROUP_SIZE + thread < UNITS);
     }
-#if SHUFFLES
+#if SUBGROUP
     let team_sum = lane_sum(sum);
     if thread % LANES == 0u {
         team_sums[thread / LANES] = team_sum;

@@ -678,7 +678,7 @@ impl Kernel for DecodeLayers {
         let routing = self.routers().map_or(0, |routers| 8 + 4 * routers * teams);
         let is_scripted = matches!(self.shape.routing, LayerRouting::Expert { scripted: true, .. });
         let routing = routing + if is_scripted { 4 * self.max_groups() } else { 0 };
-        16 * staged + 8 * team_sums + 4 * teams + routing + BEST_BYTES + 12 * self.max_groups() + 24
+        16 * staged + 8 * team_sums + 4 * teams + routing + BEST_BYTES + 12 * self.max_groups() + 12
     }
 }
 
@@ -692,6 +692,8 @@ mod tests {
     use crate::parity::{self, Output, Rng, Tolerance};
     use crate::rows::{ActiveRow, KvTable, NONE, PAGE_SIZE, ROW_ACTIVE, ROW_FAILED, ROW_SAMPLE, Row};
 
+    /// As in the shader.
+    const FEW_TAGS_LEFT: u32 = 1 << 31;
     const MAX_PAGES: usize = 12;
     const NUM_PAGES: usize = 64;
     const NUM_RECURSIONS: usize = 3;
@@ -706,6 +708,8 @@ mod tests {
         params: DecodeLayersParams,
         steps: Vec<LayerStep>,
         row: Row,
+        /// That was taken before the step.
+        last_tag: u32,
         state: LayersState,
         weights: [Tensor; 6],
         router: Option<Tensor>,
@@ -856,7 +860,16 @@ mod tests {
                 logits: Vec::new(),
             };
             let router = is_routed.then_some(router);
-            Self { shape, params, steps, row, state, weights: [qkv, o, gate_up, down, embed, head], router }
+            Self {
+                shape,
+                params,
+                steps,
+                row,
+                last_tag: 0,
+                state,
+                weights: [qkv, o, gate_up, down, embed, head],
+                router,
+            }
         }
 
         /// Runs the kernel of `num_workgroups` and compares with the oracle; with `fails`, that nothing has changed.
@@ -896,7 +909,7 @@ mod tests {
                 seen[seen_words + *token as usize / 32] |= 1 << (token % 32);
             }
             let partials = Output::new(gpu, 4 * num_workgroups as usize);
-            let control = Output::from_words(gpu, &[0; 4 + NUM_RECURSIONS]);
+            let control = Output::from_words(gpu, &[self.last_tag, 0, 0, 0, 0, 0, 0]);
             let extra = match self.shape.routing {
                 LayerRouting::Expert { scripted: true, .. } | LayerRouting::Token { bias: true, .. } => {
                     Some(parity::upload(gpu, &self.state.bias_or_keep))
@@ -954,9 +967,15 @@ mod tests {
             assert_eq!(listed[0], drawn, "{what}: what to draw for");
             assert_eq!(kv_lengths.read_u32(gpu), want.kv_lengths, "{what}: lengths");
             let took = |r: u32| u32::from(want.blocks > r);
-            let tags = 5 * self.steps.len() as u32 + 1;
+            let tags = self.last_tag + 5 * self.steps.len() as u32 + 1;
+            let are_few = tags >= FEW_TAGS_LEFT;
+            let tags = if are_few { 0 } else { tags };
             assert_eq!(control.read_u32(gpu), [tags, 0, 0, 0, took(0), took(1), took(2)], "{what}: counts");
-            mail.read_u32(gpu);
+            assert_eq!(
+                mail.read_u32(gpu).iter().all(|word| *word == 0),
+                are_few,
+                "{what}: mail is cleared with the tags"
+            );
             // Eight layers of f32 sums, and keys and values whose last bit may turn.
             let is_half = self.shape.attention.kv_dtype == DType::F16;
             let tolerance = if is_half { Tolerance::F16 } else { Tolerance { absolute: 1e-4, relative: 1e-4 } };
@@ -1078,6 +1097,20 @@ mod tests {
             case.state.bias_or_keep = vec![0.0; 3];
             case.steps[1].flags |= ALWAYS;
             assert_eq!(case.check(gpu, "always", grid, false), 1);
+        });
+    }
+
+    #[test]
+    fn tags_are_counted_anew() {
+        on_fit_profiles(|gpu, profile| {
+            let mut rng = Rng::new("decode_layers tags");
+            let shape = shape(SIZES[0], [DType::F32; 2], DType::F32, LayerRouting::Fixed);
+            let mut case = Case::new(gpu, &mut rng, shape, 50, [50, 40, 3]);
+            let grid = *grids(gpu, &shape).last().expect("one workgroup does");
+            for below in [1000, 10, 0] {
+                case.last_tag = FEW_TAGS_LEFT - below;
+                case.check(gpu, &format!("{profile} {below} tags"), grid, false);
+            }
         });
     }
 

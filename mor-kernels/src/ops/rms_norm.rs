@@ -81,7 +81,7 @@ impl Kernel for RmsNorm {
             .u32("WORKGROUP_SIZE", self.workgroup_size)
             .u32("UNITS", units)
             .u32("HELD", units.div_ceil(self.workgroup_size))
-            .flag("SHUFFLES", Self::shuffles(caps))
+            .flag("SUBGROUP", Self::shuffles(caps))
             .flag("OUT_F16", self.half_output);
         if Self::shuffles(caps) { definitions.u32("LANES", caps.lanes().width()) } else { definitions }
     }

@@ -39,7 +39,7 @@ pub(crate) fn parse(variant: &Variant) -> (Module, ModuleInfo) {
 /// Whether the specialisation uses subgroup operations or builtins.
 pub(crate) fn uses_subgroups(variant: &Variant) -> bool {
     let asks = |flag: &&str| matches!(*flag, "SUBGROUP" | "BROADCAST" | "COOPERATIVE");
-    variant.flags.iter().any(asks) || variant.kernel == "decode_layers"
+    variant.flags.iter().any(asks)
 }
 
 /// Whether the specialisation multiplies cooperative matrices, which Vulkan alone offers.
