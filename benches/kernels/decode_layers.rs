@@ -178,26 +178,18 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             attention_scale: shape.attention.scale(),
             ..DecodeLayersParams::default()
         };
-        // As many workgroups as run at a time: registers may leave room for half as many as a trial says.
         let most = (shape.hidden_size / 2).min(shape.mlp_dim);
-        let mut num_workgroups = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, most) {
-            Ok(largest) => largest.most_workgroups(gpu).expect("the device answers").min(most),
+        let largest = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, most) {
+            Ok(largest) => largest,
             Err(error) => {
                 eprintln!("{id} skipped: {error}");
                 return;
             }
         };
-        let (mail, control) = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, num_workgroups) {
-            Ok(kernel) => {
-                let mail = Tensor::zeros(gpu, "mail", DType::U32, &[kernel.mail_elems(), 2]);
-                (mail.expect("a small buffer fits"), Output::from_words(gpu, &[0; 4]))
-            }
-            Err(error) => {
-                eprintln!("{id} skipped: {error}");
-                return;
-            }
-        };
-        let partials = parity::upload_u32(gpu, &vec![0; 4 * num_workgroups as usize]);
+        let mail = Tensor::zeros(gpu, "mail", DType::U32, &[largest.mail_elems(), 2]).expect("a small buffer fits");
+        let control = Output::from_words(gpu, &[0; 4]);
+        let partials = parity::upload_u32(gpu, &vec![0; 4 * most as usize]);
+        let mut numbers = largest.workgroups_to_try(gpu).expect("the device answers").into_iter();
         let bindings = DecodeLayersBindings {
             steps: &table,
             rows: &rows,
@@ -224,7 +216,11 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             router: None,
             bias_or_keep: None,
         };
-        let plan = loop {
+        let (plan, num_workgroups) = loop {
+            let Some(num_workgroups) = numbers.next() else {
+                eprintln!("{id} skipped: too few workgroups run at a time");
+                return;
+            };
             let kernel = match DecodeLayers::new(gpu.caps(), shape, NUM_LAYERS, num_workgroups) {
                 Ok(kernel) => kernel,
                 Err(error) => {
@@ -239,10 +235,9 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             gpu.run(&trial).expect("the device answers");
             if control.read_u32(gpu)[2] == 0 {
                 let Some(plan) = record(gpu, &id, dispatch(params)) else { return };
-                break plan;
+                break (plan, num_workgroups);
             }
             gpu.write(&control.tensor, 8, &[0; 4]);
-            num_workgroups /= 2;
         };
         // A run has a key more than the one before.
         let reset = || gpu.write(&kv_lengths, 0, bytemuck::bytes_of(&position));

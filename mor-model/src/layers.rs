@@ -84,12 +84,12 @@ impl LayersTensors {
             threshold: model.threshold(),
             depth_bias: model.depth_control().router_bias,
         };
-        // The trial below is run in any case; what is kept saves the search for where to begin. A software rasteriser needs none,
+        // The trial below is run in any case; what is kept saves the search. A software rasteriser needs none,
         // and passes trials that it should fail, since it ends loops.
         let name = format!("{largest:?}");
         let tuned = gpu.tuned(&name).filter(|_| !gpu.caps().is_cpu);
-        let mut num_workgroups = tuned.map_or_else(|| largest.most_workgroups(gpu), Ok)?.clamp(1, most);
-        while let Ok(kernel) = DecodeLayers::new(gpu.caps(), shape, num_steps, num_workgroups) {
+        let passing = |num_workgroups| -> Result<Option<Self>> {
+            let Ok(kernel) = DecodeLayers::new(gpu.caps(), shape, num_steps, num_workgroups) else { return Ok(None) };
             let layers = Self {
                 kernel,
                 params,
@@ -99,14 +99,20 @@ impl LayersTensors {
                 partials: Tensor::zeros(gpu, "partials", DType::U32, &[num_workgroups as usize, 4])?,
                 sampled: step.sampled.fixed(),
             };
-            if layers.passes_trial(model, step, kv, sample)? {
-                if tuned.is_none() {
-                    gpu.remember(&name, num_workgroups);
-                }
+            let passes = layers.passes_trial(model, step, kv, sample)?;
+            if passes {
                 tracing::debug!(num_workgroups, layers = num_steps, "decode steps run their layers in one dispatch");
+            }
+            Ok(passes.then_some(layers))
+        };
+        if let Some(layers) = tuned.map_or(Ok(None), |number| passing(number.clamp(1, most)))? {
+            return Ok(Some(layers));
+        }
+        for num_workgroups in largest.workgroups_to_try(gpu)? {
+            if let Some(layers) = passing(num_workgroups)? {
+                gpu.remember(&name, num_workgroups);
                 return Ok(Some(layers));
             }
-            num_workgroups /= 2;
         }
         Ok(None)
     }

@@ -63,7 +63,7 @@ pub struct LayersShape {
 /// A decode step of one row in one dispatch, whose workgroups wait for each other between the phases of a layer: embedding, layers
 /// and head. The draw comes after, from the list and the logits that it leaves.
 ///
-/// It needs a device that runs all of them at a time and whose coherent storage is coherent: [`DecodeLayers::most_workgroups`] finds out.
+/// It needs a device that runs all of them at a time and whose coherent storage is coherent: [`DecodeLayers::workgroups_to_try`] says what may, a trial what does.
 /// Should a workgroup ever wait in vain, the step ends without effect: `control[2]` is 1 and the row's flags are
 /// [`ROW_FAILED`](crate::rows::ROW_FAILED).
 ///
@@ -392,13 +392,19 @@ impl DecodeLayers {
         Ok(kernel)
     }
 
-    /// Workgroups of a kernel that takes as many threads and as much workgroup memory that `gpu` runs at a time; more registers
-    /// may leave room for fewer, which [`DecodeLayersParams::trial_rounds`] finds out. Waits for trials.
+    /// How many workgroups may run at a time on `gpu`, at most this kernel's, most first: as many as do of a kernel that takes as
+    /// many threads and as much workgroup memory, then what is left if each processor has registers for fewer. Which of them do
+    /// [`DecodeLayersParams::trial_rounds`] finds out. Waits for trials.
     ///
     /// # Errors
     /// As [`GridExchange::passes`].
-    pub fn most_workgroups(&self, gpu: &Gpu) -> Result<u32> {
-        GridExchange::most_workgroups(gpu, self.workgroup_size, self.workgroup_storage_bytes(gpu.caps()))
+    pub fn workgroups_to_try(&self, gpu: &Gpu) -> Result<Vec<u32>> {
+        let storage = self.workgroup_storage_bytes(gpu.caps());
+        let at_a_time = GridExchange::most_workgroups(gpu, self.workgroup_size, storage)?;
+        let parts = [1, 2, 3, 4, 5, 6, 8, 16, 32].map(|part| (at_a_time / part).min(self.num_workgroups));
+        let mut numbers: Vec<_> = parts.into_iter().filter(|number| *number > 0).collect();
+        numbers.dedup();
+        Ok(numbers)
     }
 
     /// K/V groups at most: a layer or more each, and that of layers in no recursion.
