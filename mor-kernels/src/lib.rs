@@ -42,8 +42,8 @@
 //!
 //! let mut plan = PlanBuilder::new(&gpu)?;
 //! let bindings = RmsNormBindings { rows: &rows, x: &x, weight: &weight, y: &y };
-//! let params = RmsNormParams { hidden_size: 4, eps: 0.0 };
-//! plan.dispatch(&RmsNorm::default(), &bindings, &params, Grid::Fixed([1, 2, 1]))?;
+//! let params = RmsNormParams { eps: 0.0 };
+//! plan.dispatch(&RmsNorm::new(gpu.caps(), 4), &bindings, &params, Grid::Fixed([1, 2, 1]))?;
 //! gpu.run(&plan.finish()?)?;
 //!
 //! let expected = [1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0];
