@@ -42,7 +42,9 @@
 //           with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value that is polled
 //           params.poll_limit times in vain ends the step: control[2] = 1, flags of the row = ROW_FAILED, K/V lengths
 //           as before
-// Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split
+// Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split. Quantised: codes plus
+//           1152 (q8) or 64 (q4), which comes off with the sum of the inputs. partials: as sample_partial, but of other
+//           parts, from which a draw may differ by rounding
 // Source    MoR (arXiv 2507.10524); persistent threads: Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596)
 #import shared/rows
 #import shared/gate

@@ -61,9 +61,10 @@ pub struct LayersShape {
 }
 
 /// A decode step of one row in one dispatch, whose workgroups wait for each other between the phases of a layer: embedding, layers
-/// and head. The draw comes after, from the list and the logits that it leaves.
+/// and head. The draw comes after, from the list, the logits and the partials that it leaves.
 ///
-/// It needs a device that runs all of them at a time and whose coherent storage is coherent: [`DecodeLayers::workgroups_to_try`] says what may, a trial what does.
+/// It needs a device that runs all of them at a time and whose coherent storage is coherent:
+/// [`DecodeLayers::workgroups_to_try`] says how many may, a trial whether they do.
 /// Should a workgroup ever wait in vain, the step ends without effect: `control[2]` is 1 and the row's flags are
 /// [`ROW_FAILED`](crate::rows::ROW_FAILED).
 ///
@@ -254,13 +255,13 @@ struct Division {
 /// Keys up to which a workgroup has a head for itself, and those of each of several.
 const ALONE_KEYS: u32 = 384;
 const SPLIT_KEYS: u32 = 192;
+/// Most workgroups that share a head.
+const MAX_SPLITS: u32 = 16;
+
 /// Most pairs of outputs that a team multiplies at a time; more would take more registers than they save time.
 fn max_abreast(dtype: DType) -> u32 {
     if dtype == DType::Q4 { 3 } else { 2 }
 }
-
-/// Most workgroups that share a head.
-const MAX_SPLITS: u32 = 16;
 
 /// What the shader calls the properties of a type of matrices.
 struct TypeNames {
@@ -516,7 +517,8 @@ impl DecodeLayers {
     /// Records the kernel over the row, if it takes part.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if the mail is too small, the router has another size, or tensors are there without use or
+    /// [`KernelError::Limit`] for more than 2^18 tokens; [`KernelError::Shape`] if the mail or the partials are too small, sizes
+    /// do not fit the vocabulary, the router has another size, or tensors are there without use or
     /// missing; else as [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: DecodeLayersBindings<'_>, p: DecodeLayersParams) -> Result<()> {
         let refuse = |what, found: String, expected: String| {
