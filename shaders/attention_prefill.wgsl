@@ -4,17 +4,17 @@
 //           16 rows a subgroup. Nobody can scale rows of a matrix in their registers, so weights refer to a maximum that
 //           may lag behind by a factor of 2^LAG: sums move through workgroup memory when it is exceeded, not every tile
 // Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32; out [n, H, D] f32, or
-//           f16 (OUT_F16); row-major, D a multiple of 8
-// Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 out write
+//           f16 (OUT_F16); counts u32, the first is n; row-major, D a multiple of 8
+// Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 out write;
+//           7 counts read
 // Grid      (H, ceil(n / BLOCK_Q), 1) workgroups; a thread has 4 rows, and of each tile 4 keys, then every
-//           COLUMNS-th unit of 8 elements; COOPERATIVE: SUBGROUP_WIDTH / 16 lanes have a row
+//           COLUMNS-th unit of 8 elements; COOPERATIVE: SUBGROUP_WIDTH / 16 lanes have a row, at most 4
 // Spec      COLUMNS power of two; BLOCK_Q rows and BLOCK_K = 4 * COLUMNS keys a tile; WORKGROUP_SIZE = BLOCK_Q / 4 * COLUMNS;
 //           CHUNK_UNITS units of a head are staged at a time, NUM_CHUNKS times (ONE_CHUNK: once);
 //           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, GROUP_SIZE = H / G, HEAD_UNITS = D / 8; KV_F16; KV_SLOTS:
 //           kv_table lists keys, not pages; SUBGROUP: COLUMNS lanes exchange by subgroup operations; COOPERATIVE, with KV_F16:
-//           FRAGMENTS_D * 16 = D, FRAGMENTS_K * 16 = BLOCK_K, WORKGROUP_SIZE = BLOCK_Q / 16 * SUBGROUP_WIDTH, results move in
-//           PASSES of PASS <= FRAGMENTS_K fragments, PASSES * PASS = FRAGMENTS_D; OUT_F16, of COOPERATIVE: for a `linear`
-//           that multiplies halves; workgroup memory: see workgroup_storage_bytes of the wrapper
+//           FRAGMENTS_D * 16 = D, FRAGMENTS_K * 16 = BLOCK_K, WORKGROUP_SIZE = BLOCK_Q / 16 * SUBGROUP_WIDTH; OUT_F16, of
+//           COOPERATIVE: for a `linear` that multiplies halves; workgroup memory: see workgroup_storage_bytes of the wrapper
 // Limits    D <= 256, COOPERATIVE: a multiple of 16; rows with one kv_table lie together and ascend in kv_len;
 //           BLOCK_Q <= ROW_PADDING
 // Numerics  f32 throughout; running maximum per row. COOPERATIVE: scaled queries and weights are rounded to f16, exact
@@ -44,20 +44,9 @@ struct Params {
 #else
 @group(0) @binding(6) var<storage, read_write> out: array<mat2x4<f32>>;
 #endif
+@group(0) @binding(7) var<storage, read> counts: array<u32>;
 
 const LOWEST: f32 = -3.4028234e38;
-
-// Entries of the list from `first_row` on, at most BLOCK_Q.
-fn count_rows(first_row: u32) -> u32 {
-    if active_rows[first_row + BLOCK_Q - 1u].row != NONE {
-        return BLOCK_Q;
-    }
-    var num_rows = 0u;
-    while active_rows[first_row + num_rows].row != NONE {
-        num_rows += 1u;
-    }
-    return num_rows;
-}
 
 // End of the run of rows of one sequence that begins at `run`.
 fn end_of_run(first_row: u32, num_rows: u32, run: u32) -> u32 {
@@ -76,26 +65,24 @@ fn end_of_run(first_row: u32, num_rows: u32, run: u32) -> u32 {
 // Lanes that share a row.
 const ROW_LANES: u32 = SUBGROUP_WIDTH / 16u;
 const ROW_LANES_LOG2: u32 = firstTrailingBit(ROW_LANES);
-// Quads of keys of a lane.
+// Quads of a row that a lane has: of the keys of a tile, of a fragment.
 const QUADS: u32 = BLOCK_K / 4u / ROW_LANES;
+const FRAGMENT_QUADS: u32 = 4u / ROW_LANES;
 // 16 or 32 bytes of padding a row spread the rows that lanes read at once over all banks.
 const KV_STRIDE: u32 = 2u * HEAD_UNITS + 2u;
 const P_STRIDE: u32 = max(2u * HEAD_UNITS, BLOCK_K / 4u) + 2u;
-const S_STRIDE: u32 = BLOCK_K / 4u + 2u;
+const S_STRIDE: u32 = 4u + 2u;
 const KV_UNITS: u32 = BLOCK_K * HEAD_UNITS;
 const KV_STEPS: u32 = (KV_UNITS + WORKGROUP_SIZE - 1u) / WORKGROUP_SIZE;
 // Weights reach 2^LAG, which halves hold as precisely as others.
 const LAG: f32 = 8.0;
 const LOG2_E: f32 = 1.442695;
 
-var<workgroup> k_tile: array<vec4<f16>, BLOCK_K * KV_STRIDE>;
+// The queries, then of each tile the keys and, when all have read those, the weights: two workgroups share a processor.
+var<workgroup> k_tile: array<vec4<f16>, max(BLOCK_K * KV_STRIDE, BLOCK_Q * P_STRIDE)>;
 var<workgroup> v_tile: array<vec4<f16>, BLOCK_K * KV_STRIDE>;
-// The queries, then the weights of a tile.
-var<workgroup> p_tile: array<vec4<f16>, BLOCK_Q * P_STRIDE>;
-// Scores of a tile; results on their way.
+// A fragment of each subgroup: of scores, of results on their way.
 var<workgroup> s_tile: array<vec4<f32>, BLOCK_Q * S_STRIDE>;
-// Whether a row of the workgroup has a maximum too far above its reference.
-var<workgroup> exceeded: u32;
 
 struct Ahead {
     keys: array<KvUnit, KV_STEPS>,
@@ -124,11 +111,14 @@ fn main(
 ) {
     let head = workgroup.x;
     let kv_head = head / GROUP_SIZE;
-    let first_row = workgroup.y * BLOCK_Q;
-    if active_rows[first_row].row == NONE {
+    // The last rows have the most keys: they begin first, and short ones fill the gaps at the end.
+    let num_active = counts[0];
+    let num_blocks = (num_active + BLOCK_Q - 1u) / BLOCK_Q;
+    if workgroup.y >= num_blocks {
         return;
     }
-    let num_rows = count_rows(first_row);
+    let first_row = (num_blocks - 1u - workgroup.y) * BLOCK_Q;
+    let num_rows = min(BLOCK_Q, num_active - first_row);
     let first_own = subgroup * 16u;
     let own_row = first_own + lane / ROW_LANES;
     let own_lane = lane % ROW_LANES;
@@ -141,20 +131,18 @@ fn main(
         }
         let at = row * P_STRIDE + 2u * (i % HEAD_UNITS);
         // Scores are powers of 2.
-        p_tile[at] = vec4<f16>(query[0] * (params.scale * LOG2_E));
-        p_tile[at + 1u] = vec4<f16>(query[1] * (params.scale * LOG2_E));
-    }
-    if thread == 0u {
-        exceeded = 0u;
+        k_tile[at] = vec4<f16>(query[0] * (params.scale * LOG2_E));
+        k_tile[at + 1u] = vec4<f16>(query[1] * (params.scale * LOG2_E));
     }
     workgroupBarrier();
     var queries: array<coop_mat16x16<f16, A>, FRAGMENTS_D>;
     var sums: array<coop_mat16x16<f32, C>, FRAGMENTS_D>;
 #repeat d FRAGMENTS_D
     let start = first_own * P_STRIDE + d * 4u;
-    queries[d] = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[start], P_STRIDE);
+    queries[d] = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[start], P_STRIDE);
     sums[d] = coop_mat16x16<f32, C>();
 #endrepeat
+    workgroupBarrier();
     // What the weights of the own row refer to, and their sum over the lane's keys.
     var reference = LOWEST;
     var mass = 0.0;
@@ -200,51 +188,45 @@ fn main(
             products[j] = coopMultiplyAdd(queries[d], b, products[j]);
 #endrepeat
 #endrepeat
-#repeat j FRAGMENTS_K
-            let to = first_own * S_STRIDE + j * 4u;
-            coopStoreT(products[j], &s_tile[to], S_STRIDE);
-#endrepeat
+            // Weights take the place of the keys.
             workgroupBarrier();
-
             var scores: array<vec4<f32>, QUADS>;
             var highest = LOWEST;
-            for (var i = 0u; i < QUADS; i++) {
-                let quad = i * ROW_LANES + own_lane;
-                let key = vec4<u32>(tile + 4u * quad) + vec4<u32>(0u, 1u, 2u, 3u);
-                scores[i] = select(vec4<f32>(LOWEST), s_tile[own_row * S_STRIDE + quad], key < vec4<u32>(limit));
-                let pair = max(scores[i].xy, scores[i].zw);
+#repeat j FRAGMENTS_K
+            let to = first_own * S_STRIDE;
+            coopStoreT(products[j], &s_tile[to], S_STRIDE);
+            subgroupBarrier();
+            for (var i = 0u; i < FRAGMENT_QUADS; i++) {
+                let at = i * ROW_LANES + own_lane;
+                let key = vec4<u32>(tile + 16u * j + 4u * at) + vec4<u32>(0u, 1u, 2u, 3u);
+                let score = select(vec4<f32>(LOWEST), s_tile[own_row * S_STRIDE + at], key < vec4<u32>(limit));
+                scores[j * FRAGMENT_QUADS + i] = score;
+                let pair = max(score.xy, score.zw);
                 highest = max(highest, max(pair.x, pair.y));
             }
+            subgroupBarrier();
+#endrepeat
             for (var step = 0u; step < ROW_LANES_LOG2; step++) {
                 highest = max(highest, subgroupShuffleXor(highest, 1u << step));
             }
-            if highest > reference + LAG {
-                exceeded = 1u;
-            }
-            if workgroupUniformLoad(&exceeded) != 0u {
+            // A loop of at most one turn, because naga lets no matrices into a branch that subgroups decide.
+            for (var moves = subgroupAny(highest > reference + LAG); moves; moves = false) {
                 let moved = max(reference, highest);
                 let keep = exp2(reference - moved);
                 reference = moved;
                 mass *= keep;
-#repeat part PASSES
-#repeat j PASS
-                let to = first_own * S_STRIDE + j * 4u;
-                coopStoreT(sums[part * PASS + j], &s_tile[to], S_STRIDE);
-#endrepeat
-                workgroupBarrier();
-                for (var quad = own_lane; quad < PASS * 4u; quad += ROW_LANES) {
+#repeat part FRAGMENTS_D
+                let to = first_own * S_STRIDE;
+                coopStoreT(sums[part], &s_tile[to], S_STRIDE);
+                subgroupBarrier();
+                for (var quad = own_lane; quad < 4u; quad += ROW_LANES) {
                     s_tile[own_row * S_STRIDE + quad] *= keep;
                 }
-                workgroupBarrier();
-#repeat j PASS
-                let start = first_own * S_STRIDE + j * 4u;
-                sums[part * PASS + j] = coopLoadT<coop_mat16x16<f32, C>>(&s_tile[start], S_STRIDE);
+                subgroupBarrier();
+                let start = first_own * S_STRIDE;
+                sums[part] = coopLoadT<coop_mat16x16<f32, C>>(&s_tile[start], S_STRIDE);
+                subgroupBarrier();
 #endrepeat
-                workgroupBarrier();
-#endrepeat
-                if thread == 0u {
-                    exceeded = 0u;
-                }
             }
             for (var i = 0u; i < QUADS; i++) {
                 let quad = i * ROW_LANES + own_lane;
@@ -252,13 +234,13 @@ fn main(
                 // A row without any key so far has the reference LOWEST, so the mask decides, not the power.
                 let p = select(vec4<f32>(0.0), exp2(scores[i] - vec4<f32>(reference)), key < vec4<u32>(limit));
                 mass += dot(p, vec4<f32>(1.0));
-                p_tile[own_row * P_STRIDE + quad] = vec4<f16>(p);
+                k_tile[own_row * P_STRIDE + quad] = vec4<f16>(p);
             }
-            workgroupBarrier();
+            subgroupBarrier();
 
 #repeat k FRAGMENTS_K
             let weights_from = first_own * P_STRIDE + k * 4u;
-            let a = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[weights_from], P_STRIDE);
+            let a = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[weights_from], P_STRIDE);
 #repeat d FRAGMENTS_D
             let start = k * 16u * KV_STRIDE + d * 4u;
             let b = coopLoadT<coop_mat16x16<f16, B>>(&v_tile[start], KV_STRIDE);
@@ -274,15 +256,13 @@ fn main(
         mass += subgroupShuffleXor(mass, 1u << step);
     }
     let inverse = 1.0 / max(mass, 1e-30);
-#repeat part PASSES
-#repeat j PASS
-    let to = first_own * S_STRIDE + j * 4u;
-    coopStoreT(sums[part * PASS + j], &s_tile[to], S_STRIDE);
-#endrepeat
-    workgroupBarrier();
+#repeat part FRAGMENTS_D
+    let to = first_own * S_STRIDE;
+    coopStoreT(sums[part], &s_tile[to], S_STRIDE);
+    subgroupBarrier();
     if own_row < num_rows {
-        let first = ((first_row + own_row) * NUM_ATTENTION_HEADS + head) * 2u * HEAD_UNITS + part * PASS * 4u;
-        for (var quad = own_lane; quad < PASS * 4u; quad += ROW_LANES) {
+        let first = ((first_row + own_row) * NUM_ATTENTION_HEADS + head) * 2u * HEAD_UNITS + part * 4u;
+        for (var quad = own_lane; quad < 4u; quad += ROW_LANES) {
 #if OUT_F16
             out[first + quad] = vec4<f16>(s_tile[own_row * S_STRIDE + quad] * inverse);
 #else
@@ -290,7 +270,7 @@ fn main(
 #endif
         }
     }
-    workgroupBarrier();
+    subgroupBarrier();
 #endrepeat
 }
 #else
@@ -384,11 +364,14 @@ fn main(
 #endif
     let head = workgroup.x;
     let kv_head = head / GROUP_SIZE;
-    let first_row = workgroup.y * BLOCK_Q;
-    if active_rows[first_row].row == NONE {
+    // The last rows have the most keys: they begin first, and short ones fill the gaps at the end.
+    let num_active = counts[0];
+    let num_blocks = (num_active + BLOCK_Q - 1u) / BLOCK_Q;
+    if workgroup.y >= num_blocks {
         return;
     }
-    let num_rows = count_rows(first_row);
+    let first_row = (num_blocks - 1u - workgroup.y) * BLOCK_Q;
+    let num_rows = min(BLOCK_Q, num_active - first_row);
     let column = thread % COLUMNS;
     let thread_row = thread / COLUMNS * 4u;
 

@@ -12,9 +12,9 @@
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
 //           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED]
-// Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output. A slice's threads own
-//           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments
-//           of 16x16 each
+// Grid      (1, ceil(n / TILE_M), ceil(O / TILE_N)) workgroups, one per tile of the output; those that share weights run at
+//           about the same time, and weights are more than caches hold. A slice's threads own THREAD_M rows of THREAD_N columns
+//           each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments of 16x16 each
 // Spec      IN_FEATURES multiple of 8; TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K
 //           multiple of 8, tiles of x and w whole numbers of vec4s and units for every thread, AHEAD tiles in flight,
 //           SPLIT_K slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a
@@ -192,8 +192,9 @@ fn tile_row(i: u32, columns: u32) -> u32 {
 
 const STRIDE: u32 = TILE_K / 4u + 2u;
 const W_TILE: u32 = TILE_M * STRIDE;
+alias TileUnit = vec4<f16>;
 // The tile of x, then that of w.
-var<workgroup> tiles: array<vec4<f16>, (TILE_M + TILE_N) * STRIDE>;
+var<workgroup> tiles: array<TileUnit, (TILE_M + TILE_N) * STRIDE>;
 
 #if X_F16
 fn stage_x(m: u32, c: u32, value: XUnit) {
@@ -223,8 +224,9 @@ fn tile_row(i: u32, columns: u32) -> u32 {
 
 const STRIDE: u32 = TILE_K / 4u + 1u;
 const W_TILE: u32 = TILE_M * STRIDE;
+alias TileUnit = vec4<f32>;
 // The tile of x, then that of w: even columns first, then odd ones, so that neighbouring lanes read neighbouring rows.
-var<workgroup> tiles: array<vec4<f32>, (TILE_M + TILE_N) * STRIDE>;
+var<workgroup> tiles: array<TileUnit, (TILE_M + TILE_N) * STRIDE>;
 
 fn stage_x(m: u32, c: u32, value: XUnit) {
     tiles[m * STRIDE + c] = value;
@@ -275,7 +277,7 @@ fn main(
 #endif
 ) {
     let first_entry = workgroup.y * TILE_M;
-    let first_column = workgroup.x * TILE_N;
+    let first_column = workgroup.z * TILE_N;
     // Columns past the end are computed as the last one and not stored.
     let last_column = params.num_outputs - 1u;
 #if COOPERATIVE
@@ -354,25 +356,33 @@ fn main(
             stage_w(tile_row(at, TILE_K / 8u), at % (TILE_K / 8u), w_ahead[a * W_LOADS + l]);
         }
         workgroupBarrier();
-        // The last tiles are loaded once more in place of those past the end. This loop ends after its first turn, which no
-        // compiler can know: one that did would move the loads to where their values are used, and the products would not
-        // hide how long they take.
-        var next = min(base + (a + AHEAD) * (TILE_K / 8u), LAST);
-        loop {
+        // The last tiles are loaded once more in place of those past the end.
+        let next = min(base + (a + AHEAD) * (TILE_K / 8u), LAST);
+        for (var l = 0u; l < X_LOADS; l++) {
+            let c = next * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS;
+            x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);
+        }
+        for (var l = 0u; l < W_LOADS; l++) {
+            w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % (TILE_K / 8u));
+        }
+#if NORM
+        norm_ahead[a] = load_norm_weight(next * 2u + column);
+#endif
+        // This branch is never taken, which no compiler can know: one that did would move the loads to where their values
+        // are used, and the products would not hide how long they take.
+        if next == params.in_features {
+            var all = vec4<f32>();
             for (var l = 0u; l < X_LOADS; l++) {
-                let c = next * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS;
-                x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);
+                all += vec4<f32>(x_ahead[a * X_LOADS + l]);
             }
             for (var l = 0u; l < W_LOADS; l++) {
-                w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % (TILE_K / 8u));
+                let weights = unpack(w_ahead[a * W_LOADS + l]);
+                all += weights[0] + weights[1];
             }
 #if NORM
-            norm_ahead[a] = load_norm_weight(next * 2u + column);
+            all += norm_ahead[a];
 #endif
-            if next != params.in_features {
-                break;
-            }
-            next ^= 1u;
+            tiles[thread] = TileUnit(all);
         }
 #if COOPERATIVE
 #repeat step STEPS

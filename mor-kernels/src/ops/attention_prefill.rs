@@ -37,7 +37,7 @@ pub struct AttentionPrefillParams {
 /// Tensors of a call.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionPrefillBindings<'a> {
-    /// The query rows, n of them.
+    /// The query rows, n of them, which its `dispatch` says.
     pub rows: &'a RowSet,
     /// `[n, H, D]` f32, rotated.
     pub q: &'a Tensor,
@@ -132,7 +132,7 @@ impl AttentionPrefill {
             && self.shape.head_dim.is_multiple_of(FRAGMENT)
             && caps
                 .subgroup_sizes
-                .is_some_and(|(width, _)| (FRAGMENT..=caps.max_workgroup_size / SUBGROUPS).contains(&width));
+                .is_some_and(|(width, _)| (FRAGMENT..=(caps.max_workgroup_size / SUBGROUPS).min(64)).contains(&width));
         if let Some(tiles) = cooperative.into_iter().find(|tiles| halves && self.storage_bytes(*tiles, caps) <= most) {
             return tiles;
         }
@@ -160,10 +160,9 @@ impl AttentionPrefill {
             }
             Tiles::Cooperative { block_k } => {
                 let (block_q, units) = (tiles.block_q(), self.shape.head_units());
-                let kv = 2 * block_k * (2 * units + 2);
-                let p = block_q * ((2 * units).max(block_k / 4) + 2);
-                let scores = block_q * (block_k / 4 + 2);
-                8 * (kv + p) + 16 * scores + 4
+                let tile = block_k * (2 * units + 2);
+                let weights = block_q * ((2 * units).max(block_k / 4) + 2);
+                8 * (tile.max(weights) + tile) + 16 * block_q * (FRAGMENT / 4 + 2)
             }
         }
     }
@@ -215,15 +214,11 @@ impl Kernel for AttentionPrefill {
             }
             Tiles::Cooperative { block_k } => {
                 let width = caps.subgroup_sizes.map_or(1, |(width, _)| width);
-                let (of_head, of_tile) = (self.shape.head_dim / FRAGMENT, block_k / FRAGMENT);
-                let pass = (1..=of_tile).rev().find(|pass| of_head.is_multiple_of(*pass)).unwrap_or(1);
                 definitions
                     .u32("WORKGROUP_SIZE", SUBGROUPS * width)
                     .u32("SUBGROUP_WIDTH", width)
-                    .u32("FRAGMENTS_D", of_head)
-                    .u32("FRAGMENTS_K", of_tile)
-                    .u32("PASS", pass)
-                    .u32("PASSES", of_head / pass)
+                    .u32("FRAGMENTS_D", self.shape.head_dim / FRAGMENT)
+                    .u32("FRAGMENTS_K", block_k / FRAGMENT)
                     .flag("OUT_F16", self.half_output)
                     .flag("COOPERATIVE", true)
             }
@@ -238,6 +233,7 @@ impl Kernel for AttentionPrefill {
             Binding::read(4, b.values),
             Binding::read(5, b.kv_table),
             Binding::write(6, b.out),
+            Binding::read(7, &b.rows.dispatch),
         ]
     }
 
