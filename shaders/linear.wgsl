@@ -12,9 +12,9 @@
 //           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
 //           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED]
-// Grid      (1, ceil(n / TILE_M), ceil(O / TILE_N)) workgroups, one per tile of the output; those that share weights run at
-//           about the same time, and weights are more than caches hold. A slice's threads own THREAD_M rows of THREAD_N columns
-//           each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments of 16x16 each
+// Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output. A slice's threads own
+//           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments
+//           of 16x16 each
 // Spec      IN_FEATURES multiple of 8; TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K
 //           multiple of 8, tiles of x and w whole numbers of vec4s and units for every thread, AHEAD tiles in flight,
 //           SPLIT_K slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a
@@ -277,7 +277,7 @@ fn main(
 #endif
 ) {
     let first_entry = workgroup.y * TILE_M;
-    let first_column = workgroup.z * TILE_N;
+    let first_column = workgroup.x * TILE_N;
     // Columns past the end are computed as the last one and not stored.
     let last_column = params.num_outputs - 1u;
 #if COOPERATIVE

@@ -177,7 +177,7 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3]
         };
         let params = LinearParams { num_outputs: o, out_stride: o, in_features: k, scale: 1.0, ..Default::default() };
         let [tile_m, tile_n] = tile.size();
-        let grid = Grid::Fixed([1, n.div_ceil(tile_m), o.div_ceil(tile_n)]);
+        let grid = Grid::Fixed([o.div_ceil(tile_n), n.div_ceil(tile_m), 1]);
         let dispatch_all = |plan: &mut mor_kernels::plan::PlanBuilder<'_>| {
             weights.iter().try_for_each(|weight| {
                 let (prologue, epilogue) = (Prologue::Compact { x: &input }, Epilogue::Store { out: &y.tensor });

@@ -32,7 +32,7 @@ impl<'g> Submission<'g> {
     /// Appends all steps of `plan` and hands what there is to the device, piece by piece: one that idles begins with the
     /// first steps while the others are still being recorded.
     pub fn plan_at_once(&mut self, plan: &Plan) -> &mut Self {
-        const FIRST_PIECE: usize = 16;
+        const FIRST_PIECE: usize = 8;
         let (mut start, mut piece) = (0, FIRST_PIECE);
         while start < plan.num_steps() {
             let end = plan.num_steps().min(start + piece);

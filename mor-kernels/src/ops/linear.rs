@@ -296,8 +296,7 @@ impl Linear {
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: &LinearBindings<'_>, p: &LinearParams) -> Result<()> {
         self.check(plan.gpu().caps(), b, p)?;
         let [tile_m, tile_n] = self.tile.size();
-        let z = p.num_outputs.div_ceil(tile_n);
-        plan.dispatch(self, b, p, Grid::Rows { set: b.rows, x: 1, rows_per_workgroup: tile_m, z })
+        plan.dispatch(self, b, p, Grid::rows(b.rows, p.num_outputs.div_ceil(tile_n), tile_m))
     }
 
     fn check(&self, caps: &DeviceCaps, b: &LinearBindings<'_>, p: &LinearParams) -> Result<()> {
@@ -430,7 +429,7 @@ mod tests {
 
     fn dispatch(gpu: &Gpu, kernel: Linear, bindings: &LinearBindings<'_>, params: &LinearParams, num_active: usize) {
         let [tile_m, tile_n] = kernel.tile.size();
-        let grid = Grid::Fixed([1, (num_active as u32).div_ceil(tile_m), params.num_outputs.div_ceil(tile_n)]);
+        let grid = Grid::Fixed([params.num_outputs.div_ceil(tile_n), (num_active as u32).div_ceil(tile_m), 1]);
         parity::run(gpu, |plan| {
             kernel.check(gpu.caps(), bindings, params)?;
             plan.dispatch(&kernel, bindings, params, grid)
