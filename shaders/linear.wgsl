@@ -76,6 +76,14 @@ fn fetch(start: u32, unit: u32) -> LoadUnit {
 fn unpack(u: LoadUnit) -> mat2x4<f32> {
     return dequantise(u);
 }
+
+fn bits_of(u: LoadUnit) -> vec4<f32> {
+#if WEIGHT_Q8
+    return vec4<f32>(vec4<u32>(u.codes, u.parameters, 0u));
+#else
+    return vec4<f32>(vec4<u32>(u.codes, u.parameters, 0u, 0u));
+#endif
+}
 #else
 // Halves too are loaded as integers: a load of 16 bytes, which of f16 vectors would be two.
 alias LoadUnit = WeightUnit;
@@ -92,6 +100,20 @@ fn fetch(start: u32, unit: u32) -> LoadUnit {
 fn unpack(u: LoadUnit) -> mat2x4<f32> {
     return unpack_weights(u);
 }
+
+#if WEIGHT_F16
+fn bits_of(u: LoadUnit) -> vec4<f32> {
+    return vec4<f32>(u);
+}
+#elif WEIGHT_BF16
+fn bits_of(u: LoadUnit) -> vec4<f32> {
+    return vec4<f32>(u);
+}
+#else
+fn bits_of(u: LoadUnit) -> vec4<f32> {
+    return u[0] + u[1];
+}
+#endif
 #endif
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -216,6 +238,8 @@ fn stage_w(n: u32, unit: u32, value: LoadUnit) {
 // Who holds which element of a matrix is the driver's secret: sums reach the epilogue through workgroup memory, one
 // fragment of each subgroup at a time.
 const RESULT: u32 = 256u;
+// Rows of a fragment that a lane has pairs of.
+const LANE_ROWS: u32 = 128u / SUBGROUP_WIDTH;
 const RESULTS: u32 = SPLIT_K * SLICE * RESULT;
 #else
 fn tile_row(i: u32, columns: u32) -> u32 {
@@ -369,15 +393,15 @@ fn main(
         norm_ahead[a] = load_norm_weight(next * 2u + column);
 #endif
         // This branch is never taken, which no compiler can know: one that did would move the loads to where their values
-        // are used, and the products would not hide how long they take.
+        // are used, and the products would not hide how long they take. Nor may it need what staging computes from them,
+        // or compilers do that at once, and wait for the loads.
         if next == params.in_features {
             var all = vec4<f32>();
             for (var l = 0u; l < X_LOADS; l++) {
                 all += vec4<f32>(x_ahead[a * X_LOADS + l]);
             }
             for (var l = 0u; l < W_LOADS; l++) {
-                let weights = unpack(w_ahead[a * W_LOADS + l]);
-                all += weights[0] + weights[1];
+                all += bits_of(w_ahead[a * W_LOADS + l]);
             }
 #if NORM
             all += norm_ahead[a];
@@ -476,21 +500,33 @@ fn main(
 
 #if COOPERATIVE
 #repeat m FRAGMENTS_M
+#if !SLICED
+    var entries: array<ActiveRow, LANE_ROWS>;
+    for (var i = 0u; i < LANE_ROWS; i++) {
+        entries[i] = active_rows[first_entry + first_m + m * 16u + (lane + i * SUBGROUP_WIDTH) / 8u];
+    }
+#endif
 #repeat j FRAGMENTS_N
     let to = subgroup * RESULT;
     coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[to], 16u);
 #if SLICED
     workgroupBarrier();
     for (var at = thread; at < SLICE * 128u; at += THREADS) {
-#else
-    subgroupBarrier();
-    for (var at = subgroup * 128u + lane; at < (subgroup + 1u) * 128u; at += SUBGROUP_WIDTH) {
-#endif
         let fragment = at / 128u;
         let row = at % 128u / 8u;
         let tile_row = (fragment / SUBGROUPS_N * FRAGMENTS_M + m) * 16u + row;
         let n = (fragment % SUBGROUPS_N * FRAGMENTS_N + j) * 16u + at % 8u * 2u;
         let entry = active_rows[first_entry + tile_row];
+#else
+    subgroupBarrier();
+    for (var i = 0u; i < LANE_ROWS; i++) {
+        let at = lane + i * SUBGROUP_WIDTH;
+        let fragment = subgroup;
+        let row = at / 8u;
+        let tile_row = first_m + m * 16u + row;
+        let n = first_n + j * 16u + at % 8u * 2u;
+        let entry = entries[i];
+#endif
         if entry.row != NONE && first_column + n < params.num_outputs {
             var v = vec2<f32>();
             for (var s = 0u; s < SPLIT_K; s++) {

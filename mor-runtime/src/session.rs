@@ -439,7 +439,9 @@ impl Session {
         for slot in 0..num_sequences {
             runner.start(model, slot, &GpuSampling::default(), [], None);
         }
-        let tokens: Vec<u32> = (0..context).map(|i| (i % model.config().vocab_size) as u32).collect();
+        // Tokens that look like none in particular: neighbours in the vocabulary may be routed alike.
+        let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) >> 7;
+        let tokens: Vec<u32> = (0..context).map(|i| token(i) % model.config().vocab_size as u32).collect();
         let feeds = |begin: usize, end: usize| -> Vec<Feed<'_>> {
             let feed = |sequence| Feed { sequence, position: begin, tokens: &tokens[begin..end], sample: false };
             (0..num_sequences).map(feed).collect()
