@@ -393,8 +393,9 @@ fn main(
         norm_ahead[a] = load_norm_weight(next * 2u + column);
 #endif
         // This branch is never taken, which no compiler can know: one that did would move the loads to where their values
-        // are used, and the products would not hide how long they take. Nor may it need what staging computes from them,
-        // or compilers do that at once, and wait for the loads.
+        // are used, and the products would not hide how long they take. What it needs must not be what staging computes of
+        // them, or that is computed at once; and without a loop it is a few instructions that are skipped one by one. Either
+        // way all would wait for the loads here.
         if next == params.in_features {
             var all = vec4<f32>();
             for (var l = 0u; l < X_LOADS; l++) {
@@ -406,7 +407,9 @@ fn main(
 #if NORM
             all += norm_ahead[a];
 #endif
-            tiles[thread] = TileUnit(all);
+            for (var i = 0u; i < next; i++) {
+                tiles[i] = TileUnit(all);
+            }
         }
 #if COOPERATIVE
 #repeat step STEPS
