@@ -57,6 +57,7 @@
 pub mod chat;
 mod engine;
 mod error;
+mod evaluator;
 mod event;
 mod fleet;
 pub mod kv_cache;

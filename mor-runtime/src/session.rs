@@ -19,9 +19,10 @@ use mor_model::{
 
 use crate::engine::{Engine, EngineOptions, Statistics};
 use crate::error::{Result, RuntimeError};
+use crate::evaluator::{Capture, Captured, Evaluator};
 use crate::event::{Event, SequenceHandle};
 use crate::kv_cache::{PageClass, kv_bytes, page_classes, pages_for_all};
-use crate::runner::{Capture, Captured, Evaluator, Feed, Runner, RunnerOptions, Work};
+use crate::runner::{Feed, Runner, RunnerOptions, Work};
 use crate::sampling::{GenerateRequest, SamplingParams};
 use crate::text::Tokenizer;
 
