@@ -77,6 +77,7 @@ fn unpack(u: LoadUnit) -> mat2x4<f32> {
     return dequantise(u);
 }
 
+// What depends on all that was loaded.
 fn bits_of(u: LoadUnit) -> vec4<f32> {
 #if WEIGHT_Q8
     return vec4<f32>(vec4<u32>(u.codes, u.parameters, 0u));

@@ -126,13 +126,13 @@ impl AttentionPrefill {
         let units = self.shape.head_units();
         let most = caps.max_workgroup_storage_bytes;
         let cooperative = [64, 32].map(|block_k| Tiles::Cooperative { block_k });
+        // A row has 1 to 4 lanes.
+        let widest = (caps.max_workgroup_size / SUBGROUPS).min(4 * FRAGMENT);
         let halves = self.half_products
             && caps.cooperative_matrices
             && self.shape.kv_dtype == DType::F16
             && self.shape.head_dim.is_multiple_of(FRAGMENT)
-            && caps
-                .subgroup_sizes
-                .is_some_and(|(width, _)| (FRAGMENT..=(caps.max_workgroup_size / SUBGROUPS).min(64)).contains(&width));
+            && caps.subgroup_sizes.is_some_and(|(width, _)| (FRAGMENT..=widest).contains(&width));
         if let Some(tiles) = cooperative.into_iter().find(|tiles| halves && self.storage_bytes(*tiles, caps) <= most) {
             return tiles;
         }
