@@ -101,9 +101,11 @@ pub struct BatchOptions {
     pub batching: Option<Batching>,
     /// Most rows of a prefill step; no more than 512 where other sequences decode meanwhile, or on devices that so many fill.
     pub prefill_rows: usize,
-    /// Computes a sequence to the same bits whatever runs beside it; see [`RunnerOptions::batch_invariant`].
+    /// Computes a sequence to the same bits whatever runs beside it; see
+    /// [`RunnerOptions::batch_invariant`](crate::runner::RunnerOptions::batch_invariant).
     pub batch_invariant: bool,
-    /// With one sequence at a time, runs all layers of a decode step in one dispatch; see [`RunnerOptions::persistent`].
+    /// With one sequence at a time, runs all layers of a decode step in one dispatch; see
+    /// [`RunnerOptions::persistent`](crate::runner::RunnerOptions::persistent).
     pub persistent: bool,
 }
 
@@ -304,7 +306,7 @@ impl Session {
         self.model.config()
     }
 
-    /// The model on the device, for those who drive a [`Runner`] themselves.
+    /// The model on the device, for those who drive a [`Runner`](crate::runner::Runner) themselves.
     pub fn model(&self) -> &MorModel {
         &self.model
     }

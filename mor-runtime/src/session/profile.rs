@@ -32,7 +32,7 @@ impl Session {
     /// Caches are made anew for it; sequences under way are lost.
     ///
     /// # Errors
-    /// [`RuntimeError::Kernel`] if the device writes no timestamps, or refuses the caches.
+    /// [`RuntimeError::Kernel`](crate::RuntimeError::Kernel) if the device writes no timestamps, or refuses the caches.
     pub fn profile_decode(&mut self, num_sequences: usize, context: usize) -> Result<StepProfile> {
         const TICKS_PER_SUBMIT: usize = 2;
         let middle = (context / 2).max(1);
@@ -66,8 +66,8 @@ impl Session {
     }
 
     /// Where the time of a prefill step goes that reads the same number of tokens of each of `num_sequences` sequences, the last
-    /// of `context` tokens: as many as fit [`BatchOptions::prefill_rows`]. Caches are made anew for it; sequences under way
-    /// are lost.
+    /// of `context` tokens: as many as fit [`BatchOptions::prefill_rows`](crate::BatchOptions::prefill_rows). Caches are made anew
+    /// for it; sequences under way are lost.
     ///
     /// # Errors
     /// As [`Session::profile_decode`].
