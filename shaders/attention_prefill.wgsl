@@ -2,23 +2,25 @@
 // Math      out[i, h] = sum_k softmax_k(scale * q[i, h] . key_k[g]) * value_k[g], k = 0..kv_len of row i, g = h / GROUP_SIZE
 // Why       BLOCK_Q rows share every key they read; scores never leave the workgroup. COOPERATIVE: matrix units multiply,
 //           16 rows a subgroup. Nobody can scale rows of a matrix in their registers, so weights refer to a maximum that
-//           may lag behind by a factor of 2^LAG: sums move through workgroup memory when it is exceeded, not every tile
+//           may lag behind by a factor of 2^LAG: sums move through workgroup memory when it is exceeded, not every tile.
+//           The longest rows take as long as their tiles one after the other; KEY_SLICES of a workgroup take turns at them
 // Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32; out [n, H, D] f32, or
 //           f16 (OUT_F16); counts u32, the first is n; row-major, D a multiple of 8
 // Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 out write;
 //           7 counts read
 // Grid      (H, ceil(n / BLOCK_Q), 1) workgroups; a thread has 4 rows, and of each tile 4 keys, then every
-//           COLUMNS-th unit of 8 elements; COOPERATIVE: SUBGROUP_WIDTH / 16 lanes have a row, at most 4
+//           COLUMNS-th unit of 8 elements; COOPERATIVE: SUBGROUP_WIDTH / 16 lanes of a slice have a row, at most 4
 // Spec      COLUMNS power of two; BLOCK_Q rows and BLOCK_K = 4 * COLUMNS keys a tile; WORKGROUP_SIZE = BLOCK_Q / 4 * COLUMNS;
 //           CHUNK_UNITS units of a head are staged at a time, NUM_CHUNKS times (ONE_CHUNK: once);
 //           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, GROUP_SIZE = H / G, HEAD_UNITS = D / 8; KV_F16; KV_SLOTS:
 //           kv_table lists keys, not pages; SUBGROUP: COLUMNS lanes exchange by subgroup operations; COOPERATIVE, with KV_F16:
-//           FRAGMENTS_D * 16 = D, FRAGMENTS_K * 16 = BLOCK_K, WORKGROUP_SIZE = BLOCK_Q / 16 * SUBGROUP_WIDTH; OUT_F16, of
-//           COOPERATIVE: for a `linear` that multiplies halves; workgroup memory: see workgroup_storage_bytes of the wrapper
+//           FRAGMENTS_D * 16 = D, FRAGMENTS_K * 16 = BLOCK_K, WORKGROUP_SIZE = KEY_SLICES * BLOCK_Q / 16 * SUBGROUP_WIDTH,
+//           SLICED if KEY_SLICES > 1; OUT_F16, of COOPERATIVE: for a `linear` that multiplies halves; workgroup memory: see
+//           workgroup_storage_bytes of the wrapper
 // Limits    D <= 256, COOPERATIVE: a multiple of 16; rows with one kv_table lie together and ascend in kv_len;
 //           BLOCK_Q <= ROW_PADDING
 // Numerics  f32 throughout; running maximum per row. COOPERATIVE: scaled queries and weights are rounded to f16, exact
-//           products, sums in f32 in the matrix unit's order
+//           products, sums in f32 in the matrix unit's order, of each slice and then of all
 // Source    Dao 2023, FlashAttention-2 (arXiv 2307.08691)
 #if COOPERATIVE
 enable f16;
@@ -73,27 +75,34 @@ const KV_STRIDE: u32 = 2u * HEAD_UNITS + 2u;
 const P_STRIDE: u32 = max(2u * HEAD_UNITS, BLOCK_K / 4u) + 2u;
 const S_STRIDE: u32 = 4u + 2u;
 const KV_UNITS: u32 = BLOCK_K * HEAD_UNITS;
-const KV_STEPS: u32 = (KV_UNITS + WORKGROUP_SIZE - 1u) / WORKGROUP_SIZE;
+// Subgroups and threads of a slice.
+const SLICE_SUBGROUPS: u32 = BLOCK_Q / 16u;
+const SLICE: u32 = SLICE_SUBGROUPS * SUBGROUP_WIDTH;
+const KV_STEPS: u32 = (KV_UNITS + SLICE - 1u) / SLICE;
 // Weights reach 2^LAG, which halves hold as precisely as others.
 const LAG: f32 = 8.0;
 const LOG2_E: f32 = 1.442695;
 
-// The queries, then of each tile the keys and, when all have read those, the weights: two workgroups share a processor.
-var<workgroup> k_tile: array<vec4<f16>, max(BLOCK_K * KV_STRIDE, BLOCK_Q * P_STRIDE)>;
-var<workgroup> v_tile: array<vec4<f16>, BLOCK_K * KV_STRIDE>;
+const K_TILE: u32 = max(BLOCK_K * KV_STRIDE, BLOCK_Q * P_STRIDE);
+const V_TILE: u32 = BLOCK_K * KV_STRIDE;
+
+// Of each slice the queries, then of its tiles the keys and, when all have read those, the weights: two slices share a
+// processor.
+var<workgroup> k_tile: array<vec4<f16>, KEY_SLICES * K_TILE>;
+var<workgroup> v_tile: array<vec4<f16>, KEY_SLICES * V_TILE>;
 // A fragment of each subgroup: of scores, of results on their way.
-var<workgroup> s_tile: array<vec4<f32>, BLOCK_Q * S_STRIDE>;
+var<workgroup> s_tile: array<vec4<f32>, KEY_SLICES * BLOCK_Q * S_STRIDE>;
 
 struct Ahead {
     keys: array<KvUnit, KV_STEPS>,
     values: array<KvUnit, KV_STEPS>,
 }
 
-// A thread's units of the tile at `tile`; keys past the end repeat the last one and get no weight.
+// Units of the tile at `tile` that are thread `thread`'s of a slice; keys past the end repeat the last one and get no weight.
 fn load_tile(table: u32, kv_head: u32, tile: u32, run_len: u32, thread: u32) -> Ahead {
     var ahead: Ahead;
     for (var step = 0u; step < KV_STEPS; step++) {
-        let i = min(thread + step * WORKGROUP_SIZE, KV_UNITS - 1u);
+        let i = min(thread + step * SLICE, KV_UNITS - 1u);
         let slot = kv_slot(table, min(tile + i / HEAD_UNITS, run_len - 1u));
         let at = (slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + i % HEAD_UNITS;
         ahead.keys[step] = keys[at];
@@ -119,17 +128,27 @@ fn main(
     }
     let first_row = (num_blocks - 1u - workgroup.y) * BLOCK_Q;
     let num_rows = min(BLOCK_Q, num_active - first_row);
-    let first_own = subgroup * 16u;
+#if SLICED
+    let slice = subgroup / SLICE_SUBGROUPS;
+#else
+    let slice = 0u;
+#endif
+    let in_slice = subgroup % SLICE_SUBGROUPS * SUBGROUP_WIDTH + lane;
+    let k_from = slice * K_TILE;
+    let v_from = slice * V_TILE;
+    let first_own = subgroup % SLICE_SUBGROUPS * 16u;
     let own_row = first_own + lane / ROW_LANES;
     let own_lane = lane % ROW_LANES;
+    let s_from = (slice * BLOCK_Q + first_own) * S_STRIDE;
+    let s_own = (slice * BLOCK_Q + own_row) * S_STRIDE;
 
-    for (var i = thread; i < BLOCK_Q * HEAD_UNITS; i += WORKGROUP_SIZE) {
+    for (var i = in_slice; i < BLOCK_Q * HEAD_UNITS; i += SLICE) {
         let row = i / HEAD_UNITS;
         var query = mat2x4<f32>(vec4<f32>(0.0), vec4<f32>(0.0));
         if row < num_rows {
             query = q[((first_row + row) * NUM_ATTENTION_HEADS + head) * HEAD_UNITS + i % HEAD_UNITS];
         }
-        let at = row * P_STRIDE + 2u * (i % HEAD_UNITS);
+        let at = k_from + row * P_STRIDE + 2u * (i % HEAD_UNITS);
         // Scores are powers of 2.
         k_tile[at] = vec4<f16>(query[0] * (params.scale * LOG2_E));
         k_tile[at + 1u] = vec4<f16>(query[1] * (params.scale * LOG2_E));
@@ -138,7 +157,7 @@ fn main(
     var queries: array<coop_mat16x16<f16, A>, FRAGMENTS_D>;
     var sums: array<coop_mat16x16<f32, C>, FRAGMENTS_D>;
 #repeat d FRAGMENTS_D
-    let start = first_own * P_STRIDE + d * 4u;
+    let start = k_from + first_own * P_STRIDE + d * 4u;
     queries[d] = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[start], P_STRIDE);
     sums[d] = coop_mat16x16<f32, C>();
 #endrepeat
@@ -158,23 +177,25 @@ fn main(
         }
         run = run_end;
 
-        var ahead = load_tile(table, kv_head, 0u, run_len, thread);
-        for (var tile = 0u; tile < run_len; tile += BLOCK_K) {
+        var ahead = load_tile(table, kv_head, slice * BLOCK_K, run_len, in_slice);
+        for (var first_tile = 0u; first_tile < run_len; first_tile += KEY_SLICES * BLOCK_K) {
+            // Past the end for some slices, whose keys then have no weight.
+            let tile = first_tile + slice * BLOCK_K;
             for (var step = 0u; step < KV_STEPS; step++) {
-                let i = thread + step * WORKGROUP_SIZE;
-                if KV_UNITS % WORKGROUP_SIZE == 0u || i < KV_UNITS {
+                let i = in_slice + step * SLICE;
+                if KV_UNITS % SLICE == 0u || i < KV_UNITS {
                     let to = i / HEAD_UNITS * KV_STRIDE + 2u * (i % HEAD_UNITS);
                     let key = unpack_kv(ahead.keys[step]);
-                    k_tile[to] = vec4<f16>(key[0]);
-                    k_tile[to + 1u] = vec4<f16>(key[1]);
+                    k_tile[k_from + to] = vec4<f16>(key[0]);
+                    k_tile[k_from + to + 1u] = vec4<f16>(key[1]);
                     let value = unpack_kv(ahead.values[step]);
-                    v_tile[to] = vec4<f16>(value[0]);
-                    v_tile[to + 1u] = vec4<f16>(value[1]);
+                    v_tile[v_from + to] = vec4<f16>(value[0]);
+                    v_tile[v_from + to + 1u] = vec4<f16>(value[1]);
                 }
             }
             workgroupBarrier();
-            if tile + BLOCK_K < run_len {
-                ahead = load_tile(table, kv_head, tile + BLOCK_K, run_len, thread);
+            if first_tile + KEY_SLICES * BLOCK_K < run_len {
+                ahead = load_tile(table, kv_head, tile + KEY_SLICES * BLOCK_K, run_len, in_slice);
             }
 
             var products: array<coop_mat16x16<f32, C>, FRAGMENTS_K>;
@@ -183,7 +204,7 @@ fn main(
 #endrepeat
 #repeat d FRAGMENTS_D
 #repeat j FRAGMENTS_K
-            let start = j * 16u * KV_STRIDE + d * 4u;
+            let start = k_from + j * 16u * KV_STRIDE + d * 4u;
             let b = coopLoad<coop_mat16x16<f16, B>>(&k_tile[start], KV_STRIDE);
             products[j] = coopMultiplyAdd(queries[d], b, products[j]);
 #endrepeat
@@ -193,13 +214,12 @@ fn main(
             var scores: array<vec4<f32>, QUADS>;
             var highest = LOWEST;
 #repeat j FRAGMENTS_K
-            let to = first_own * S_STRIDE;
-            coopStoreT(products[j], &s_tile[to], S_STRIDE);
+            coopStoreT(products[j], &s_tile[s_from], S_STRIDE);
             subgroupBarrier();
             for (var i = 0u; i < FRAGMENT_QUADS; i++) {
                 let at = i * ROW_LANES + own_lane;
                 let key = vec4<u32>(tile + 16u * j + 4u * at) + vec4<u32>(0u, 1u, 2u, 3u);
-                let score = select(vec4<f32>(LOWEST), s_tile[own_row * S_STRIDE + at], key < vec4<u32>(limit));
+                let score = select(vec4<f32>(LOWEST), s_tile[s_own + at], key < vec4<u32>(limit));
                 scores[j * FRAGMENT_QUADS + i] = score;
                 let pair = max(score.xy, score.zw);
                 highest = max(highest, max(pair.x, pair.y));
@@ -216,15 +236,13 @@ fn main(
                 reference = moved;
                 mass *= keep;
 #repeat part FRAGMENTS_D
-                let to = first_own * S_STRIDE;
-                coopStoreT(sums[part], &s_tile[to], S_STRIDE);
+                coopStoreT(sums[part], &s_tile[s_from], S_STRIDE);
                 subgroupBarrier();
                 for (var quad = own_lane; quad < 4u; quad += ROW_LANES) {
-                    s_tile[own_row * S_STRIDE + quad] *= keep;
+                    s_tile[s_own + quad] *= keep;
                 }
                 subgroupBarrier();
-                let start = first_own * S_STRIDE;
-                sums[part] = coopLoadT<coop_mat16x16<f32, C>>(&s_tile[start], S_STRIDE);
+                sums[part] = coopLoadT<coop_mat16x16<f32, C>>(&s_tile[s_from], S_STRIDE);
                 subgroupBarrier();
 #endrepeat
             }
@@ -234,15 +252,15 @@ fn main(
                 // A row without any key so far has the reference LOWEST, so the mask decides, not the power.
                 let p = select(vec4<f32>(0.0), exp2(scores[i] - vec4<f32>(reference)), key < vec4<u32>(limit));
                 mass += dot(p, vec4<f32>(1.0));
-                k_tile[own_row * P_STRIDE + quad] = vec4<f16>(p);
+                k_tile[k_from + own_row * P_STRIDE + quad] = vec4<f16>(p);
             }
             subgroupBarrier();
 
 #repeat k FRAGMENTS_K
-            let weights_from = first_own * P_STRIDE + k * 4u;
+            let weights_from = k_from + first_own * P_STRIDE + k * 4u;
             let a = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[weights_from], P_STRIDE);
 #repeat d FRAGMENTS_D
-            let start = k * 16u * KV_STRIDE + d * 4u;
+            let start = v_from + k * 16u * KV_STRIDE + d * 4u;
             let b = coopLoadT<coop_mat16x16<f16, B>>(&v_tile[start], KV_STRIDE);
             sums[d] = coopMultiplyAdd(a, b, sums[d]);
 #endrepeat
@@ -255,22 +273,54 @@ fn main(
     for (var step = 0u; step < ROW_LANES_LOG2; step++) {
         mass += subgroupShuffleXor(mass, 1u << step);
     }
+#if SLICED
+    // All slices' sums refer to the highest reference of their row then.
+    if own_lane == 0u {
+        s_tile[s_own] = vec4<f32>(reference, mass, 0.0, 0.0);
+    }
+    workgroupBarrier();
+    var highest = LOWEST;
+    for (var s = 0u; s < KEY_SLICES; s++) {
+        highest = max(highest, s_tile[(s * BLOCK_Q + own_row) * S_STRIDE].x);
+    }
+    var factors: array<f32, KEY_SLICES>;
+    mass = 0.0;
+    for (var s = 0u; s < KEY_SLICES; s++) {
+        let stats = s_tile[(s * BLOCK_Q + own_row) * S_STRIDE];
+        factors[s] = exp2(stats.x - highest);
+        mass += factors[s] * stats.y;
+    }
+    workgroupBarrier();
+#else
+    let factors = array<f32, 1>(1.0);
+#endif
     let inverse = 1.0 / max(mass, 1e-30);
 #repeat part FRAGMENTS_D
-    let to = first_own * S_STRIDE;
-    coopStoreT(sums[part], &s_tile[to], S_STRIDE);
+    coopStoreT(sums[part], &s_tile[s_from], S_STRIDE);
+#if SLICED
+    workgroupBarrier();
+#else
     subgroupBarrier();
+#endif
     if own_row < num_rows {
         let first = ((first_row + own_row) * NUM_ATTENTION_HEADS + head) * 2u * HEAD_UNITS + part * 4u;
-        for (var quad = own_lane; quad < 4u; quad += ROW_LANES) {
+        for (var quad = slice * ROW_LANES + own_lane; quad < 4u; quad += KEY_SLICES * ROW_LANES) {
+            var all = vec4<f32>();
+            for (var s = 0u; s < KEY_SLICES; s++) {
+                all += s_tile[(s * BLOCK_Q + own_row) * S_STRIDE + quad] * factors[s];
+            }
 #if OUT_F16
-            out[first + quad] = vec4<f16>(s_tile[own_row * S_STRIDE + quad] * inverse);
+            out[first + quad] = vec4<f16>(all * inverse);
 #else
-            out[first + quad] = s_tile[own_row * S_STRIDE + quad] * inverse;
+            out[first + quad] = all * inverse;
 #endif
         }
     }
+#if SLICED
+    workgroupBarrier();
+#else
     subgroupBarrier();
+#endif
 #endrepeat
 }
 #else

@@ -19,13 +19,13 @@
 //           multiple of 8, tiles of x and w whole numbers of vec4s and units for every thread, AHEAD tiles in flight,
 //           SPLIT_K slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a
 //           slice's sums no more than the memory of the tiles; COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N
-//           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, SLICED
-//           if SPLIT_K > 1, X_F16 and OUT_F16 as x's producer and out's readers have it; NORM, of STAGED: TILE_K / 4
-//           divides the number of threads; otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST: TILE_M and all subgroups
-//           8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE,
-//           GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV
-//           into f16 caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied
-//           with what the layer adds up to
+//           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if
+//           that is at most 64 and the epilogue allows, SLICED if SPLIT_K > 1, X_F16 and OUT_F16 as x's producer and out's
+//           readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M,
+//           SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED:
+//           WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV,
+//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV: added
+//           to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
 //           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
@@ -239,9 +239,11 @@ fn stage_w(n: u32, unit: u32, value: LoadUnit) {
 // Who holds which element of a matrix is the driver's secret: sums reach the epilogue through workgroup memory, one
 // fragment of each subgroup at a time.
 const RESULT: u32 = 256u;
-// Rows of a fragment that a lane has pairs of.
-const LANE_ROWS: u32 = 128u / SUBGROUP_WIDTH;
+// Rows of a fragment that a lane has columns of.
+const LANE_ROWS: u32 = RESULT / WIDTH / SUBGROUP_WIDTH;
 const RESULTS: u32 = SPLIT_K * SLICE * RESULT;
+// Columns of a row of it are 16 / WIDTH.
+const ROW_COLUMNS: u32 = 16u / WIDTH;
 #else
 fn tile_row(i: u32, columns: u32) -> u32 {
     return i / columns;
@@ -272,12 +274,12 @@ var<workgroup> factors: array<f32, TILE_M>;
 #endif
 #if COOPERATIVE
 #if NORM
-var<workgroup> scratch: array<f32, max(SQUARES, RESULTS)>;
+var<workgroup> scratch: array<Columns, (max(SQUARES, RESULTS) + WIDTH - 1u) / WIDTH>;
 #else
-var<workgroup> scratch: array<f32, RESULTS>;
+var<workgroup> scratch: array<Columns, RESULTS / WIDTH>;
 #endif
 #elif NORM
-var<workgroup> scratch: array<f32, SQUARES>;
+var<workgroup> scratch: array<Columns, (SQUARES + WIDTH - 1u) / WIDTH>;
 #endif
 #else
 // Adds 8 inputs of row m, `low` then `high`, times the weights `b`.
@@ -286,6 +288,17 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
         let sum = multiply_add(low, (*b)[j][0], (*sums)[m * THREAD_N + j]);
         (*sums)[m * THREAD_N + j] = multiply_add(high, (*b)[j][1], sum);
     }
+}
+#endif
+#if COOPERATIVE
+
+// operands of what begins at `column` of those bound here; of columns and rows past the end, nothing.
+fn operands_inside(i: u32, entry: ActiveRow, column: u32) -> Operands {
+    var read = Operands();
+    if entry.row != NONE && column < params.num_outputs {
+        read = operands(i, entry, params.first_output + column);
+    }
+    return read;
 }
 #endif
 
@@ -450,13 +463,15 @@ fn main(
     }
 #if NORM
     for (var l = 0u; l < X_LOADS; l++) {
-        scratch[tile_row(thread + l * THREADS, TILE_K / 4u) * SQUARES_STRIDE + column] = square[l];
+        let at = tile_row(thread + l * THREADS, TILE_K / 4u) * SQUARES_STRIDE + column;
+        scratch[at / WIDTH][at % WIDTH] = square[l];
     }
     workgroupBarrier();
     for (var m = thread; m < TILE_M; m += THREADS) {
         var sum = 0.0;
         for (var c = 0u; c < TILE_K / 4u; c++) {
-            sum += scratch[m * SQUARES_STRIDE + c];
+            let at = m * SQUARES_STRIDE + c;
+            sum += scratch[at / WIDTH][at % WIDTH];
         }
         factors[m] = inverseSqrt(sum / f32(IN_FEATURES) + params.eps);
     }
@@ -505,43 +520,51 @@ fn main(
 #if COOPERATIVE
 #repeat m FRAGMENTS_M
 #if !SLICED
+    // What a lane's rows need beside the product is on its way a fragment ahead.
+    let lane_row = first_m + m * 16u + lane / ROW_COLUMNS;
+    let lane_column = first_column + first_n + lane % ROW_COLUMNS * WIDTH;
     var entries: array<ActiveRow, LANE_ROWS>;
+    var reads: array<Operands, LANE_ROWS>;
     for (var i = 0u; i < LANE_ROWS; i++) {
-        entries[i] = active_rows[first_entry + first_m + m * 16u + (lane + i * SUBGROUP_WIDTH) / 8u];
+        let place = first_entry + lane_row + i * (16u / LANE_ROWS);
+        entries[i] = active_rows[place];
+        reads[i] = operands_inside(place, entries[i], lane_column);
     }
 #endif
 #repeat j FRAGMENTS_N
-    let to = subgroup * RESULT;
-    coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[to], 16u);
+    let to = subgroup * (RESULT / WIDTH);
+    coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[to], ROW_COLUMNS);
 #if SLICED
     workgroupBarrier();
-    for (var at = thread; at < SLICE * 128u; at += THREADS) {
-        let fragment = at / 128u;
-        let row = at % 128u / 8u;
-        let tile_row = (fragment / SUBGROUPS_N * FRAGMENTS_M + m) * 16u + row;
-        let n = (fragment % SUBGROUPS_N * FRAGMENTS_N + j) * 16u + at % 8u * 2u;
+    for (var at = thread; at < SLICE * RESULT / WIDTH; at += THREADS) {
+        let fragment = at / (RESULT / WIDTH);
+        let in_fragment = at % (RESULT / WIDTH);
+        let tile_row = (fragment / SUBGROUPS_N * FRAGMENTS_M + m) * 16u + in_fragment / ROW_COLUMNS;
+        let column = first_column + (fragment % SUBGROUPS_N * FRAGMENTS_N + j) * 16u + at % ROW_COLUMNS * WIDTH;
         let entry = active_rows[first_entry + tile_row];
+        let read = operands_inside(first_entry + tile_row, entry, column);
 #else
     subgroupBarrier();
     for (var i = 0u; i < LANE_ROWS; i++) {
-        let at = lane + i * SUBGROUP_WIDTH;
         let fragment = subgroup;
-        let row = at / 8u;
-        let tile_row = first_m + m * 16u + row;
-        let n = first_n + j * 16u + at % 8u * 2u;
+        let in_fragment = lane + i * SUBGROUP_WIDTH;
+        let tile_row = lane_row + i * (16u / LANE_ROWS);
+        let column = lane_column + j * 16u;
         let entry = entries[i];
+        let read = reads[i];
+        if j + 1u < FRAGMENTS_N {
+            reads[i] = operands_inside(first_entry + tile_row, entry, column + 16u);
+        }
 #endif
-        if entry.row != NONE && first_column + n < params.num_outputs {
-            var v = vec2<f32>();
+        if entry.row != NONE && column < params.num_outputs {
+            var v = Columns();
             for (var s = 0u; s < SPLIT_K; s++) {
-                let start = (s * SLICE + fragment) * RESULT + row * 16u + at % 8u * 2u;
-                v += vec2<f32>(scratch[start], scratch[start + 1u]);
+                v += scratch[(s * SLICE + fragment) * (RESULT / WIDTH) + in_fragment];
             }
 #if NORM
             v *= factors[tile_row];
 #endif
-            let o = params.first_output + first_column + n;
-            epilogue(first_entry + tile_row, entry, o, v, operands(first_entry + tile_row, entry, o));
+            epilogue(first_entry + tile_row, entry, params.first_output + column, v, read);
         }
     }
     // The next fragment overwrites the results.

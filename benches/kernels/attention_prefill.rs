@@ -30,9 +30,16 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
             }
             let mut inputs = AttentionInputs::random(&mut rng, &shape, &[(num_rows, num_rows)], 1.0);
             inputs.q = half_queries(&inputs.q, shape.scale());
-            attention(criterion, gpu, &id, AttentionPrefill::new(shape, false), &inputs, Tolerance::F32);
+            attention(
+                criterion,
+                gpu,
+                &id,
+                AttentionPrefill::new(shape, num_rows as u32, false),
+                &inputs,
+                Tolerance::F32,
+            );
             if gpu.caps().cooperative_matrices {
-                let kernel = AttentionPrefill::new(shape, true);
+                let kernel = AttentionPrefill::new(shape, num_rows as u32, true);
                 attention(criterion, gpu, &format!("{id}/half"), kernel, &inputs, Tolerance::F16);
             }
         }

@@ -83,7 +83,7 @@ fn candidates(gpu: &Gpu) -> Vec<LinearTile> {
         ahead,
     };
     let cooperative = |[tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead]: [u32; 7]| {
-        LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead }
+        LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns: 4 }
     };
     let mut tiles = [
         [8, 32, 64, 4, 4, 4, 1],
@@ -136,7 +136,7 @@ fn tile_id(tile: LinearTile) -> String {
         LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead } => {
             format!("staged {tile_m}x{tile_n}x{tile_k} {thread_m}x{thread_n} split {split_k} ahead {ahead}")
         }
-        LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead } => {
+        LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead, .. } => {
             format!("cooperative {tile_m}x{tile_n}x{tile_k} {subgroups_m}x{subgroups_n} split {split_k} ahead {ahead}")
         }
         LinearTile::Direct { tile_m, tile_n, thread_n } => format!("direct {tile_m}x{tile_n} {thread_n}"),

@@ -368,7 +368,7 @@ impl EpilogueCase {
             E::Encoded | E::BlockEndExpertEncoded | E::BlockEndTokenEncoded => (num_rows, num_columns),
         };
         // What is added lies behind what is written, with a gap.
-        let delta_start = out_rows * out_stride + 6;
+        let delta_start = out_rows * out_stride + 8;
         let out_elems = if kind.has_delta() { delta_start + num_active * num_columns } else { out_rows * out_stride };
         let kv_elems = (num_active + 2) * Self::KV_DIM;
         // f16 caches are compared as the words that hold two halves each.
@@ -418,9 +418,9 @@ impl EpilogueCase {
         }
     }
 
-    /// `(first_output, num_outputs)` of two dispatches that together cover all columns.
-    pub fn shards(&self) -> [(usize, usize); 2] {
-        let first = 34;
+    /// `(first_output, num_outputs)` of two dispatches that together cover all columns, in multiples of `unit`.
+    pub fn shards(&self, unit: usize) -> [(usize, usize); 2] {
+        let first = 34_usize.next_multiple_of(unit);
         [(0, first), (first, self.num_columns - first)]
     }
 

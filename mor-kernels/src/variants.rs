@@ -177,8 +177,8 @@ fn add_attention(list: &mut List) {
         for kv_dtype in [DType::F32, DType::F16] {
             for kv_table in [KvTable::Pages, KvTable::Slots] {
                 let shape = AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table };
-                for half_products in [false, true] {
-                    let kernel = AttentionPrefill::new(shape, half_products);
+                for (num_rows, half_products) in [(1, false), (1, true), (4096, true)] {
+                    let kernel = AttentionPrefill::new(shape, num_rows, half_products);
                     list.add(&kernel);
                     if kernel.can_write_halves(&list.caps) {
                         list.add(&AttentionPrefill { half_output: true, ..kernel });
@@ -203,7 +203,7 @@ fn add_linear(list: &mut List) {
     use PrologueKind as P;
     let mut tiles = Vec::new();
     for max_rows in [1, 8, 16, 32, 64, 128, 256, 512, 4096] {
-        for num_outputs in [64, 960, 4096, 49152] {
+        for num_outputs in [34, 64, 960, 4096, 49152] {
             for half_products in [false, true] {
                 let tile = LinearTile::for_shape(&list.caps, max_rows, num_outputs, half_products);
                 if !tiles.contains(&tile) {

@@ -243,7 +243,7 @@ impl MorModel {
             return Ok(None);
         }
         let halves = |label, columns: usize| Tensor::zeros(gpu, label, DType::F16, &[capacity, columns]);
-        let attention = AttentionPrefill::new(self.attention_shape(), true).can_write_halves(caps);
+        let attention = AttentionPrefill::new(self.attention_shape(), 1, true).can_write_halves(caps);
         Ok(Some(HalfTensors {
             normed: halves("normed.half", self.config().hidden_size)?,
             attention: attention.then(|| halves("attention.half", self.q_dim())).transpose()?,

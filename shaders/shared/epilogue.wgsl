@@ -1,13 +1,14 @@
 // Where a linear kernel's results go. One of the flags STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END_EXPERT,
 // BLOCK_END_TOKEN is set, RESIDUAL_COPY only beside RESIDUAL, DELTA only beside SWIGLU or QKV, ENCODED only beside RESIDUAL
-// or a block end; results arrive as adjacent pairs of columns because the loader interleaves weight rows so that the two
-// halves of a RoPE pair, and gate and up, stand side by side.
+// or a block end; results arrive as adjacent columns, two or (QUADS) four, because the loader interleaves weight rows so
+// that the two halves of a RoPE pair, and gate and up, stand side by side. QUADS: all columns of Params, and heads, are
+// multiples of 4.
 //
 // STORE             out[i, o] = scale * v                                        compact [n, out_stride]
 // GELU              out[i, o] = gelu(scale * v), the exact (erf) form            compact
 // RESIDUAL          out[r, o] = residual[r, o] + v                               streams [T, out_stride]
 // RESIDUAL_COPY     as RESIDUAL, and into copy[r, o] too                         streams
-// SWIGLU            out[i, o/2] = silu(v.x) * v.y                                compact [n, out_stride] of Inner
+// SWIGLU            out[i, o/2] = silu(v[o]) * v[o + 1], o even                  compact [n, out_stride] of Inner
 // QKV               o < q_dim: q rotated into out, compact; then kv_dim columns of k, rotated, and kv_dim of v, into
 //                   the caches at the row's slot, if it has one
 // BLOCK_END_EXPERT  rows with END_GATED: out[r] += gate[r] * (residual[r] + v)
@@ -19,49 +20,75 @@
 // The including kernel declares `params` with the fields of LinearParams (mor-kernels/src/epilogue.rs), and Inner, the type
 // of activations inside the MLP.
 
-#if SWIGLU
-@group(0) @binding(4) var<storage, read_write> out: array<Inner>;
+#if QUADS
+// Adjacent columns of a row, and their number.
+alias Columns = vec4<f32>;
+const WIDTH: u32 = 4u;
+alias InnerColumns = vec2<Inner>;
 #else
-@group(0) @binding(4) var<storage, read_write> out: array<vec2<f32>>;
+alias Columns = vec2<f32>;
+const WIDTH: u32 = 2u;
+alias InnerColumns = Inner;
+#endif
+
+#if SWIGLU
+@group(0) @binding(4) var<storage, read_write> out: array<InnerColumns>;
+#else
+@group(0) @binding(4) var<storage, read_write> out: array<Columns>;
 #endif
 #if RESIDUAL
-@group(0) @binding(6) var<storage, read> residual: array<vec2<f32>>;
+@group(0) @binding(6) var<storage, read> residual: array<Columns>;
 #endif
 #if RESIDUAL_COPY
-@group(0) @binding(7) var<storage, read_write> copy: array<vec2<f32>>;
+@group(0) @binding(7) var<storage, read_write> copy: array<Columns>;
 #endif
 #if BLOCK_END_EXPERT
-@group(0) @binding(6) var<storage, read> residual: array<vec2<f32>>;
+@group(0) @binding(6) var<storage, read> residual: array<Columns>;
 @group(0) @binding(7) var<storage, read> gates: array<f32>;
 #endif
 #if BLOCK_END_TOKEN
-@group(0) @binding(6) var<storage, read> residual: array<vec2<f32>>;
+@group(0) @binding(6) var<storage, read> residual: array<Columns>;
 @group(0) @binding(7) var<storage, read> gates: array<f32>;
-@group(0) @binding(8) var<storage, read_write> running: array<vec2<f32>>;
+@group(0) @binding(8) var<storage, read_write> running: array<Columns>;
 #endif
 #if ENCODED
-@group(0) @binding(9) var<storage, read> encoding: array<vec2<f32>>;
+@group(0) @binding(9) var<storage, read> encoding: array<Columns>;
 #endif
 #if QKV
-@group(0) @binding(6) var<storage, read> rope: array<vec2<f32>>;
-#if KV_F16
-alias KvPair = u32;
-fn pack_kv(v: vec2<f32>) -> KvPair {
-    return pack2x16float(v);
-}
-#else
-alias KvPair = vec2<f32>;
-fn pack_kv(v: vec2<f32>) -> KvPair {
+@group(0) @binding(6) var<storage, read> rope: array<Columns>;
+#if !KV_F16
+alias KvColumns = Columns;
+fn pack_kv(v: Columns) -> KvColumns {
     return v;
 }
+#elif QUADS
+alias KvColumns = vec2<u32>;
+fn pack_kv(v: Columns) -> KvColumns {
+    return vec2<u32>(pack2x16float(v.xy), pack2x16float(v.zw));
+}
+#else
+alias KvColumns = u32;
+fn pack_kv(v: Columns) -> KvColumns {
+    return pack2x16float(v);
+}
 #endif
-@group(0) @binding(7) var<storage, read_write> k_cache: array<KvPair>;
-@group(0) @binding(8) var<storage, read_write> v_cache: array<KvPair>;
+@group(0) @binding(7) var<storage, read_write> k_cache: array<KvColumns>;
+@group(0) @binding(8) var<storage, read_write> v_cache: array<KvColumns>;
+
+// Turns pairs of columns by angles of which cosine and sine are given.
+fn rotate(v: Columns, angle: Columns) -> Columns {
+#if QUADS
+    let turned = v.yxwz * vec4<f32>(-1.0, 1.0, -1.0, 1.0);
+    return v * angle.xxzz + turned * angle.yyww;
+#else
+    return v * angle.xx + vec2<f32>(-v.y, v.x) * angle.yy;
+#endif
+}
 #endif
 
 #if GELU
 // Abramowitz and Stegun 7.1.26: |error| <= 1.5e-7.
-fn erf(x: f32) -> f32 {
+fn erf(x: Columns) -> Columns {
     let a = abs(x);
     let t = 1.0 / (1.0 + 0.3275911 * a);
     let p = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t;
@@ -71,80 +98,87 @@ fn erf(x: f32) -> f32 {
 
 // What the epilogue reads, fetched apart so that a kernel can have it on its way while it multiplies.
 struct Operands {
-    // RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN: the residual; QKV: cosine and sine.
-    pair: vec2<f32>,
+    // RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN: the residual; QKV: cosines and sines.
+    beside: Columns,
     // BLOCK_END_EXPERT, BLOCK_END_TOKEN: the stream that the gated result is added to, and the gate.
-    hidden: vec2<f32>,
+    hidden: Columns,
     gate: f32,
     // DELTA: what is added to the product.
-    delta: vec2<f32>,
+    delta: Columns,
     // ENCODED: what the layer's output is multiplied by.
-    encoding: vec2<f32>,
+    encoding: Columns,
 }
 
-// `i` place in the row list, `entry` = active_rows[i], not one past its end; `o` even column of the whole output.
+// `i` place in the row list, `entry` = active_rows[i], not one past its end; `o` first column, of the whole output.
 fn operands(i: u32, entry: ActiveRow, o: u32) -> Operands {
     var read = Operands();
 #if RESIDUAL
-    read.pair = residual[(entry.row * params.out_stride + o) / 2u];
+    read.beside = residual[(entry.row * params.out_stride + o) / WIDTH];
 #endif
 #if BLOCK_END_EXPERT
-    read.pair = residual[(entry.row * params.out_stride + o) / 2u];
-    read.hidden = out[(entry.row * params.out_stride + o) / 2u];
+    read.beside = residual[(entry.row * params.out_stride + o) / WIDTH];
+    read.hidden = out[(entry.row * params.out_stride + o) / WIDTH];
     read.gate = gates[entry.row];
 #endif
 #if BLOCK_END_TOKEN
-    read.pair = residual[(entry.row * params.out_stride + o) / 2u];
-    read.hidden = out[(entry.row * params.out_stride + o) / 2u];
+    read.beside = residual[(entry.row * params.out_stride + o) / WIDTH];
+    read.hidden = out[(entry.row * params.out_stride + o) / WIDTH];
     read.gate = gates[entry.row];
 #endif
 #if QKV
-    if o < params.q_dim + params.kv_dim {
-        read.pair = rope[entry.position * (params.head_dim / 2u) + (o % params.head_dim) / 2u];
-    }
+    // Column of the head: that of a remainder without the dozens of instructions that one takes of a divisor that no compiler
+    // knows; far below 2^20 columns, the half keeps the quotient's error from any whole number.
+    let in_head = o - u32((f32(o) + 0.5) / f32(params.head_dim)) * params.head_dim;
+    // Of v too, which does not need it: loads have no branch to wait for.
+    read.beside = rope[(entry.position * params.head_dim + in_head) / WIDTH];
 #if DELTA
-    read.delta = out[(params.delta_start + i * (params.q_dim + 2u * params.kv_dim) + o) / 2u];
+    read.delta = out[(params.delta_start + i * (params.q_dim + 2u * params.kv_dim) + o) / WIDTH];
 #endif
 #endif
 #if SWIGLU
 #if DELTA
-    let at = params.delta_start + 2u * i * params.out_stride + o;
+    // A product has twice as many columns as an output, which are as many in all.
+    let at = (params.delta_start + 2u * i * params.out_stride + o) / (WIDTH / 2u);
+#if QUADS
+    read.delta = vec4<f32>(vec2<f32>(out[at]), vec2<f32>(out[at + 1u]));
+#else
     read.delta = vec2<f32>(f32(out[at]), f32(out[at + 1u]));
 #endif
 #endif
+#endif
 #if ENCODED
-    read.encoding = encoding[o / 2u];
+    read.encoding = encoding[o / WIDTH];
 #endif
     return read;
 }
 
 // What a layer adds up to.
-fn layer_output(v: vec2<f32>, read: Operands) -> vec2<f32> {
+fn layer_output(v: Columns, read: Operands) -> Columns {
 #if ENCODED
-    return read.encoding * (read.pair + v);
+    return read.encoding * (read.beside + v);
 #else
-    return read.pair + v;
+    return read.beside + v;
 #endif
 }
 
-// `i` place in the row list, `entry` = active_rows[i], `o` even column of the whole output, `product` columns o and o + 1,
+// `i` place in the row list, `entry` = active_rows[i], `o` first column, of the whole output, `product` its columns,
 // `read` = operands(i, entry, o).
-fn epilogue(i: u32, entry: ActiveRow, o: u32, product: vec2<f32>, read: Operands) {
+fn epilogue(i: u32, entry: ActiveRow, o: u32, product: Columns, read: Operands) {
 #if DELTA
     let v = product + read.delta;
 #else
     let v = product;
 #endif
 #if STORE
-    out[(i * params.out_stride + o) / 2u] = v * params.scale;
+    out[(i * params.out_stride + o) / WIDTH] = v * params.scale;
 #endif
 #if GELU
     let x = v * params.scale;
-    out[(i * params.out_stride + o) / 2u] =
-        0.5 * x * (1.0 + vec2<f32>(erf(x.x * 0.70710678), erf(x.y * 0.70710678)));
+    out[(i * params.out_stride + o) / WIDTH] =
+        0.5 * x * (1.0 + erf(x * 0.70710678));
 #endif
 #if RESIDUAL
-    let at = (entry.row * params.out_stride + o) / 2u;
+    let at = (entry.row * params.out_stride + o) / WIDTH;
     out[at] = layer_output(v, read);
 #if RESIDUAL_COPY
     copy[at] = layer_output(v, read);
@@ -152,16 +186,20 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, product: vec2<f32>, read: Operands
 #endif
 #if SWIGLU
     // exp overflows to infinity for very negative gates, and the quotient is then the correct 0.
+#if QUADS
+    out[(i * params.out_stride + o / 2u) / 2u] = InnerColumns(v.xz / (1.0 + exp(-v.xz)) * v.yw);
+#else
     out[i * params.out_stride + o / 2u] = Inner(v.x / (1.0 + exp(-v.x)) * v.y);
+#endif
 #endif
 #if BLOCK_END_EXPERT
     if entry.end == END_GATED {
-        let at = (entry.row * params.out_stride + o) / 2u;
+        let at = (entry.row * params.out_stride + o) / WIDTH;
         out[at] = read.hidden + select(read.gate, 1.0, params.additive != 0u) * layer_output(v, read);
     }
 #endif
 #if BLOCK_END_TOKEN
-    let at = (entry.row * params.out_stride + o) / 2u;
+    let at = (entry.row * params.out_stride + o) / WIDTH;
     let y = layer_output(v, read);
     if entry.end == END_GATED {
         out[at] = read.hidden + select(read.gate, 1.0, params.additive != 0u) * y;
@@ -170,16 +208,15 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, product: vec2<f32>, read: Operands
     }
 #endif
 #if QKV
-    if o < params.q_dim + params.kv_dim {
-        let angle = read.pair;
-        let rotated = vec2<f32>(v.x * angle.x - v.y * angle.y, v.y * angle.x + v.x * angle.y);
-        if o < params.q_dim {
-            out[(i * params.q_dim + o) / 2u] = rotated;
-        } else if entry.kv_slot != NONE {
-            k_cache[(entry.kv_slot * params.kv_dim + o - params.q_dim) / 2u] = pack_kv(rotated);
-        }
+    if o < params.q_dim {
+        out[(i * params.q_dim + o) / WIDTH] = rotate(v, read.beside);
     } else if entry.kv_slot != NONE {
-        v_cache[(entry.kv_slot * params.kv_dim + o - params.q_dim - params.kv_dim) / 2u] = pack_kv(v);
+        let at = (entry.kv_slot * params.kv_dim + o - params.q_dim) / WIDTH;
+        if o < params.q_dim + params.kv_dim {
+            k_cache[at] = pack_kv(rotate(v, read.beside));
+        } else {
+            v_cache[at - params.kv_dim / WIDTH] = pack_kv(v);
+        }
     }
 #endif
 }

@@ -20,6 +20,8 @@ use crate::tensor::{DType, Tensor};
 pub struct AttentionPrefill {
     /// Heads and cache.
     pub shape: AttentionShape,
+    /// About how many rows there will be: as many as there are are computed.
+    pub num_rows: u32,
     /// Whether queries and weights may be rounded to f16, where the device has cooperative matrices and the cache holds f16.
     pub half_products: bool,
     /// Whether results are f16, where [`AttentionPrefill::can_write_halves`].
@@ -67,18 +69,24 @@ enum Tiles {
     Cooperative {
         /// Keys of a tile.
         block_k: u32,
+        /// Parts of a workgroup that take turns at the tiles of keys.
+        key_slices: u32,
     },
 }
 
-/// Subgroups of a workgroup that multiplies cooperative matrices.
+/// Subgroups of a slice of a workgroup that multiplies cooperative matrices.
 const SUBGROUPS: u32 = 4;
+/// Workgroups, about one for each processor of a large GPU, up to which two slices share the keys of each: on an H200 with 132
+/// processors 72, 120 and 165 workgroups take 10 to 14 % less time so, 240 and more take 5 to 28 % more
+/// (`benches/runs/2026-11-28-nvidia-h200/attention-prefill-slices.txt`).
+const FEW_WORKGROUPS: u32 = 192;
 /// Rows, columns and depth of the matrices that a subgroup multiplies.
 const FRAGMENT: u32 = 16;
 
 impl AttentionPrefill {
-    /// The kernel for `shape`; `half_products` allows queries and weights to be rounded to f16.
-    pub fn new(shape: AttentionShape, half_products: bool) -> Self {
-        Self { shape, half_products, half_output: false }
+    /// The kernel for `shape` and about `num_rows` rows; `half_products` allows queries and weights to be rounded to f16.
+    pub fn new(shape: AttentionShape, num_rows: u32, half_products: bool) -> Self {
+        Self { shape, num_rows, half_products, half_output: false }
     }
 
     /// Whether a device with `caps` can write results as f16: one whose cooperative matrices serve.
@@ -125,15 +133,21 @@ impl AttentionPrefill {
     fn tiles(&self, caps: &DeviceCaps) -> Tiles {
         let units = self.shape.head_units();
         let most = caps.max_workgroup_storage_bytes;
-        let cooperative = [64, 32].map(|block_k| Tiles::Cooperative { block_k });
+        let few = self.num_rows.div_ceil(FRAGMENT * SUBGROUPS) * self.shape.num_attention_heads <= FEW_WORKGROUPS;
+        let slices = if few { 2 } else { 1 };
+        let cooperative = [(64, slices), (64, 1), (32, slices), (32, 1)];
+        let cooperative = cooperative.map(|(block_k, key_slices)| Tiles::Cooperative { block_k, key_slices });
         // A row has 1 to 4 lanes.
-        let widest = (caps.max_workgroup_size / SUBGROUPS).min(4 * FRAGMENT);
+        let width = caps.subgroup_sizes.map_or(0, |(width, _)| width);
         let halves = self.half_products
             && caps.cooperative_matrices
             && self.shape.kv_dtype == DType::F16
             && self.shape.head_dim.is_multiple_of(FRAGMENT)
-            && caps.subgroup_sizes.is_some_and(|(width, _)| (FRAGMENT..=widest).contains(&width));
-        if let Some(tiles) = cooperative.into_iter().find(|tiles| halves && self.storage_bytes(*tiles, caps) <= most) {
+            && (FRAGMENT..=4 * FRAGMENT).contains(&width);
+        let fits = |tiles: &Tiles| {
+            halves && tiles.subgroups() * width <= caps.max_workgroup_size && self.storage_bytes(*tiles, caps) <= most
+        };
+        if let Some(tiles) = cooperative.into_iter().find(fits) {
             return tiles;
         }
         // A thread's sums are 32 * units / columns floats, so wide heads need more columns.
@@ -158,11 +172,11 @@ impl AttentionPrefill {
                 let exchange = if tiles.uses_subgroups(caps) { 0 } else { block_q / 4 * columns };
                 16 * (q + k + p + exchange) + 4 * 2 * block_k
             }
-            Tiles::Cooperative { block_k } => {
+            Tiles::Cooperative { block_k, key_slices } => {
                 let (block_q, units) = (tiles.block_q(), self.shape.head_units());
                 let tile = block_k * (2 * units + 2);
                 let weights = block_q * ((2 * units).max(block_k / 4) + 2);
-                8 * (tile.max(weights) + tile) + 16 * block_q * (FRAGMENT / 4 + 2)
+                key_slices * (8 * (tile.max(weights) + tile) + 16 * block_q * (FRAGMENT / 4 + 2))
             }
         }
     }
@@ -181,7 +195,15 @@ impl Tiles {
     fn block_k(self) -> u32 {
         match self {
             Tiles::Staged { columns, .. } => 4 * columns,
-            Tiles::Cooperative { block_k } => block_k,
+            Tiles::Cooperative { block_k, .. } => block_k,
+        }
+    }
+
+    /// Subgroups of a workgroup that multiplies cooperative matrices.
+    fn subgroups(self) -> u32 {
+        match self {
+            Tiles::Staged { .. } => 0,
+            Tiles::Cooperative { key_slices, .. } => key_slices * SUBGROUPS,
         }
     }
 
@@ -212,10 +234,12 @@ impl Kernel for AttentionPrefill {
                     .flag("ONE_CHUNK", num_chunks == 1)
                     .flag("SUBGROUP", tiles.uses_subgroups(caps))
             }
-            Tiles::Cooperative { block_k } => {
+            Tiles::Cooperative { block_k, key_slices } => {
                 let width = caps.subgroup_sizes.map_or(1, |(width, _)| width);
                 definitions
-                    .u32("WORKGROUP_SIZE", SUBGROUPS * width)
+                    .u32("WORKGROUP_SIZE", tiles.subgroups() * width)
+                    .u32("KEY_SLICES", key_slices)
+                    .flag("SLICED", key_slices > 1)
                     .u32("SUBGROUP_WIDTH", width)
                     .u32("FRAGMENTS_D", self.shape.head_dim / FRAGMENT)
                     .u32("FRAGMENTS_K", block_k / FRAGMENT)
@@ -252,12 +276,15 @@ mod tests {
     use crate::rows::KvTable;
 
     fn check(gpu: &Gpu, what: &str, shape: AttentionShape, inputs: &AttentionInputs, tolerance: Tolerance) {
-        check_kernel(gpu, what, AttentionPrefill::new(shape, false), inputs, tolerance);
-        let kernel = AttentionPrefill::new(shape, true);
-        if matches!(kernel.tiles(gpu.caps()), Tiles::Cooperative { .. }) {
-            let rounded = AttentionInputs { q: half_queries(&inputs.q, shape.scale()), ..inputs.clone() };
-            // What is left are the weights, each rounded once.
-            check_kernel(gpu, &format!("{what} halves"), kernel, &rounded, Tolerance::F16);
+        check_kernel(gpu, what, AttentionPrefill::new(shape, 1, false), inputs, tolerance);
+        // Tiles for few rows and for many compute any number.
+        for num_rows in [1, u32::MAX / shape.num_attention_heads] {
+            let kernel = AttentionPrefill::new(shape, num_rows, true);
+            if matches!(kernel.tiles(gpu.caps()), Tiles::Cooperative { .. }) {
+                let rounded = AttentionInputs { q: half_queries(&inputs.q, shape.scale()), ..inputs.clone() };
+                // What is left are the weights, each rounded once.
+                check_kernel(gpu, &format!("{what} halves for {num_rows}"), kernel, &rounded, Tolerance::F16);
+            }
         }
     }
 

@@ -18,10 +18,14 @@ const FRAGMENT: u32 = 16;
 /// Fields of [`LinearTile::Cooperative`] in their order; workgroups of the tile that an H200 runs at a time, and microseconds that
 /// such a wave takes with 960 inputs (`benches/runs/2026-11-28-nvidia-h200/linear-waves.txt`). NVIDIA's driver gives a processor 48 KiB
 /// of workgroup memory in all: two workgroups share one only where a tile takes half of that, as the first does to the byte.
-const LARGE_TILES: [([u32; 7], u32, u32); 4] = [
-    ([128, 128, 32, 2, 2, 1, 1], 264, 38),
+const LARGE_TILES: [([u32; 7], u32, u32); 8] = [
+    ([128, 128, 32, 2, 2, 1, 1], 264, 35),
+    ([128, 160, 32, 4, 2, 1, 1], 132, 27),
     ([128, 128, 64, 4, 2, 1, 1], 132, 22),
     ([128, 96, 32, 2, 2, 1, 1], 264, 33),
+    ([64, 160, 64, 4, 2, 1, 1], 132, 17),
+    ([64, 80, 128, 4, 1, 2, 1], 132, 13),
+    ([64, 64, 128, 2, 2, 2, 1], 132, 12),
     ([64, 64, 64, 2, 2, 1, 1], 264, 16),
 ];
 /// Tiles for outputs that would be fewer of the smallest of [`LARGE_TILES`] than [`ENOUGH_LARGE`], with the workgroups that an output
@@ -104,6 +108,8 @@ pub enum LinearTile {
         split_k: u32,
         /// Stages whose loads are in flight.
         ahead: u32,
+        /// Columns of a row that a lane stores at a time: 2, or 4 where all numbers of columns are multiples of 4.
+        lane_columns: u32,
     },
     /// Every thread reads for itself: for software rasterisers, whose lanes share the loads of x.
     Direct {
@@ -129,8 +135,9 @@ pub struct LinearBindings<'a> {
     pub epilogue: Epilogue<'a>,
 }
 
-fn cooperative_tile([tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead]: [u32; 7]) -> LinearTile {
-    LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead }
+fn cooperative_tile(fields: [u32; 7], lane_columns: u32) -> LinearTile {
+    let [tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead] = fields;
+    LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns }
 }
 
 /// [`STAGED_TILES`].
@@ -170,14 +177,16 @@ impl LinearTile {
                 && tile.storage_bytes(true) <= caps.max_workgroup_storage_bytes
         };
         let has_matrices = half_products && caps.cooperative_matrices;
-        let large = LARGE_TILES.map(|(tile, slots, micros)| (cooperative_tile(tile), slots, micros));
+        let wide = num_outputs.is_multiple_of(4) && subgroup_width(caps) <= FRAGMENT * FRAGMENT / 4;
+        let cooperative = |tile| cooperative_tile(tile, if wide { 4 } else { 2 });
+        let large = LARGE_TILES.map(|(tile, slots, micros)| (cooperative(tile), slots, micros));
         let [.., (smallest, ..)] = large;
         if has_matrices && fits(smallest) && workgroups(smallest) >= ENOUGH_LARGE {
             let by_waves = large.into_iter().filter(|&(tile, ..)| fits(tile));
             let best = by_waves.min_by_key(|&(tile, slots, micros)| workgroups(tile).div_ceil(slots) * micros);
             return best.map_or(smallest, |(tile, ..)| tile);
         }
-        let small = SMALL_TILES.iter().filter(|_| has_matrices).map(|&(tile, enough)| (cooperative_tile(tile), enough));
+        let small = SMALL_TILES.iter().filter(|_| has_matrices).map(|&(tile, enough)| (cooperative(tile), enough));
         small
             .chain(staged_tiles())
             .find(|&(tile, enough)| workgroups(tile) >= enough && fits(tile))
@@ -241,11 +250,22 @@ impl LinearTile {
                     && ahead > 0
                     && (split_k == 1 || sums_travel)
             }
-            LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead } => {
+            LinearTile::Cooperative {
+                tile_m,
+                tile_n,
+                tile_k,
+                subgroups_m,
+                subgroups_n,
+                split_k,
+                ahead,
+                lane_columns,
+            } => {
                 divides(tile_m, subgroups_m, FRAGMENT)
                     && divides(tile_n, subgroups_n, FRAGMENT)
                     && divides(tile_k, split_k, FRAGMENT)
                     && ahead > 0
+                    && matches!(lane_columns, 2 | 4)
+                    && lane_columns * subgroup_width(caps) <= FRAGMENT * FRAGMENT
             }
             LinearTile::Direct { tile_n, thread_n, .. } => divides(tile_n, thread_n, 1) && divides(thread_n, 2, 1),
         };
@@ -274,7 +294,8 @@ impl LinearTile {
             | LinearTile::Cooperative { tile_m, tile_n, tile_k, .. } => (tile_m, tile_n, tile_k),
             LinearTile::Direct { .. } => return 0,
         };
-        let squares = if norm { 4 * tile_m * (tile_k / 4 + 1) } else { 0 };
+        // In vectors of 16 bytes.
+        let squares = if norm { (4 * tile_m * (tile_k / 4 + 1)).next_multiple_of(16) } else { 0 };
         let factors = if norm { 4 * tile_m } else { 0 };
         factors
             + match self {
@@ -318,6 +339,15 @@ impl Linear {
         if !p.num_outputs.is_multiple_of(2) || p.num_outputs == 0 || !p.first_output.is_multiple_of(2) {
             let found = format!("{} from {}", p.num_outputs, p.first_output);
             return unfit("num_outputs", found, "an even number from an even column");
+        }
+        if let LinearTile::Cooperative { lane_columns: 4, .. } = self.tile {
+            let columns = [p.num_outputs, p.first_output, p.q_dim, p.kv_dim, p.head_dim, p.delta_start];
+            let half =
+                matches!(self.epilogue, EpilogueKind::SwiGlu | EpilogueKind::SwiGluF16 | EpilogueKind::SwiGluDelta);
+            let out_stride = if half { 2 * p.out_stride } else { p.out_stride };
+            if columns.into_iter().chain([out_stride]).any(|count| !count.is_multiple_of(4)) {
+                return unfit("numbers of columns", format!("{p:?}"), "multiples of 4 for this tile");
+            }
         }
         let (found, expected) = (b.weight.num_elems(), p.num_outputs as usize * p.in_features as usize);
         // More rows are fine: layers that share K/V read only the q rows of the fused projection.
@@ -373,17 +403,20 @@ impl Kernel for Linear {
                 .u32("THREAD_N", thread_n)
                 .u32("SPLIT_K", split_k)
                 .flag("STAGED", true),
-            LinearTile::Cooperative { tile_k, subgroups_m, subgroups_n, split_k, ahead, .. } => definitions
-                .u32("TILE_K", tile_k)
-                .u32("AHEAD", ahead)
-                .u32("FRAGMENTS_M", tile_m / subgroups_m / FRAGMENT)
-                .u32("FRAGMENTS_N", tile_n / subgroups_n / FRAGMENT)
-                .u32("STEPS", tile_k / split_k / FRAGMENT)
-                .u32("SUBGROUP_WIDTH", subgroup_width(caps))
-                .u32("SPLIT_K", split_k)
-                .flag("SLICED", split_k > 1)
-                .flag("STAGED", true)
-                .flag("COOPERATIVE", true),
+            LinearTile::Cooperative { tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns, .. } => {
+                definitions
+                    .u32("TILE_K", tile_k)
+                    .u32("AHEAD", ahead)
+                    .u32("FRAGMENTS_M", tile_m / subgroups_m / FRAGMENT)
+                    .u32("FRAGMENTS_N", tile_n / subgroups_n / FRAGMENT)
+                    .u32("STEPS", tile_k / split_k / FRAGMENT)
+                    .u32("SUBGROUP_WIDTH", subgroup_width(caps))
+                    .u32("SPLIT_K", split_k)
+                    .flag("QUADS", lane_columns == 4)
+                    .flag("SLICED", split_k > 1)
+                    .flag("STAGED", true)
+                    .flag("COOPERATIVE", true)
+            }
             LinearTile::Direct { thread_n, .. } => definitions
                 .u32("THREAD_M", tile_m)
                 .u32("THREAD_N", thread_n)
@@ -421,10 +454,18 @@ mod tests {
         }
         let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, 64, 64, false);
         let cooperative = LARGE_TILES.map(|(tile, ..)| tile).into_iter().chain(SMALL_TILES.map(|(tile, _)| tile));
-        let cooperative = cooperative.map(cooperative_tile).filter(|_| gpu.caps().cooperative_matrices);
+        let cooperative = cooperative.map(|tile| cooperative_tile(tile, 2)).filter(|_| gpu.caps().cooperative_matrices);
         let fits = |tile: &LinearTile| tile.storage_bytes(true) <= gpu.caps().max_workgroup_storage_bytes;
         let others = staged_tiles().map(|(tile, _)| tile).chain(cooperative);
         std::iter::once(on_cpu).chain(others.filter(|tile| tile.is_valid(gpu.caps()) && fits(tile))).collect()
+    }
+
+    /// `tile` as wide as columns in multiples of `unit` allow.
+    fn for_columns(mut tile: LinearTile, unit: usize) -> LinearTile {
+        if let LinearTile::Cooperative { lane_columns, .. } = &mut tile {
+            *lane_columns = if unit.is_multiple_of(4) { 4 } else { 2 };
+        }
+        tile
     }
 
     fn dispatch(gpu: &Gpu, kernel: Linear, bindings: &LinearBindings<'_>, params: &LinearParams, num_active: usize) {
@@ -481,6 +522,7 @@ mod tests {
                     if profile != "unchecked" && !(case + t / 3).is_multiple_of(3) {
                         continue;
                     }
+                    let tile = for_columns(tile, num_outputs);
                     let prologue = match (case + t) % 3 {
                         0 => Prologue::Compact { x: &compact_x },
                         1 if tile.fuses_norm() => Prologue::Norm { x: &x, weight: &norm_weight },
@@ -535,7 +577,7 @@ mod tests {
             let mut rng = Rng::new("linear epilogues");
             let tiles = tiles(gpu);
             for (kind_index, kind) in EpilogueKind::ALL.into_iter().enumerate() {
-                for num_active in [6, 65] {
+                for (num_active, unit) in [(6, 2), (65, 4)] {
                     let in_features = 72;
                     let (dtype, by_row) = (DTYPES[kind_index % DTYPES.len()], kind_index % 2 == 0);
                     // One of the tiles without matrix units, and one with.
@@ -545,6 +587,7 @@ mod tests {
                         let Some(tile) = tiles.get((kind_index + num_active) % tiles.len().max(1)).copied() else {
                             continue;
                         };
+                        let tile = for_columns(tile, unit);
                         let case = EpilogueCase::new(gpu, &mut rng, kind, num_active + 3, num_active);
                         let x = rng.normals((num_active + 3) * in_features);
                         let compact = gather(&case.active, &x, in_features);
@@ -560,7 +603,7 @@ mod tests {
                         };
                         let mut state = case.initial.clone();
                         // Sharded weights: the second half of the columns is a dispatch of its own.
-                        for (first_output, num_outputs) in case.shards() {
+                        for (first_output, num_outputs) in case.shards(unit) {
                             let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
                             let params = LinearParams {
                                 num_outputs: num_outputs as u32,
@@ -591,8 +634,7 @@ mod tests {
     fn halves_are_rounded_floats() {
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("linear halves");
-            let (in_features, num_outputs, num_rows) = (136, 130, 150);
-            let (weight, _) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::F16);
+            let (in_features, num_rows) = (136, 150);
             let active = parity::some_rows(&mut rng, num_rows, num_rows);
             let rows = parity::row_set(gpu, &active);
             let x = rng.normals(num_rows * in_features);
@@ -600,7 +642,10 @@ mod tests {
             let x = parity::upload(gpu, &x);
             let rounded =
                 Tensor::from_slice(gpu, "x", DType::F16, &[num_rows, in_features], &rounded).expect("it fits");
-            for tile in tiles(gpu).into_iter().filter(|tile| tile.multiplies_halves()) {
+            let half_tiles = tiles(gpu).into_iter().filter(|tile| tile.multiplies_halves());
+            for (tile, num_outputs) in half_tiles.flat_map(|tile| [130, 132].map(|num_outputs| (tile, num_outputs))) {
+                let tile = for_columns(tile, num_outputs);
+                let (weight, _) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::F16);
                 let shape = [num_rows, num_outputs / 2];
                 let run = |x, dtype| {
                     let out = Tensor::zeros(gpu, "out", dtype, &shape).expect("it fits");
@@ -630,7 +675,7 @@ mod tests {
     fn rows_do_not_depend_on_their_place() {
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("linear places");
-            let (in_features, num_outputs, num_rows) = (136, 66, 150);
+            let (in_features, num_outputs, num_rows) = (136, 68, 150);
             let (weight, _) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::F16);
             let norm_weight = parity::upload(gpu, &rng.normals(in_features));
             // All odd rows are alike.
@@ -638,7 +683,7 @@ mod tests {
             let mut x = rng.normals(num_rows * in_features);
             x.chunks_mut(in_features).skip(1).step_by(2).for_each(|row| row.copy_from_slice(&alike));
             let x = parity::upload(gpu, &x);
-            for tile in tiles(gpu) {
+            for tile in tiles(gpu).into_iter().map(|tile| for_columns(tile, num_outputs)) {
                 let fused = Prologue::Norm { x: &x, weight: &norm_weight };
                 let prologue = if tile.fuses_norm() { fused } else { Prologue::Stream { x: &x } };
                 let mut first: Option<Vec<u32>> = None;

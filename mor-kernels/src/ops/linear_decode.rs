@@ -495,7 +495,7 @@ mod tests {
                     let x_gpu = parity::upload(gpu, &x);
                     let prologue = Prologue::Stream { x: &x_gpu };
                     let mut state = case.initial.clone();
-                    for (first_output, num_outputs) in case.shards() {
+                    for (first_output, num_outputs) in case.shards(2) {
                         let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::BF16);
                         let kernel = LinearDecode::new(
                             gpu.caps(),

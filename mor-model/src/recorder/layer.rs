@@ -151,7 +151,11 @@ impl<'a> Recorder<'a> {
                 let half_output = self.halves().and_then(|halves| halves.attention.as_ref());
                 let out = half_output.unwrap_or(&step.attention);
                 let bindings = AttentionPrefillBindings { rows, q, keys, values, kv_table, out };
-                let kernel = AttentionPrefill::new(shape, self.model.precision() == Precision::F16);
+                let kernel = AttentionPrefill::new(
+                    shape,
+                    self.expected_rows(rows) as u32,
+                    self.model.precision() == Precision::F16,
+                );
                 AttentionPrefill { half_output: half_output.is_some(), ..kernel }.record(
                     plan,
                     bindings,

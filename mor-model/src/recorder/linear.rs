@@ -94,7 +94,7 @@ impl<'a> Recorder<'a> {
     }
 
     /// How many of a prompt's rows `rows` are likely to be: all, or the share that a recursion is trained to take.
-    fn expected_rows(&self, rows: &RowSet) -> usize {
+    pub(super) fn expected_rows(&self, rows: &RowSet) -> usize {
         let step = self.step;
         let recursion = step.recursions.iter().position(|set| std::ptr::eq(set, rows));
         let capacity = recursion.filter(|_| step.depthwise.is_none()).and_then(|r| self.config().capacity.get(r));
