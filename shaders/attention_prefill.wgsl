@@ -213,13 +213,14 @@ fn main(
             workgroupBarrier();
             var scores: array<vec4<f32>, QUADS>;
             var highest = LOWEST;
+            // Keys of the own row from the lane's first on. Its others lie distances on that compilers know.
+            let left = i32(limit) - i32(tile + 4u * own_lane);
 #repeat j FRAGMENTS_K
             coopStoreT(products[j], &s_tile[s_from], S_STRIDE);
             subgroupBarrier();
             for (var i = 0u; i < FRAGMENT_QUADS; i++) {
-                let at = i * ROW_LANES + own_lane;
-                let key = vec4<u32>(tile + 16u * j + 4u * at) + vec4<u32>(0u, 1u, 2u, 3u);
-                let score = select(vec4<f32>(LOWEST), s_tile[s_own + at], key < vec4<u32>(limit));
+                let key = vec4<i32>(i32(16u * j + 4u * i * ROW_LANES)) + vec4<i32>(0, 1, 2, 3);
+                let score = select(vec4<f32>(LOWEST), s_tile[s_own + i * ROW_LANES + own_lane], key < vec4<i32>(left));
                 scores[j * FRAGMENT_QUADS + i] = score;
                 let pair = max(score.xy, score.zw);
                 highest = max(highest, max(pair.x, pair.y));
@@ -246,13 +247,12 @@ fn main(
                 subgroupBarrier();
 #endrepeat
             }
+            // Keys past the limit have the score LOWEST, whose power is 0 even for a row that has no key so far.
+            let least = max(reference, 0.5 * LOWEST);
             for (var i = 0u; i < QUADS; i++) {
-                let quad = i * ROW_LANES + own_lane;
-                let key = vec4<u32>(tile + 4u * quad) + vec4<u32>(0u, 1u, 2u, 3u);
-                // A row without any key so far has the reference LOWEST, so the mask decides, not the power.
-                let p = select(vec4<f32>(0.0), exp2(scores[i] - vec4<f32>(reference)), key < vec4<u32>(limit));
+                let p = exp2(scores[i] - vec4<f32>(least));
                 mass += dot(p, vec4<f32>(1.0));
-                k_tile[k_from + own_row * P_STRIDE + quad] = vec4<f16>(p);
+                k_tile[k_from + own_row * P_STRIDE + i * ROW_LANES + own_lane] = vec4<f16>(p);
             }
             subgroupBarrier();
 

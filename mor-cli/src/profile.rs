@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::args::{LoadArgs, ModelArg, at_least_one};
+use crate::depth::DepthMode;
 use crate::failure::bad_input;
 use crate::model::{Model, storage};
 use crate::output::{check_target, write_atomically};
@@ -32,6 +33,9 @@ pub(crate) struct ProfileArgs {
     batch: usize,
     #[command(flatten)]
     load: LoadArgs,
+    /// Recursions that a token takes: as its routers say, by draws as many as the capacities say, or all
+    #[arg(long, value_enum, default_value_t = DepthMode::Routed)]
+    mode: DepthMode,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -66,6 +70,8 @@ struct Report {
     phase: &'static str,
     context: usize,
     batch: usize,
+    /// `routed`, `by-capacity` or `full-depth`.
+    depths: &'static str,
     /// A step among others like it, as it runs.
     step_us: f64,
     /// Recording and submitting it on the host.
@@ -101,7 +107,9 @@ pub(crate) fn run(args: &ProfileArgs) -> anyhow::Result<()> {
     args.trace.iter().try_for_each(|path| check_target("--trace", path))?;
     let model = args.model.named(args.config.as_deref())?;
     let batch = BatchOptions { max_sequences: args.batch, ..args.load.batch() };
-    let limit = model.config()?.max_position_embeddings;
+    let config = model.config()?;
+    args.mode.check(&model, &config)?;
+    let limit = config.max_position_embeddings;
     if args.context > limit {
         return Err(bad_input!("--context is {}, expected {limit} at most: the model's context", args.context));
     }
@@ -112,7 +120,8 @@ pub(crate) fn run(args: &ProfileArgs) -> anyhow::Result<()> {
             batch.prefill_rows
         ));
     }
-    let mut session = model.load(args.load.selector(), SessionOptions { batch, ..args.load.options() })?;
+    let session = model.load(args.load.selector(), SessionOptions { batch, ..args.load.options() })?;
+    let mut session = args.mode.applied(session)?;
     let profile = match args.phase {
         Phase::Decode => session.profile_decode(args.batch, args.context)?,
         Phase::Prefill => session.profile_prefill(args.batch, args.context)?,
@@ -157,6 +166,7 @@ impl Report {
             phase: args.phase.name(),
             context: args.context,
             batch: args.batch,
+            depths: args.mode.name(),
             step_us: profile.device_micros,
             host_us: profile.host_micros,
             dispatches_us: total,
@@ -167,8 +177,8 @@ impl Report {
 
     fn to_text(&self, storage: &str) -> String {
         let mut text = format!(
-            "{}, {storage}, on \"{}\" ({}): {} of {} tokens, {} at a time\n",
-            self.model, self.device, self.driver, self.phase, self.context, self.batch
+            "{}, {storage}, on \"{}\" ({}): {} of {} tokens, {} at a time, depths {}\n",
+            self.model, self.device, self.driver, self.phase, self.context, self.batch, self.depths
         );
         let parts: Vec<_> = self.parts.iter().map(|part| format!("{} {:.1}", part.name, part.us)).collect();
         let _ = writeln!(

@@ -233,7 +233,7 @@ fn steps_are_profiled() {
     let model = golden("expert_middle_cycle_r3");
     for (phase, batch, kernel) in [("decode", "2", "attention_decode"), ("prefill", "1", "attention_prefill")] {
         let options = ["--phase", phase, "-b", batch, "--context", "40", "--json", "--trace", text(&trace)];
-        let args = [&["profile", "--model", &model], &options[..]].concat();
+        let args = [&["profile", "--model", &model, "--mode", "by-capacity"], &options[..]].concat();
         let output = command(&args).output().expect("the program starts");
         let message = String::from_utf8_lossy(&output.stderr);
         if message.contains("timestamp queries") {
@@ -245,6 +245,7 @@ fn steps_are_profiled() {
         let kernels = report["kernels"].as_array().unwrap();
         assert!(kernels.iter().any(|found| found["kernel"] == kernel), "{report}");
         let share: f64 = kernels.iter().map(|kernel| kernel["share"].as_f64().unwrap()).sum();
+        assert_eq!(report["depths"], "by-capacity");
         assert!((share - 1.0).abs() < 1e-6 && report["step_us"].as_f64().unwrap() > 0.0, "{report}");
         assert!(kernels.iter().any(|kernel| kernel["weights_gb_per_s"].is_f64()), "{report}");
 

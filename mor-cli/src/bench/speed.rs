@@ -3,20 +3,20 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
 use mor_kernels::Gpu;
 use mor_kernels::caps::{DeviceCaps, Lanes};
 use mor_kernels::peaks::Peaks;
 use mor_model::oracle::Oracle;
-use mor_model::{Checkpoint, Mode, MorConfig, Quantization};
+use mor_model::{Checkpoint, MorConfig, Quantization};
 use mor_runtime::{
     BatchOptions, Batching, DeviceSelector, Event, GenerateRequest, Precision, Routing, RuntimeError, SamplingParams,
-    ScriptedRouter, Session, Summary,
+    Session, Summary,
 };
 
 use super::report::{self, Format, Row};
 use super::{ModelArgs, is_without_timestamps};
 use crate::args::{LoadArgs, at_least_one};
+use crate::depth::DepthMode;
 use crate::failure::{bad_input, sentence};
 use crate::model::Model;
 use crate::output::check_target;
@@ -68,24 +68,6 @@ pub(crate) struct SpeedArgs {
     /// Draw the rows as bars
     #[arg(long, value_name = "SVG")]
     plot: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum DepthMode {
-    Routed,
-    // What routers with random weights say means nothing, but depths are what a routed model's speed depends on.
-    ByCapacity,
-    FullDepth,
-}
-
-impl DepthMode {
-    fn name(self) -> &'static str {
-        match self {
-            DepthMode::Routed => "routed",
-            DepthMode::ByCapacity => "by-capacity",
-            DepthMode::FullDepth => "full-depth",
-        }
-    }
 }
 
 /// What one row measures.
@@ -155,11 +137,7 @@ impl SpeedArgs {
                 model.name()
             ));
         }
-        if self.mode != DepthMode::Routed && config.mode == Mode::Token {
-            let found = "token choice fixes depths before the first recursion";
-            return Err(bad_input!("--mode {}: {}: {found}, expected another mode", self.mode.name(), model.name()));
-        }
-        Ok(())
+        self.mode.check(model, config)
     }
 }
 
@@ -235,15 +213,7 @@ fn measure(args: &SpeedArgs, model: &Model, device: DeviceSelector, tests: &[Tes
         row.check_logit_difference = Some(check.logit_difference);
     }
     drop(checkpoint);
-    let script = match args.mode {
-        _ if session.config().mode != Mode::Expert => None,
-        DepthMode::Routed => None,
-        DepthMode::ByCapacity => Some(ScriptedRouter::by_capacity(session.config(), 0)),
-        DepthMode::FullDepth => Some(ScriptedRouter::full_depth(session.config())),
-    };
-    if let Some(script) = script {
-        session = session.with_scripted_router(&script)?;
-    }
+    session = args.mode.applied(session)?;
 
     let mut rows = Vec::new();
     let positions = tests.iter().map(|test| test.positions()).max().unwrap_or(1);

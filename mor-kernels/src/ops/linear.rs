@@ -15,18 +15,20 @@ const BROADCAST_LANES: u32 = 8;
 /// Rows, columns and depth of the matrices that a subgroup multiplies.
 const FRAGMENT: u32 = 16;
 
-/// Fields of [`LinearTile::Cooperative`] in their order; workgroups of the tile that an H200 runs at a time, and microseconds that
-/// such a wave takes with 960 inputs (`benches/runs/2026-11-28-nvidia-h200/linear-waves.txt`). NVIDIA's driver gives a processor 48 KiB
-/// of workgroup memory in all: two workgroups share one only where a tile takes half of that, as the first does to the byte.
-const LARGE_TILES: [([u32; 7], u32, u32); 8] = [
-    ([128, 128, 32, 2, 2, 1, 1], 264, 35),
-    ([128, 160, 32, 4, 2, 1, 1], 132, 27),
-    ([128, 128, 64, 4, 2, 1, 1], 132, 22),
-    ([128, 96, 32, 2, 2, 1, 1], 264, 33),
-    ([64, 160, 64, 4, 2, 1, 1], 132, 17),
-    ([64, 80, 128, 4, 1, 2, 1], 132, 13),
-    ([64, 64, 128, 2, 2, 2, 1], 132, 12),
-    ([64, 64, 64, 2, 2, 1, 1], 264, 16),
+/// Processors of an H200.
+const PROCESSORS: u32 = 132;
+/// Fields of [`LinearTile::Cooperative`] in their order; microseconds that a wave of one workgroup a processor of an H200 takes with
+/// 960 inputs, and one of two where so many share a processor: NVIDIA's driver gives it 48 KiB of workgroup memory in all, which the
+/// first takes to the byte (`benches/runs/2026-11-28-nvidia-h200/linear-tiles.txt`).
+const LARGE_TILES: [([u32; 7], u32, Option<u32>); 8] = [
+    ([128, 128, 32, 2, 2, 1, 1], 25, Some(36)),
+    ([128, 160, 32, 4, 2, 1, 1], 29, None),
+    ([128, 128, 64, 4, 2, 1, 1], 21, None),
+    ([128, 96, 32, 2, 2, 1, 1], 24, Some(33)),
+    ([64, 160, 64, 4, 2, 1, 1], 18, None),
+    ([64, 80, 128, 4, 1, 2, 1], 12, None),
+    ([64, 64, 128, 2, 2, 2, 1], 11, None),
+    ([64, 64, 64, 2, 2, 1, 1], 13, Some(16)),
 ];
 /// Tiles for outputs that would be fewer of the smallest of [`LARGE_TILES`] than [`ENOUGH_LARGE`], with the workgroups that an output
 /// must have to be worth the tile, which is to say the GPU filled: measured on an H200 and an H100, see `benches/runs`.
@@ -179,11 +181,25 @@ impl LinearTile {
         let has_matrices = half_products && caps.cooperative_matrices;
         let wide = num_outputs.is_multiple_of(4) && subgroup_width(caps) <= FRAGMENT * FRAGMENT / 4;
         let cooperative = |tile| cooperative_tile(tile, if wide { 4 } else { 2 });
-        let large = LARGE_TILES.map(|(tile, slots, micros)| (cooperative(tile), slots, micros));
+        let large = LARGE_TILES.map(|(tile, one, two)| (cooperative(tile), one, two));
         let [.., (smallest, ..)] = large;
         if has_matrices && fits(smallest) && workgroups(smallest) >= ENOUGH_LARGE {
-            let by_waves = large.into_iter().filter(|&(tile, ..)| fits(tile));
-            let best = by_waves.min_by_key(|&(tile, slots, micros)| workgroups(tile).div_ceil(slots) * micros);
+            let micros = |(tile, one, two): (LinearTile, u32, Option<u32>)| match two {
+                // What is left over after full waves may be few enough to have a processor each.
+                Some(two) => {
+                    let (full, rest) = (workgroups(tile) / (2 * PROCESSORS), workgroups(tile) % (2 * PROCESSORS));
+                    full * two
+                        + if rest == 0 {
+                            0
+                        } else if rest <= PROCESSORS {
+                            one
+                        } else {
+                            two
+                        }
+                }
+                None => workgroups(tile).div_ceil(PROCESSORS) * one,
+            };
+            let best = large.into_iter().filter(|&(tile, ..)| fits(tile)).min_by_key(|&large| micros(large));
             return best.map_or(smallest, |(tile, ..)| tile);
         }
         let small = SMALL_TILES.iter().filter(|_| has_matrices).map(|&(tile, enough)| (cooperative(tile), enough));
