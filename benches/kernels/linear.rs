@@ -1,6 +1,6 @@
 //! `linear`: the projections of every shape at 512 rows (prefill), those of one shape at every number of rows that decode
 //! batches have, large ones, then tiles the device might prefer; f16 weights, and q8 and q4 where ids say so; throughput counts FLOP.
-//! Ids end with `half` where activations may be rounded to f16.
+//! Ids end with `half` where activations are rounded to f16.
 
 use criterion::Criterion;
 use mor_bench::{SHAPES, Shape, is_wanted, record, time_flop};
@@ -162,16 +162,19 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3]
         }
     }
     let x = rng.normals(n_len * k_len);
-    let input = parity::upload(gpu, &x);
+    let (floats, rounded) = (parity::upload(gpu, &x), x.iter().map(|v| half::f16::from_f32(*v)).collect::<Vec<_>>());
+    let rounded = Tensor::from_slice(gpu, "x", DType::F16, &[n_len, k_len], &rounded).expect("it fits");
     // Rows of the first, a middle and the last tile: the whole product would take the CPU minutes.
     let checked = [0, n_len / 2 + 1, n_len - 1];
     for tile in tiles {
         let id = if let [_] = tiles { what.to_owned() } else { format!("{what}/{}", tile_id(*tile)) };
         let y = parity::Output::new(gpu, n_len * o_len);
+        // As the kernels of prefill hand them over.
+        let prologue = Prologue::Compact { x: if tile.multiplies_halves() { &rounded } else { &floats } };
         let kernel = Linear {
             in_features: k,
             weight_dtype: dtype,
-            prologue: Prologue::Compact { x: &input }.kind(),
+            prologue: prologue.kind(),
             epilogue: EpilogueKind::Store,
             tile: *tile,
         };
@@ -180,7 +183,7 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3]
         let grid = Grid::Fixed([o.div_ceil(tile_n), n.div_ceil(tile_m), 1]);
         let dispatch_all = |plan: &mut mor_kernels::plan::PlanBuilder<'_>| {
             weights.iter().try_for_each(|weight| {
-                let (prologue, epilogue) = (Prologue::Compact { x: &input }, Epilogue::Store { out: &y.tensor });
+                let epilogue = Epilogue::Store { out: &y.tensor };
                 let bindings = LinearBindings { rows: &rows, weight, prologue, epilogue };
                 plan.dispatch(&kernel, &bindings, &params, grid)
             })

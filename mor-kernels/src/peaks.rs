@@ -115,14 +115,17 @@ impl Peaks {
         let number = |i: usize| ((i.wrapping_mul(2_654_435_761) >> 8) % 2048) as f32 / 1024.0 - 1.0;
         let numbers: Vec<f32> = (0..len).map(number).collect();
         let halves: Vec<half::f16> = numbers.iter().copied().map(half::f16::from_f32).collect();
-        let x = Tensor::from_slice(gpu, "x", DType::F32, &[len], &numbers)?;
+        let tile = LinearTile::for_shape(gpu.caps(), n, n, half_products);
+        let x = match tile.multiplies_halves() {
+            true => Tensor::from_slice(gpu, "x", DType::F16, &[len], &halves)?,
+            false => Tensor::from_slice(gpu, "x", DType::F32, &[len], &numbers)?,
+        };
         let weight = Tensor::from_slice(gpu, "weight", DType::F16, &[n as usize, n as usize], &halves)?;
         let out = Tensor::zeros(gpu, "y", DType::F32, &[len])?;
         let active: Vec<_> = (0..n).map(|row| ActiveRow { row, ..ActiveRow::ABSENT }).collect();
         let rows = RowSet::from_rows(gpu, "rows", &active)?;
 
         let (prologue, epilogue) = (Prologue::Compact { x: &x }, Epilogue::Store { out: &out });
-        let tile = LinearTile::for_shape(gpu.caps(), n, n, half_products);
         let (weight_dtype, kind) = (DType::F16, EpilogueKind::Store);
         let kernel = Linear { in_features: n, weight_dtype, prologue: prologue.kind(), epilogue: kind, tile };
         let params = LinearParams { num_outputs: n, out_stride: n, in_features: n, scale: 1.0, ..Default::default() };

@@ -12,10 +12,6 @@ pub const MAX_FEW_ROWS: usize = 8;
 /// that is worth batching.
 const INVARIANT_ROWS: u32 = 64;
 
-/// Rows of a prompt up to which products norm them: of an H200 128 rows are read 10 % faster so, 512 take 2.5 % longer
-/// (`benches/runs/2026-11-28-nvidia-h200/prefill-fused-norms.txt`).
-const FUSED_NORM_ROWS: u32 = 128;
-
 /// What a step is for: it decides the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -66,8 +62,7 @@ impl Phase {
             _ => (num_rows as u32, num_outputs),
         };
         let tile = LinearTile::for_shape(caps, num_rows, num_outputs, precision == Precision::F16);
-        // Of the rows of a long prompt, every tile of columns would read whole rows again to norm them.
-        let many = self == Phase::Prefill && num_rows > FUSED_NORM_ROWS;
-        Product::ManyRows { tile, norm_apart: many || !tile.fuses_norm() }
+        // Of the rows of a prompt, every tile of columns would read whole rows again to norm them.
+        Product::ManyRows { tile, norm_apart: self == Phase::Prefill || !tile.fuses_norm() }
     }
 }
