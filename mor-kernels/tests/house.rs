@@ -72,7 +72,9 @@ fn the_registry_reaches_every_kernel_and_branch() {
     for (kernel, specialisations) in seen {
         for flag in branch_flags(kernel) {
             let set = specialisations.iter().filter(|flags| flags.contains(&*flag)).count();
-            assert!(set > 0, "{kernel}: no variant sets {flag}");
+            // Its sums are pairs; an import has four columns for `linear`.
+            let is_never = kernel == "linear_decode" && flag == "QUADS";
+            assert!(set > 0 || is_never, "{kernel}: no variant sets {flag}");
             // It needs subgroups, which an import does without elsewhere.
             let is_always = kernel == "decode_layers" && flag == "SUBGROUP";
             assert!(set < specialisations.len() || is_always, "{kernel}: every variant sets {flag}");
