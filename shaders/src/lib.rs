@@ -1,7 +1,7 @@
 //! The WGSL sources of the engine, embedded so that they travel inside the published package.
 //!
-//! One file is one kernel; files under `shared/` are imported by kernels and never run alone. The
-//! text here is unspecialised: `mor-kernels` resolves `#import` and `#if` and adds the constants. The README has the header
+//! One file is one kernel; files in folders are imported and never run alone: those of `shared/` by several kernels, those of a
+//! folder with a kernel's name by that one. The text here is unspecialised: `mor-kernels` resolves `#import` and `#if` and adds the constants. The README has the header
 //! that each file begins with, the directives, and the rules. There are no features.
 //!
 //! ```
@@ -23,6 +23,9 @@ shaders![
     "attention_prefill",
     "cross_entropy",
     "decode_layers",
+    "decode_layers/attention",
+    "decode_layers/products",
+    "decode_layers/routing",
     "embed_tokens",
     "grid_exchange",
     "linear",
@@ -61,9 +64,9 @@ pub fn source(path: &str) -> Option<&'static str> {
     SHADERS.binary_search_by_key(&path, |(name, _)| name).ok().map(|at| SHADERS[at].1)
 }
 
-/// Names of all kernels: the sources that are not shared parts.
+/// Names of all kernels: the sources that are not parts.
 pub fn kernel_names() -> impl Iterator<Item = &'static str> {
-    SHADERS.iter().map(|(name, _)| *name).filter(|name| !name.starts_with("shared/"))
+    SHADERS.iter().map(|(name, _)| *name).filter(|name| !name.contains('/'))
 }
 
 #[cfg(test)]
