@@ -69,7 +69,7 @@ impl Precision {
 pub struct Shard {
     /// `[num_rows, in_features]`.
     pub tensor: Tensor,
-    /// Row of the matrix where the shard starts; even.
+    /// Row of the matrix where the shard starts; a multiple of 4.
     pub first_row: usize,
     /// Rows of the shard; even.
     pub num_rows: usize,
@@ -589,7 +589,8 @@ impl<'a> Loader<'a> {
         let row_bytes = dtype.row_bytes(padded);
         let caps = self.gpu.caps();
         let binding_bytes = caps.max_storage_binding_bytes.min(caps.max_buffer_bytes) as usize;
-        let rows_per_shard = (binding_bytes / row_bytes / 2 * 2).max(2);
+        // In fours, as many columns as a kernel may store at a time.
+        let rows_per_shard = (binding_bytes / row_bytes / 4 * 4).max(4);
         let (mut shards, mut first_row) = (Vec::new(), 0);
         let (before, after) = rows.split_at(split);
         let stacked = if split == 0 { self.stacked(label, dtype, [rows.len(), padded])? } else { None };

@@ -320,7 +320,7 @@ fn samples(session: &mut Session, test: Test, batch: usize, repetitions: usize) 
         max_new_tokens: test.new_tokens(),
         sampling: SamplingParams::greedy(),
         ignore_eos: true,
-        ..GenerateRequest::new(prompt(session.config(), test.prompt_tokens()))
+        ..GenerateRequest::new(session.measured_prompt(test.prompt_tokens()))
     };
     let is_cpu = session.model().gpu().caps().is_cpu;
     let start = Instant::now();
@@ -331,12 +331,6 @@ fn samples(session: &mut Session, test: Test, batch: usize, repetitions: usize) 
         }
     }
     (0..repetitions).map(|_| once(session, test, batch, &request)).collect()
-}
-
-/// Tokens that look like none in particular, the same ones for every length.
-fn prompt(config: &MorConfig, len: usize) -> Vec<u32> {
-    let token = |i: u32| (i.wrapping_mul(2_654_435_761) >> 7) % config.vocab_size as u32;
-    (0..len as u32).map(token).collect()
 }
 
 fn once(session: &mut Session, test: Test, batch: usize, request: &GenerateRequest) -> anyhow::Result<Sample> {
@@ -441,7 +435,7 @@ impl Check {
             max_new_tokens: CHECKED_NEW.min(config.max_position_embeddings - num_prompt),
             sampling: SamplingParams::greedy(),
             ignore_eos: true,
-            ..GenerateRequest::new(prompt(&config, num_prompt))
+            ..GenerateRequest::new(session.measured_prompt(num_prompt))
         };
         let mut generated = Vec::new();
         for event in session.generate(&request)? {

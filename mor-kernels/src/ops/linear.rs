@@ -184,20 +184,16 @@ impl LinearTile {
         let large = LARGE_TILES.map(|(tile, one, two)| (cooperative(tile), one, two));
         let [.., (smallest, ..)] = large;
         if has_matrices && fits(smallest) && workgroups(smallest) >= ENOUGH_LARGE {
-            let micros = |(tile, one, two): (LinearTile, u32, Option<u32>)| match two {
+            let micros = |(tile, one, two): (LinearTile, u32, Option<u32>)| {
+                let slots = if two.is_some() { 2 * PROCESSORS } else { PROCESSORS };
+                let (full, rest) = (workgroups(tile) / slots, workgroups(tile) % slots);
                 // What is left over after full waves may be few enough to have a processor each.
-                Some(two) => {
-                    let (full, rest) = (workgroups(tile) / (2 * PROCESSORS), workgroups(tile) % (2 * PROCESSORS));
-                    full * two
-                        + if rest == 0 {
-                            0
-                        } else if rest <= PROCESSORS {
-                            one
-                        } else {
-                            two
-                        }
-                }
-                None => workgroups(tile).div_ceil(PROCESSORS) * one,
+                let last = match rest {
+                    0 => 0,
+                    1..=PROCESSORS => one,
+                    _ => two.unwrap_or(one),
+                };
+                full * two.unwrap_or(one) + last
             };
             let best = large.into_iter().filter(|&(tile, ..)| fits(tile)).min_by_key(|&large| micros(large));
             return best.map_or(smallest, |(tile, ..)| tile);

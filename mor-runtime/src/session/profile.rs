@@ -84,9 +84,7 @@ impl Session {
         for slot in 0..num_sequences {
             runner.start(model, slot, &GpuSampling::default(), [], None);
         }
-        // Those of `mor bench`: of tokens in the vocabulary's order random routers take fewer recursions.
-        let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) >> 7;
-        let tokens: Vec<u32> = (0..context).map(|i| token(i) % model.config().vocab_size as u32).collect();
+        let tokens = self.measured_prompt(context);
         let feeds = |begin: usize, end: usize| -> Vec<Feed<'_>> {
             let feed = |sequence| Feed { sequence, position: begin, tokens: &tokens[begin..end], sample: false };
             (0..num_sequences).map(feed).collect()
@@ -97,6 +95,13 @@ impl Session {
             runner.submit(model, &Work { feeds: &feeds(begin, end), max_context: end, ..Work::default() })?.wait()?;
         }
         profile(model.gpu(), &runner.repeatable_prefill(model, &feeds(last, context))?)
+    }
+
+    /// `len` tokens to measure prompts with, the same ones for every length. They look like none in particular: of tokens in the
+    /// vocabulary's order random routers take fewer recursions.
+    pub fn measured_prompt(&self, len: usize) -> Vec<u32> {
+        let token = |i: u32| (i.wrapping_mul(2_654_435_761) >> 7) % self.config().vocab_size as u32;
+        (0..len as u32).map(token).collect()
     }
 
     /// A runner for measurements, in place of the engine.
