@@ -17,9 +17,10 @@ const FRAGMENT: u32 = 16;
 
 /// Processors of an H200.
 const PROCESSORS: u32 = 132;
-/// Fields of [`LinearTile::Cooperative`] in their order; microseconds that a wave of one workgroup a processor of an H200 takes with
-/// 960 inputs, and one of two where so many share a processor: NVIDIA's driver gives it 48 KiB of workgroup memory in all, which the
-/// first takes to the byte (`benches/runs/2026-11-28-nvidia-h200/linear-tiles.txt`).
+/// Fields of [`LinearTile::Cooperative`] in their order, but for the last; about as many microseconds as a wave of one workgroup a
+/// processor of an H200 takes with 960 inputs, and one of two where so many share a processor: NVIDIA's driver gives it 48 KiB of
+/// workgroup memory in all, which the first takes to the byte (`benches/runs/2026-11-28-nvidia-h200/linear-tiles.txt`; epilogues
+/// differ by some).
 const LARGE_TILES: [([u32; 7], u32, Option<u32>); 8] = [
     ([128, 128, 32, 2, 2, 1, 1], 25, Some(36)),
     ([128, 160, 32, 4, 2, 1, 1], 29, None),
