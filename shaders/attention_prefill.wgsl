@@ -114,7 +114,6 @@ fn load_tile(table: u32, kv_head: u32, tile: u32, run_len: u32, thread: u32) -> 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
