@@ -518,7 +518,7 @@ impl<'a> Loader<'a> {
         if let [dtype] = dtypes[..] { dtype } else { DType::F32 }
     }
 
-    /// A projection of a layer, with its adapter; as [`Loader::matrix`], a new shard starts at the even row `split`.
+    /// A projection of a layer, with its adapter; as [`Loader::matrix`], a new shard starts at row `split`, a multiple of 4.
     fn projection(
         &mut self,
         (layer, label): (usize, &'static str),
@@ -563,7 +563,7 @@ impl<'a> Loader<'a> {
         self.matrix_in_parts(label, rows, &|_| columns, 0)
     }
 
-    /// As [`Loader::matrix`], with the columns of each source; a new shard starts at the even row `split`.
+    /// As [`Loader::matrix`], with the columns of each source; a new shard starts at row `split`, a multiple of 4.
     fn matrix_in_parts(
         &mut self,
         label: &'static str,

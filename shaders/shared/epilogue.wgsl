@@ -174,8 +174,7 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, product: Columns, read: Operands) 
 #endif
 #if GELU
     let x = v * params.scale;
-    out[(i * params.out_stride + o) / WIDTH] =
-        0.5 * x * (1.0 + erf(x * 0.70710678));
+    out[(i * params.out_stride + o) / WIDTH] = 0.5 * x * (1.0 + erf(x * 0.70710678));
 #endif
 #if RESIDUAL
     let at = (entry.row * params.out_stride + o) / WIDTH;

@@ -1,8 +1,8 @@
 //! The WGSL sources of the engine, embedded so that they travel inside the published package.
 //!
 //! One file is one kernel; files in folders are imported and never run alone: those of `shared/` by several kernels, those of a
-//! folder with a kernel's name by that one. The text here is unspecialised: `mor-kernels` resolves `#import` and `#if` and adds the constants. The README has the header
-//! that each file begins with, the directives, and the rules. There are no features.
+//! folder with a kernel's name by that one. The text here is unspecialised: `mor-kernels` resolves `#import` and `#if` and adds
+//! the constants. The README has the header that each file begins with, the directives, and the rules. There are no features.
 //!
 //! ```
 //! let source = mor_shaders::source("rms_norm").expect("there is such a kernel");
