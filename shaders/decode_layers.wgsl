@@ -50,6 +50,7 @@
 #import shared/gate
 #import shared/mailbox
 #import shared/lanes
+#import shared/digits
 #import shared/order_key
 #import shared/pcg4d
 #import shared/sampling
@@ -260,57 +261,82 @@ var<workgroup> blocks: u32;
 
 #import decode_layers/products
 
+// Place of an element among `count`: where a thread stages several next to each other, neighbouring threads read neighbouring places.
+fn place(element: u32, count: u32) -> u32 {
+    return element % OWN * (count / OWN) + element / OWN;
+}
+
+// Of a stream's elements, OWN next to each other, which are this thread's at a turn; the last ones for threads past the end.
+fn own_number(turn: u32) -> u32 {
+    return min(turn * WORKGROUP_SIZE + thread, HIDDEN_SIZE / OWN - 1u);
+}
+
 // Sends for a thread's elements of a norm's weight.
-fn prefetch_norm(at: u32, ahead_norm: ptr<function, array<f32, STREAM_ELEMS>>) {
-#repeat i STREAM_ELEMS
-    (*ahead_norm)[i] = norms[at + min(i * WORKGROUP_SIZE + thread, HIDDEN_SIZE - 1u)];
+fn prefetch_norm(at: u32, ahead_norm: ptr<function, array<f32, STREAM_TURNS * OWN>>) {
+#repeat turn STREAM_TURNS
+#repeat i OWN
+    (*ahead_norm)[turn * OWN + i] = norms[at + own_number(turn) * OWN + i];
+#endrepeat
 #endrepeat
 }
 
 #for P in QKV GATE_UP HEAD
 // Stages a stream from place `at` of the mail on, times a norm's weight, as the activation of the product; leaves the teams' sums
 // of squares, and of the products with routers from `router_at` on unless that is NONE. False if it does not come.
-fn stage_stream_$P(at: u32, expected: u32, weights: ptr<function, array<f32, STREAM_ELEMS>>, router_at: u32) -> bool {
-    var elements: array<vec2<u32>, STREAM_ELEMS>;
+fn stage_stream_$P(
+    at: u32,
+    expected: u32,
+    weights: ptr<function, array<f32, STREAM_TURNS * OWN>>,
+    router_at: u32,
+) -> bool {
+    var elements: array<vec2<u32>, STREAM_TURNS * OWN>;
 #if ROUTED
-    var router_weights: array<f32, STREAM_ELEMS * ROUTERS>;
+    var router_weights: array<f32, STREAM_TURNS * OWN * ROUTERS>;
     // At most one turn.
     for (var row = router_at; row != NONE; row = NONE) {
-#repeat i STREAM_ELEMS
+#repeat turn STREAM_TURNS
+#repeat i OWN
         for (var r = 0u; r < ROUTERS; r++) {
-            router_weights[i * ROUTERS + r] =
-                router_weight(row + r * HIDDEN_SIZE + min(i * WORKGROUP_SIZE + thread, HIDDEN_SIZE - 1u));
+            router_weights[(turn * OWN + i) * ROUTERS + r] = router_weight(row + r * HIDDEN_SIZE + own_number(turn) * OWN + i);
         }
+#endrepeat
 #endrepeat
     }
     router_sums = array<f32, ROUTERS>();
 #endif
-    loop {
+    while thread < HIDDEN_SIZE / OWN {
         var is_there = true;
-#repeat i STREAM_ELEMS
-        elements[i] = mail[at + min(i * WORKGROUP_SIZE + thread, HIDDEN_SIZE - 1u)];
+#repeat turn STREAM_TURNS
+#repeat i OWN
+        elements[turn * OWN + i] = mail[at + i * (HIDDEN_SIZE / OWN) + own_number(turn)];
 #endrepeat
-#repeat i STREAM_ELEMS
-        is_there = is_there && elements[i].y == expected;
+#endrepeat
+#repeat turn STREAM_TURNS
+#repeat i OWN
+        is_there = is_there && elements[turn * OWN + i].y == expected;
+#endrepeat
 #endrepeat
         if is_there || !keeps_waiting() {
             break;
         }
     }
     var square = 0.0;
-#repeat i STREAM_ELEMS
-    let element = i * WORKGROUP_SIZE + thread;
-    if element < HIDDEN_SIZE {
-        let value = bitcast<f32>(elements[i].x);
+#repeat turn STREAM_TURNS
+    if turn * WORKGROUP_SIZE + thread < HIDDEN_SIZE / OWN {
+        var values: array<f32, OWN>;
+#repeat i OWN
+        let value = bitcast<f32>(elements[turn * OWN + i].x);
 #if ROUTED
         if router_at != NONE {
             for (var r = 0u; r < ROUTERS; r++) {
-                router_sums[r] += value * router_weights[i * ROUTERS + r];
+                router_sums[r] += value * router_weights[(turn * OWN + i) * ROUTERS + r];
             }
         }
 #endif
         square += value * value;
-        stage_$P(element, value * (*weights)[i]);
+        values[i] = value * (*weights)[turn * OWN + i];
+#endrepeat
+        stage_$P(turn * WORKGROUP_SIZE + thread, values);
     }
 #endrepeat
     pad_$P(HIDDEN_SIZE);
@@ -335,27 +361,35 @@ fn stage_stream_$P(at: u32, expected: u32, weights: ptr<function, array<f32, STR
 #for P in O DOWN
 // Stages `count` elements from place `at` of the mail on, as the activation of the product. False if they do not come.
 fn stage_mail_$P(at: u32, count: u32) -> bool {
-    for (var first = thread; first < count; first += BATCH * WORKGROUP_SIZE) {
-        var elements: array<vec2<u32>, BATCH>;
+    for (var first = thread; first < count / OWN; first += BATCH_TURNS * WORKGROUP_SIZE) {
+        var elements: array<vec2<u32>, BATCH_TURNS * OWN>;
         loop {
             var is_there = true;
-#repeat i BATCH
-            if i == 0u || i * WORKGROUP_SIZE < count {
-                elements[i] = mail[at + min(first + i * WORKGROUP_SIZE, count - 1u)];
+#repeat turn BATCH_TURNS
+#repeat i OWN
+            if turn == 0u || turn * WORKGROUP_SIZE < count / OWN {
+                elements[turn * OWN + i] = mail[at + i * (count / OWN) + min(first + turn * WORKGROUP_SIZE, count / OWN - 1u)];
             }
 #endrepeat
-#repeat i BATCH
-            if i == 0u || i * WORKGROUP_SIZE < count {
-                is_there = is_there && elements[i].y == tag;
+#endrepeat
+#repeat turn BATCH_TURNS
+#repeat i OWN
+            if turn == 0u || turn * WORKGROUP_SIZE < count / OWN {
+                is_there = is_there && elements[turn * OWN + i].y == tag;
             }
+#endrepeat
 #endrepeat
             if is_there || !keeps_waiting() {
                 break;
             }
         }
-#repeat i BATCH
-        if first + i * WORKGROUP_SIZE < count {
-            stage_$P(first + i * WORKGROUP_SIZE, bitcast<f32>(elements[i].x));
+#repeat turn BATCH_TURNS
+        if first + turn * WORKGROUP_SIZE < count / OWN {
+            var values: array<f32, OWN>;
+#repeat i OWN
+            values[i] = bitcast<f32>(elements[turn * OWN + i].x);
+#endrepeat
+            stage_$P(first + turn * WORKGROUP_SIZE, values);
         }
 #endrepeat
     }
@@ -382,6 +416,12 @@ fn norm_factor() -> f32 {
 fn post_pair(at: u32, value: vec2<f32>) {
     post(at, value.x, tag);
     post(at + 1u, value.y, tag);
+}
+
+// Elements `column` and `column + 1` of the stream at `at`.
+fn post_stream(at: u32, column: u32, value: vec2<f32>) {
+    post(at + place(column, HIDDEN_SIZE), value.x, tag);
+    post(at + place(column + 1u, HIDDEN_SIZE), value.y, tag);
 }
 
 #import decode_layers/attention
@@ -473,12 +513,12 @@ fn run_layers() -> bool {
     var running_tag = 0u;
 #endif
     var ahead: array<Unit_LAYER, 2u * LAYER_PREFETCH>;
-    var ahead_norm: array<f32, STREAM_ELEMS>;
+    var ahead_norm: array<f32, STREAM_TURNS * OWN>;
     var ahead_keys: array<KvUnit, KEYS>;
     var ahead_values: array<KvUnit, KEYS>;
     if has_pair_DOWN() {
         own_hidden = embedded(rows[0].token, 2u * pair);
-        post_pair(2u * pair, own_hidden);
+        post_stream(0u, 2u * pair, own_hidden);
     }
     // All at once, for each is three loads that wait for each other.
     for (var group = thread; group < params.num_groups; group += WORKGROUP_SIZE) {
@@ -608,7 +648,7 @@ fn run_layers() -> bool {
         var own_middle = vec2<f32>();
         if has_pair_O() {
             own_middle = residual + product_O(thread);
-            post_pair(MIDDLE + column, own_middle);
+            post_stream(MIDDLE, column, own_middle);
         }
 
         workgroupBarrier();
@@ -635,7 +675,7 @@ fn run_layers() -> bool {
         tag += 1u;
         if has_pair_GATE_UP() {
             let v = product_GATE_UP(thread) * mlp_factor;
-            post(MLP + pair, v.x / (1.0 + exp(-v.x)) * v.y, tag);
+            post(MLP + place(pair, MLP_DIM), v.x / (1.0 + exp(-v.x)) * v.y, tag);
         }
 
         workgroupBarrier();
@@ -680,7 +720,7 @@ fn run_layers() -> bool {
             hidden_tag = tag;
         }
         if has_pair_DOWN() {
-            post_pair(output * HIDDEN_SIZE + column, y);
+            post_stream(output * HIDDEN_SIZE, column, y);
         }
         workgroupBarrier();
     }

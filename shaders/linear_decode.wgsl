@@ -23,16 +23,15 @@
 //           LANES; PARTS = UNIT / 8; NORM, or MERGE of SPLITS partials of heads of HEAD_DIM, or neither; X_BY_ROW;
 //           SINGLE: streams have one row; SUBGROUP: lanes exchange by subgroup operations, SHUFFLES: by shuffles,
 //           BUILT_IN: and are added by built-in sums, LANES being the subgroup size; WEIGHT_F16 or WEIGHT_BF16 or
-//           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; DIGITS, of WIDE and SUBGROUP: UNIT_DIGITS
-//           vectors of each digit a unit, an even number of units staged by a multiple of 8 threads; STORE, GELU,
+//           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; DIGITS, of WIDE; STORE, GELU,
 //           RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into
 //           f16 caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with
 //           what the layer adds up to
 // Limits    16 * ROWS * (2 * CHUNK * PARTS + CHUNK * PARTS / 4 + 1) bytes of workgroup memory, with DIGITS
-//           26 * ROWS * CHUNK * PARTS, with NORM 4 * ROWS * GROUPS * LANES more, without SUBGROUP 4 * GROUPS * LANES more;
+//           24 * ROWS * CHUNK * PARTS, with NORM 4 * ROWS * GROUPS * LANES more, without SUBGROUP 4 * GROUPS * LANES more;
 //           with TEXELS the last alone
-// Numerics  f32; lane-strided partial sums, then a tree over lanes; codes are summed before they are scaled. DIGITS: exact sums
-//           within a group, of an activation that is off by less than 2^-23 of the group's greatest
+// Numerics  f32; lane-strided partial sums, then a tree over lanes; codes are summed before they are scaled. DIGITS: the
+//           activation is off by less than 2^-16 of the greatest of eight; their sums are exact
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
 #import shared/rows
 #import shared/weights
@@ -84,11 +83,9 @@ const OUTPUTS: u32 = 2u * PAIRS;
 // Units of a row with those of its last block that are not there, whose inputs are zero.
 const WHOLE_BLOCKS: u32 = (UNITS + BLOCK * LANES - 1u) / (BLOCK * LANES) * (BLOCK * LANES);
 #if DIGITS
-const GROUPS_STAGED: u32 = CHUNK * UNIT / GROUP;
-
-// As [ROWS, 3 digits, UNIT_DIGITS, CHUNK]: neighbouring lanes read neighbouring vectors. Of each group its step and sum.
-var<workgroup> staged: array<vec4<u32>, ROWS * 3u * UNIT_DIGITS * CHUNK>;
-var<workgroup> staged_groups: array<vec2<f32>, ROWS * GROUPS_STAGED>;
+// As [ROWS, PARTS, CHUNK]: neighbouring lanes read neighbouring vectors. Of each eight its digits, its step and its sum.
+var<workgroup> staged: array<vec4<u32>, ROWS * PARTS * CHUNK>;
+var<workgroup> staged_steps: array<vec2<f32>, ROWS * PARTS * CHUNK>;
 #else
 // One vec4 of padding after every 8 spreads the lanes' strided reads over the banks.
 const ROW_STRIDE: u32 = CHUNK * PARTS * 2u + CHUNK * PARTS / 4u + 1u;
@@ -109,26 +106,23 @@ fn texel(at: u32) -> vec4<u32> {
 }
 
 #else
+#if DIGITS
+// Stages elements 8e..8e+7 of this chunk for row m.
+fn stage_eight(m: u32, e: u32, low: vec4<f32>, high: vec4<f32>) {
+#if WEIGHT_Q4
+    let digits = digits_of(vec4<f32>(low.xz, high.xz), vec4<f32>(low.yw, high.yw));
+#else
+    let digits = digits_of(low, high);
+#endif
+    let to = (m * PARTS + e % PARTS) * CHUNK + e / PARTS;
+    staged[to] = digits.words;
+    staged_steps[to] = vec2<f32>(digits.step, digits.sum);
+}
+#else
 fn padded(c: u32) -> u32 {
     return c + (c >> 3u);
 }
-
-// Stages elements 4c..4c+3 of this chunk for row m.
-fn stage(m: u32, c: u32, x: vec4<f32>, lane: u32) {
-#if DIGITS
-    let digits = digits_of(x, lane);
-    let unit = c / (4u * UNIT_DIGITS);
-    let half = c / 4u % UNIT_DIGITS;
-    for (var d = 0u; d < 3u; d++) {
-        staged[((m * 3u + d) * UNIT_DIGITS + half) * CHUNK + unit][c % 4u] = digits.words[d];
-    }
-    if lane % 8u == 0u {
-        staged_groups[m * GROUPS_STAGED + c / 8u] = vec2<f32>(digits.step, digits.sum);
-    }
-#else
-    staged[m * ROW_STRIDE + padded(c)] = x;
 #endif
-}
 #endif
 
 #if QUANTISED
@@ -164,6 +158,17 @@ fn codes_of(loaded: LoadedUnit, part: u32) -> mat2x4<f32> {
     return code_values(loaded.codes[part]);
 #endif
 }
+#if DIGITS
+
+// The codes of elements 8 * part and the 7 after it, as their digits are.
+fn part_words(codes: vec4<u32>, part: u32) -> vec2<u32> {
+#if WEIGHT_Q8
+    return vec2<u32>(codes[2u * part], codes[2u * part + 1u]);
+#else
+    return q4_words(codes[part]);
+#endif
+}
+#endif
 #else
 alias LoadedUnit = QuantisedUnit;
 
@@ -218,29 +223,25 @@ fn add_unit(
 ) {
 #if DIGITS
     for (var m = 0u; m < ROWS; m++) {
-        let group = staged_groups[m * GROUPS_STAGED + unit * UNIT / GROUP];
-        var dots: array<vec3<i32>, OUTPUTS>;
+        var products: array<f32, OUTPUTS>;
         for (var o = 0u; o < OUTPUTS; o++) {
-            dots[o] = vec3<i32>();
+            products[o] = 0.0;
         }
-#repeat half UNIT_DIGITS
-        let first = staged[(m * 3u * UNIT_DIGITS + half) * CHUNK + unit];
-        let second = staged[((m * 3u + 1u) * UNIT_DIGITS + half) * CHUNK + unit];
-        let third = staged[((m * 3u + 2u) * UNIT_DIGITS + half) * CHUNK + unit];
+        var inputs = 0.0;
+#repeat part PARTS
+        let at = (m * PARTS + part) * CHUNK + unit;
+        let words = staged[at];
+        let step = staged_steps[at];
+        inputs += step.y;
         for (var o = 0u; o < OUTPUTS; o++) {
-            let codes = digit_codes((*loaded)[o].codes, half);
-            dots[o] = vec3<i32>(
-                add_dots(dots[o].x, codes, first),
-                add_dots(dots[o].y, codes, second),
-                add_dots(dots[o].z, codes, third),
-            );
+            products[o] += step.x * digit_product(part_words((*loaded)[o].codes, part), words);
         }
 #endrepeat
         for (var o = 0u; o < OUTPUTS; o++) {
             let parameters = unpack_parameters((*loaded)[o].parameters, (base + unit) * UNIT / GROUP);
-            (*sums)[m * OUTPUTS + o] += parameters.x * group.x * digit_product(dots[o]);
+            (*sums)[m * OUTPUTS + o] += parameters.x * products[o];
 #if WEIGHT_Q4
-            (*sums)[m * OUTPUTS + o] += parameters.y * group.y;
+            (*sums)[m * OUTPUTS + o] += parameters.y * inputs;
 #endif
         }
     }
@@ -549,6 +550,23 @@ fn main(
         }
         for (var m = 0u; m < ROWS; m++) {
             let entry = list_entry(first_entry + m);
+#if DIGITS
+            for (var e = thread; e < min(CHUNK, WHOLE_BLOCKS - base) * PARTS; e += THREADS) {
+                let at = 2u * (base * PARTS + e);
+                var low = vec4<f32>();
+                var high = vec4<f32>();
+                if entry.row != NONE && at < IN_FEATURES / 4u {
+                    low = load_x(first_entry + m, entry, at);
+                    high = load_x(first_entry + m, entry, at + 1u);
+                }
+#if NORM
+                square[m] += dot(low, low) + dot(high, high);
+                low *= norm_weight[min(at, IN_FEATURES / 4u - 2u)];
+                high *= norm_weight[min(at, IN_FEATURES / 4u - 2u) + 1u];
+#endif
+                stage_eight(m, e, low, high);
+            }
+#else
             for (var c = thread; c < min(CHUNK, WHOLE_BLOCKS - base) * PARTS * 2u; c += THREADS) {
                 let at = base * PARTS * 2u + c;
                 var value = vec4<f32>();
@@ -559,8 +577,9 @@ fn main(
                 square[m] += dot(value, value);
                 value *= norm_weight[min(at, IN_FEATURES / 4u - 1u)];
 #endif
-                stage(m, c, value, thread);
+                staged[m * ROW_STRIDE + padded(c)] = value;
             }
+#endif
         }
 #if NORM
         for (var m = 0u; m < ROWS; m++) {

@@ -6,7 +6,7 @@ use mor_bench::{SHAPES, is_wanted, record, time_read};
 use mor_kernels::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{LinearDecode, LinearDecodeBindings, Prologue};
-use mor_kernels::oracle::linear_decode::linear;
+use mor_kernels::oracle::linear_decode::{linear, rounded_to_digits};
 use mor_kernels::oracle::rms_norm::rms_norm;
 use mor_kernels::parity::{self, Output, Rng, Tolerance};
 use mor_kernels::plan::Grid;
@@ -88,6 +88,7 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [o, k]: [u32; 2], n
         let grid = Grid::Fixed([o.div_ceil(columns), (n as u32).div_ceil(kernel.rows), 1]);
         let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else { continue };
         gpu.run(&plan).expect("the device answers");
+        let input = if kernel.multiplies_digits(gpu.caps()) { rounded_to_digits(&input) } else { input };
         let products = linear(&input, &w, k_len);
         let want: Vec<f32> =
             products.chunks(distinct).flat_map(|row| row.iter().copied().cycle().take(o_len)).collect();

@@ -239,7 +239,9 @@ fn attend(
                 post(STATISTICS + 2u * at, all_highest, tag + 1u);
                 post(STATISTICS + 2u * at + 1u, all_sum, tag + 1u);
             }
-            post(ATTENTION + at * HEAD_DIM + thread, all_out, tag + 1u);
+            // Merged by element, or as it is by what stages it.
+            let to = select(at * HEAD_DIM + thread, place(part.head * HEAD_DIM + thread, Q_DIM), splits == 1u);
+            post(ATTENTION + to, all_out, tag + 1u);
         }
         workgroupBarrier();
     }
@@ -280,32 +282,45 @@ fn stage_attention() -> bool {
         }
     }
     workgroupBarrier();
-    for (var element = thread; element < O_QUADS * LAYER_QUAD_ELEMS; element += WORKGROUP_SIZE) {
+    for (var element = thread; element < Q_DIM; element += WORKGROUP_SIZE) {
         var value = 0.0;
-        if element < Q_DIM {
-            let first = element / HEAD_DIM * splits;
-            for (var base = 0u; base < splits; base += BATCH) {
-                var elements: array<vec2<u32>, BATCH>;
-                loop {
-                    var is_there = true;
+        let first = element / HEAD_DIM * splits;
+        for (var base = 0u; base < splits; base += BATCH) {
+            var elements: array<vec2<u32>, BATCH>;
+            loop {
+                var is_there = true;
 #repeat i BATCH
-                    elements[i] = mail[ATTENTION + (first + min(base + i, splits - 1u)) * HEAD_DIM + element % HEAD_DIM];
+                elements[i] = mail[ATTENTION + (first + min(base + i, splits - 1u)) * HEAD_DIM + element % HEAD_DIM];
 #endrepeat
 #repeat i BATCH
-                    is_there = is_there && elements[i].y == tag;
+                is_there = is_there && elements[i].y == tag;
 #endrepeat
-                    if is_there || !keeps_waiting() {
-                        break;
-                    }
+                if is_there || !keeps_waiting() {
+                    break;
                 }
-#repeat i BATCH
-                if base + i < splits {
-                    value += team_sums[first + base + i].x * bitcast<f32>(elements[i].x);
-                }
-#endrepeat
             }
+#repeat i BATCH
+            if base + i < splits {
+                value += team_sums[first + base + i].x * bitcast<f32>(elements[i].x);
+            }
+#endrepeat
         }
-        stage_O(element, value);
+#if DIGITS
+        staged[STAGED_MERGED + element / 4u][element % 4u] = value;
+#else
+        stage_O(element, array<f32, OWN>(value));
+#endif
     }
+#if DIGITS
+    if !all_is_there() {
+        return false;
+    }
+    for (var own = thread; own < Q_DIM / OWN; own += WORKGROUP_SIZE) {
+        let low = staged[STAGED_MERGED + 2u * own];
+        let high = staged[STAGED_MERGED + 2u * own + 1u];
+        stage_O(own, array<f32, OWN>(low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w));
+    }
+#endif
+    pad_O(Q_DIM);
     return all_is_there();
 }

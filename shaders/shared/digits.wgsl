@@ -1,78 +1,43 @@
-// Activations as integers, whose products with the codes of quantised weights are those of dot4I8Packed. A group of GROUP elements
-// has a step, a 127th of its greatest size, and each element three signed bytes, its digits:
-// x = step * (d0 + d1 / 254 + d2 / 254^2). What is left is less than 2^-23 of the greatest: as exact as f32, where one digit, as
-// others have it, would lose 2^-8. Products of a group's digits and codes are summed exactly. Flag: DIGITS; without, this file is
-// empty.
-//
-// Eight neighbouring lanes hold a group, four consecutive elements each. The including kernel imports
-// shared/quantized_units.
+// Activations as integers, whose products with the codes of quantised weights are those of dot4I8Packed. Eight elements next to each
+// other have a step, and each of them two signed bytes, its digits: x = step * (256 * high + low). What is left is less than 2^-16
+// of the greatest, where one digit, as others have it, would lose 2^-8. A thread makes the digits of its eight alone, since what
+// waits for them waits for every exchange between lanes. Flag: DIGITS; without, this file is empty.
 #if DIGITS
-// The digits of four elements: of each digit a word of signed bytes, in the order of the codes. With the step, and the sum of x.
 struct Digits {
-    words: vec3<u32>,
+    // Low bytes of `a`, of `b`, high bytes of `a`, of `b`.
+    words: vec4<u32>,
     step: f32,
+    // Of the elements as the digits have them.
     sum: f32,
 }
 
-fn packed_digits(x: vec4<f32>) -> vec3<u32> {
-    let d0 = round(x);
-    let rest = (x - d0) * 254.0;
-    let d1 = round(rest);
-    let d2 = round((rest - d1) * 254.0);
-    return vec3<u32>(pack4xI8(vec4<i32>(d0)), pack4xI8(vec4<i32>(d1)), pack4xI8(vec4<i32>(d2)));
+const GREATEST: f32 = 32600.0;
+// Added to a number it leaves that, and 128, in the last places of a fraction: the lowest byte counts from -128 then.
+const LAST_PLACES: f32 = 12583040.0;
+
+fn digits_of(a: vec4<f32>, b: vec4<f32>) -> Digits {
+    let sizes = max(abs(a), abs(b));
+    let pair = max(sizes.xy, sizes.zw);
+    let greatest = max(pair.x, pair.y);
+    // Of smaller ones the inverse could overflow.
+    let factor = select(0.0, GREATEST * (1.0 / greatest), greatest > 1e-30);
+    let x = bitcast<vec4<u32>>(fma(a, vec4<f32>(factor), vec4<f32>(LAST_PLACES)));
+    let y = bitcast<vec4<u32>>(fma(b, vec4<f32>(factor), vec4<f32>(LAST_PLACES)));
+    // Low and high bytes of the even elements, and of the odd ones.
+    let even = vec2<u32>((x.x & 0xffffu) | (x.z << 16u), (y.x & 0xffffu) | (y.z << 16u));
+    let odd = vec2<u32>((x.y & 0xffffu) | (x.w << 16u), (y.y & 0xffffu) | (y.w << 16u));
+    let low = (even & vec2<u32>(0x00ff00ffu)) | ((odd & vec2<u32>(0x00ff00ffu)) << vec2<u32>(8u));
+    let high = ((even >> vec2<u32>(8u)) & vec2<u32>(0x00ff00ffu)) | (odd & vec2<u32>(0xff00ff00u));
+    let places = x + y;
+    let sum = i32(places.x + places.y + places.z + places.w - 8u * bitcast<u32>(LAST_PLACES));
+    let step = greatest * (1.0 / GREATEST);
+    return Digits(vec4<u32>(low ^ vec2<u32>(0x80808080u), high), step, step * f32(sum));
 }
 
-fn digits_of(x: vec4<f32>, lane: u32) -> Digits {
-    let sizes = max(abs(x.xy), abs(x.zw));
-    var greatest = max(sizes.x, sizes.y);
-#if WEIGHT_Q4
-    var sum = dot(x, vec4<f32>(1.0));
-#else
-    let sum = 0.0;
-#endif
-    for (var step = 1u; step < 8u; step = step * 2u) {
-        greatest = max(greatest, subgroupShuffleXor(greatest, step));
-#if WEIGHT_Q4
-        sum += subgroupShuffleXor(sum, step);
-#endif
-    }
-    // Of smaller groups the inverse could overflow.
-    let own = packed_digits(x * select(0.0, 127.0 / greatest, greatest > 1e-30));
-#if WEIGHT_Q4
-    // A word of codes has its even elements in the low halves of its bytes, its odd ones in the high halves: two lanes have the eight
-    // elements; the first keeps the even ones of both.
-    let others = subgroupShuffleXor(own, 1u);
-    let is_odd = lane % 2u == 1u;
-    let low = select(own, others >> vec3<u32>(8u), is_odd);
-    let high = select(others, own >> vec3<u32>(8u), is_odd);
-    let words = (low & vec3<u32>(0xffu)) | ((low >> vec3<u32>(8u)) & vec3<u32>(0xff00u))
-        | (((high & vec3<u32>(0xffu)) | ((high >> vec3<u32>(8u)) & vec3<u32>(0xff00u))) << vec3<u32>(16u));
-#else
-    let words = own;
-#endif
-    return Digits(words, greatest / 127.0, sum);
+// The product of eight codes with the digits of eight elements, which is exact, in steps.
+fn digit_product(codes: vec2<u32>, words: vec4<u32>) -> f32 {
+    let low = dot4I8Packed(codes.x, words.x) + dot4I8Packed(codes.y, words.y);
+    let high = dot4I8Packed(codes.x, words.z) + dot4I8Packed(codes.y, words.w);
+    return f32(high * 256 + low);
 }
-
-// The product of a unit's codes with its digits, to be multiplied with the step and the codes' scale. `sums` are those of each digit.
-fn digit_product(sums: vec3<i32>) -> f32 {
-    return f32(sums.x) + f32(sums.y * 254 + sums.z) * (1.0 / 64516.0);
-}
-
-// Adds the products of four words of codes (q8) or of two (q4) with four words of one digit.
-fn add_dots(sum: i32, codes: vec4<u32>, digits: vec4<u32>) -> i32 {
-    return sum + dot4I8Packed(codes.x, digits.x) + dot4I8Packed(codes.y, digits.y) + dot4I8Packed(codes.z, digits.z)
-        + dot4I8Packed(codes.w, digits.w);
-}
-
-#if WEIGHT_Q4
-// The codes that meet vector `half` of each digit.
-fn digit_codes(codes: vec4<u32>, half: u32) -> vec4<u32> {
-    let pair = select(codes.xy, codes.zw, half == 1u);
-    return vec4<u32>(pair.x, pair.x >> 4u, pair.y, pair.y >> 4u) & vec4<u32>(0x0f0f0f0fu);
-}
-#else
-fn digit_codes(codes: vec4<u32>, half: u32) -> vec4<u32> {
-    return codes;
-}
-#endif
 #endif

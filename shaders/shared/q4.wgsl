@@ -20,13 +20,7 @@ fn q4_scale_offset(parameters: u32) -> vec2<f32> {
     return unpack2x16float(parameters);
 }
 
-// As q4_values, but with Q4_BIAS added, exactly, as q8_biased: halves from 64 on have a 1 in bit 4.
-const Q4_BIAS: f32 = 64.0;
-
-fn q4_biased(codes: u32) -> mat2x4<f32> {
-    let shifted = vec4<u32>(codes << 4u, codes, codes >> 4u, codes >> 8u);
-    let halves = (shifted & vec4<u32>(0x00f000f0u)) | vec4<u32>(0x54005400u);
-    let low = vec4<f32>(unpack2x16float(halves.x), unpack2x16float(halves.y));
-    let high = vec4<f32>(unpack2x16float(halves.z), unpack2x16float(halves.w));
-    return mat2x4<f32>(vec4<f32>(low.x, low.z, high.x, high.z), vec4<f32>(low.y, low.w, high.y, high.w));
+// Codes of 8 elements as bytes: of the even ones, of the odd ones.
+fn q4_words(codes: u32) -> vec2<u32> {
+    return vec2<u32>(codes, codes >> 4u) & vec2<u32>(0x0f0f0f0fu);
 }

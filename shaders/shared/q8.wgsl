@@ -22,15 +22,3 @@ fn q8_values(codes: vec2<u32>) -> mat2x4<f32> {
 fn q8_scale(parameters: u32, group: u32) -> f32 {
     return unpack2x16float(parameters >> (group % 2u * 16u)).x;
 }
-
-// As q8_values, but with Q8_BIAS added, exactly: as halves from 1024 on, whose last place is 1, codes take two operations less each.
-const Q8_BIAS: f32 = 1152.0;
-
-fn q8_biased(codes: vec2<u32>) -> mat2x4<f32> {
-    // Flipping the sign bit adds 128.
-    let even = (codes & vec2<u32>(0x00ff00ffu)) ^ vec2<u32>(0x64806480u);
-    let odd = ((codes >> vec2<u32>(8u)) & vec2<u32>(0x00ff00ffu)) ^ vec2<u32>(0x64806480u);
-    let low = vec4<f32>(unpack2x16float(even.x), unpack2x16float(odd.x));
-    let high = vec4<f32>(unpack2x16float(even.y), unpack2x16float(odd.y));
-    return mat2x4<f32>(low.xzyw, high.xzyw);
-}

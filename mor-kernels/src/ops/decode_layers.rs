@@ -252,6 +252,14 @@ struct Division {
     turn: u32,
 }
 
+impl Division {
+    /// vec4s of the staged activation: elements, or digits of eight and half as much for their steps.
+    fn staged_vec4s(&self, dtype: DType) -> u32 {
+        let elements = self.quads * quad_elems(dtype);
+        if dtype.is_quantized() { elements / 16 * 3 } else { elements / 4 }
+    }
+}
+
 /// Keys up to which a workgroup has a head for itself, and those of each of several.
 const ALONE_KEYS: u32 = 384;
 const SPLIT_KEYS: u32 = 192;
@@ -331,7 +339,7 @@ impl DecodeLayers {
         // More threads would leave each few registers for what is on its way.
         let workgroup_size = caps.max_workgroup_size.min(512);
         // Measured on an H200.
-        let prefetch = |dtype| if dtype == DType::Q4 { 3 } else { 4 };
+        let prefetch = |dtype: DType| if dtype.is_quantized() { 3 } else { 4 };
         // What a thread has of a stream.
         let batch = shape.hidden_size.div_ceil(workgroup_size).next_power_of_two().clamp(2, 4);
         let kernel = Self {
@@ -422,6 +430,12 @@ impl DecodeLayers {
         layer.max(2 * self.num_workgroups) as usize
     }
 
+    /// Elements next to each other that a thread stages of an activation: where matrices are quantised, eight become digits together.
+    fn own_elems(&self) -> u32 {
+        let quantized = self.shape.layer_dtype.is_quantized() || self.shape.head_dtype.is_quantized();
+        if quantized { 8 } else { 1 }
+    }
+
     fn q_dim(&self) -> u32 {
         self.shape.attention.num_attention_heads * self.shape.attention.head_dim
     }
@@ -501,13 +515,19 @@ impl DecodeLayers {
         division
     }
 
+    /// Where attention whose parts are merged is staged before it becomes digits: behind the output projection's activation.
+    fn merged_place(&self, caps: &DeviceCaps) -> u32 {
+        self.divisions(caps)[1].staged_vec4s(self.shape.layer_dtype)
+    }
+
     /// vec4s that are staged at a time, and partial sums.
     fn storage(&self, caps: &DeviceCaps) -> (u32, u32) {
         let teams = self.workgroup_size / caps.lanes().width();
         let divisions = self.divisions(caps);
-        let vec4s = |division: &Division, dtype| division.quads * quad_elems(dtype) / 4;
-        let layer = divisions.iter().map(|division| vec4s(division, self.shape.layer_dtype)).max().unwrap_or(0);
-        let activation = layer.max(vec4s(&self.head_division(caps), self.shape.head_dtype));
+        let layer = divisions.iter().map(|division| division.staged_vec4s(self.shape.layer_dtype)).max().unwrap_or(0);
+        let activation = layer.max(self.head_division(caps).staged_vec4s(self.shape.head_dtype));
+        let merged = self.merged_place(caps) + self.q_dim() / 4;
+        let activation = if self.own_elems() == 1 { activation } else { activation.max(merged) };
         let partials = divisions.iter().map(|division| division.rounds * teams).max().unwrap_or(0);
         let head_quads = self.shape.attention.head_dim / 4;
         let parts = self.shape.attention.num_attention_heads * self.max_splits();
@@ -582,11 +602,15 @@ impl Kernel for DecodeLayers {
             .u32("KEY_LANES", (shape.attention.head_dim / 8).next_power_of_two())
             .u32("KEYS", self.keys)
             .u32("BATCH", self.batch)
-            .u32("STREAM_ELEMS", shape.hidden_size.div_ceil(self.workgroup_size))
+            .u32("OWN", self.own_elems())
+            .flag("DIGITS", self.own_elems() == 8)
+            .u32("STREAM_TURNS", shape.hidden_size.div_ceil(self.own_elems() * self.workgroup_size))
+            .u32("BATCH_TURNS", self.batch.div_ceil(self.own_elems()))
             .u32("ALONE_KEYS", ALONE_KEYS)
             .u32("SPLIT_KEYS", SPLIT_KEYS)
             .u32("MAX_SPLITS", self.max_splits())
             .u32("STAGED", staged)
+            .u32("STAGED_MERGED", self.merged_place(caps))
             .u32("NUM_TEAM_SUMS", team_sums)
             .f32("MIN_TEMPERATURE", MIN_TEMPERATURE)
             .flag("SUBGROUP", true)

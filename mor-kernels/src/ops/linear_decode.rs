@@ -232,13 +232,10 @@ impl LinearDecode {
         plan.dispatch(self, b, p, Grid::rows(b.rows, self.workgroups_x(), self.rows))
     }
 
-    /// Whether codes are multiplied with digits of the activation (`shared/digits.wgsl`), of which eight lanes make a group's. To
-    /// make those of several rows in every workgroup takes longer than it saves.
-    fn multiplies_digits(&self, caps: &DeviceCaps) -> bool {
-        let lanes = caps.lanes();
-        let exchanges = lanes.uses_subgroups() && lanes.width() >= 8 && (self.lanes * self.groups).is_multiple_of(8);
-        let whole_groups = self.unit > 8 && (self.block * self.lanes).is_multiple_of(2);
-        self.rows == 1 && whole_groups && exchanges && caps.packed_dots && !caps.is_cpu
+    /// Whether codes are multiplied with digits of the activation (`shared/digits.wgsl`). To make those of several rows in every
+    /// workgroup takes longer than it saves.
+    pub fn multiplies_digits(&self, caps: &DeviceCaps) -> bool {
+        self.rows == 1 && self.unit > 8 && caps.packed_dots && !caps.is_cpu
     }
 
     fn workgroups_x(&self) -> u32 {
@@ -304,7 +301,6 @@ impl Kernel for LinearDecode {
             .u32("TEXEL_ROW", TEXEL_ROW)
             .flag("TEXELS", caps.is_cpu)
             .flag("DIGITS", self.multiplies_digits(caps))
-            .u32("UNIT_DIGITS", if self.weight_dtype == DType::Q4 { 2 } else { 1 })
             .flag("SINGLE", self.single_row)
             .u32("SPLITS", splits)
             .u32("HEAD_DIM", head_dim)
@@ -331,8 +327,8 @@ impl Kernel for LinearDecode {
         }
         let chunk = self.chunk(caps);
         let staged = match self.multiplies_digits(caps) {
-            // Three bytes an element, and of each 32 step and sum.
-            true => chunk * (3 * 8 + 2),
+            // Two bytes an element, and of each eight step and sum.
+            true => chunk * (16 + 8),
             false => 16 * (chunk * 2 + chunk / 4 + 1),
         };
         self.rows * staged + self.reduction_bytes(caps)
@@ -342,7 +338,7 @@ impl Kernel for LinearDecode {
 #[cfg(all(test, feature = "oracle"))]
 mod tests {
     use super::*;
-    use crate::oracle::linear_decode::{gather, linear};
+    use crate::oracle::linear_decode::{gather, linear, rounded_to_digits};
     use crate::oracle::rms_norm::rms_norm;
     use crate::parity::{self, EpilogueCase, Rng, Tolerance};
 
@@ -406,6 +402,9 @@ mod tests {
                         let bindings = LinearDecodeBindings { rows: &rows, weight: &weight, prologue, epilogue };
                         let grid = Grid::Fixed([kernel.workgroups_x(), (num_active as u32).div_ceil(kernel.rows), 1]);
                         parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
+                        // The norm's factor is one for all of a row: digits of what it scales are as those of what it has scaled.
+                        let digits = kernel.multiplies_digits(gpu.caps()).then(|| rounded_to_digits(input));
+                        let input = digits.as_ref().unwrap_or(input);
                         let want: Vec<f32> = linear(input, &w, in_features).iter().map(|v| v * 0.5).collect();
                         let what = format!(
                             "linear_decode {profile} {:?} {dtype:?} K={in_features} O={num_outputs} n={num_active}",

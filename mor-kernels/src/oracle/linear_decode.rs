@@ -14,6 +14,19 @@ pub fn linear(x: &[f32], w: &[f32], in_features: usize) -> Vec<f32> {
     x.chunks(in_features).flat_map(|row| w.chunks(in_features).map(move |weights| dot(row, weights))).collect()
 }
 
+/// `x`, a multiple of eight elements, as the digits of `shared/digits.wgsl` have it: eight at a time in whole steps, of which the
+/// greatest is 32,600.
+pub fn rounded_to_digits(x: &[f32]) -> Vec<f32> {
+    const GREATEST: f32 = 32600.0;
+    let rounded = |eight: &[f32]| {
+        let greatest = eight.iter().fold(0.0f32, |greatest, v| greatest.max(v.abs()));
+        let factor = if greatest > 1e-30 { GREATEST * (1.0 / greatest) } else { 0.0 };
+        let step = greatest * (1.0 / GREATEST);
+        eight.iter().map(|v| (v * factor).round_ties_even() * step).collect::<Vec<_>>()
+    };
+    x.chunks(8).flat_map(rounded).collect()
+}
+
 /// What an epilogue reads and updates besides the product; unused parts stay empty.
 #[derive(Clone, Debug, Default)]
 pub struct EpilogueState {
