@@ -265,14 +265,16 @@ fn add_linear_decode(list: &mut List) {
         if prologue == P::Stream && !list.is_likeliest() {
             continue;
         }
+        let epilogue = EpilogueKind::Store;
         for in_features in [960, 8192] {
             for max_rows in [1, 2, 4, 8] {
                 for dtype in [DType::F16, DType::Q8, DType::Q4] {
-                    let epilogue = EpilogueKind::Store;
                     list.add(&LinearDecode::new(&list.caps, [98, in_features], dtype, prologue, epilogue, max_rows));
                 }
             }
         }
+        // Many outputs have larger workgroups.
+        list.add(&LinearDecode::new(&list.caps, [5120, 960], DType::F16, prologue, epilogue, 8));
     }
 }
 

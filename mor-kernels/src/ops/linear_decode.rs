@@ -196,11 +196,13 @@ impl LinearDecode {
         // Two sums are taken at a time, by two lanes.
         kernel.lanes = width.min(in_features.div_ceil(kernel.unit).next_power_of_two().max(2));
         let is_enough = |workgroup_outputs| num_outputs.div_ceil(workgroup_outputs) >= ENOUGH_WORKGROUPS;
-        while threads > least_threads && !is_enough(2 * threads / kernel.lanes) {
-            threads /= 2;
-        }
-        kernel.groups = threads / kernel.lanes;
         let step = kernel.lanes * kernel.unit / 8;
+        kernel.groups = threads / kernel.lanes;
+        // Fewer threads leave more memory to inputs too: sums of squares of several rows take what a step of theirs needs.
+        while threads > least_threads && !(is_enough(2 * kernel.groups) && step <= kernel.fitting(caps)) {
+            threads /= 2;
+            kernel.groups = threads / kernel.lanes;
+        }
         let mut most_ahead = 2;
         if rows > 1 {
             // Each value of the activation that is read is multiplied with twice as many weights, which are as many on their way.
@@ -356,6 +358,8 @@ mod tests {
                 (DType::F16, 960, 320, 1, 1),
                 (DType::BF16, 2560, 32, 2, 2),
                 (DType::F32, 8192, 6, 9, 8),
+                // Outputs for many workgroups, whose threads are more then.
+                (DType::F16, 256, 5120, 7, 8),
                 (DType::Q8, 8, 6, 1, 1),
                 (DType::Q8, 264, 66, 3, 4),
                 (DType::Q8, 960, 130, 1, 1),
