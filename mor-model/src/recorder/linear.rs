@@ -42,7 +42,7 @@ impl<'a> Recorder<'a> {
         let (Some(Adapter { a, b }), Some(adapted)) = (&projection.adapter, &step.adapted) else {
             return self.record_linear(plan, rows, input, (weight, columns), epilogue, params);
         };
-        let input = match self.product(rows, columns.end - columns.start, weight) {
+        let input = match self.product(rows, columns.end - columns.start, weight, input) {
             // Both factors' norms are one.
             Product::ManyRows { .. } => self.record_norm(plan, rows, input, params.eps, &step.normed)?,
             Product::FewRows { .. } => input,
@@ -81,8 +81,8 @@ impl<'a> Recorder<'a> {
         self.record_linear(plan, rows, input, (weight, columns), epilogue, params)
     }
 
-    /// The kernels for `num_outputs` of the rows of `weight`.
-    fn product(&self, rows: &RowSet, num_outputs: u32, weight: &Matrix) -> Product {
+    /// The kernels for the product of `input` with `num_outputs` of the rows of `weight`.
+    fn product(&self, rows: &RowSet, num_outputs: u32, weight: &Matrix, input: Input<'_>) -> Product {
         let num_rows = match self.phase {
             // A prompt ends in one row.
             Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
@@ -90,7 +90,8 @@ impl<'a> Recorder<'a> {
             _ => self.step.capacity,
         };
         let outputs = (num_outputs, weight.num_rows as u32);
-        self.phase.product(self.model.gpu().caps(), self.model.precision(), num_rows, outputs)
+        let merges = matches!(input, Input::Merge { .. });
+        self.phase.product(self.model.gpu().caps(), self.model.precision(), num_rows, outputs, merges)
     }
 
     /// How many of a prompt's rows `rows` are likely to be: all, or the share that a recursion is trained to take.
@@ -134,7 +135,7 @@ impl<'a> Recorder<'a> {
         params: LinearParams,
     ) -> Result<()> {
         let in_features = weight.in_features as u32;
-        let product = self.product(rows, columns.end - columns.start, weight);
+        let product = self.product(rows, columns.end - columns.start, weight, input);
         // The final hidden states, which the head reads, are a result in f32.
         let halves = self.halves().filter(|_| !matches!(epilogue, Epilogue::Store { .. }));
         let normed = halves.map_or(&self.step.normed, |halves| &halves.normed);

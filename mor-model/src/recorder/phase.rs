@@ -8,6 +8,10 @@ use crate::device_weights::Precision;
 /// Rows up to which the matrix-vector kernels serve; they also merge the splits of attention.
 pub const MAX_FEW_ROWS: usize = 8;
 
+/// The same where cooperative matrices multiply halves, for all but that merge. A step of eight sequences of the 360M shape takes an
+/// H200 3.3 ms with matrix-vector kernels, one of 32 with matrices 1.4 ms (`benches/runs/2026-11-28-nvidia-h200/batches.txt`).
+const MAX_FEW_ROWS_BESIDE_MATRICES: usize = 2;
+
 /// Rows that the tiles of [`Phase::Invariant`] are chosen for, whatever the number of rows: a batch of decoding sequences
 /// that is worth batching.
 const INVARIANT_ROWS: u32 = 64;
@@ -47,21 +51,26 @@ impl Phase {
     }
 
     /// The kernels for about `num_rows` rows, of up to [`MAX_FEW_ROWS`] no more than those, times `num_outputs` of the
-    /// `weight_rows` rows of a weight. Products of halves, on cooperative matrices, are for models that are stored as such.
+    /// `weight_rows` rows of a weight; `merges` if the rows are merged from parts of attention. Products of halves, on cooperative
+    /// matrices, are for models that are stored as such.
     pub(super) fn product(
         self,
         caps: &DeviceCaps,
         precision: Precision,
         num_rows: usize,
         (num_outputs, weight_rows): (u32, u32),
+        merges: bool,
     ) -> Product {
+        let half_products = precision == Precision::F16;
+        let has_matrices = half_products && caps.cooperative_matrices;
+        let max_few_rows = if has_matrices && !merges { MAX_FEW_ROWS_BESIDE_MATRICES } else { MAX_FEW_ROWS };
         let (num_rows, num_outputs) = match self {
             // Neither how many rows a step has room for nor which part of the weight it needs may choose the tile.
             Phase::Invariant => (INVARIANT_ROWS, weight_rows),
-            _ if num_rows <= MAX_FEW_ROWS => return Product::FewRows { max_rows: num_rows as u32 },
+            _ if num_rows <= max_few_rows => return Product::FewRows { max_rows: num_rows as u32 },
             _ => (num_rows as u32, num_outputs),
         };
-        let tile = LinearTile::for_shape(caps, num_rows, num_outputs, precision == Precision::F16);
+        let tile = LinearTile::for_shape(caps, num_rows, num_outputs, half_products);
         // Of the rows of a prompt, every tile of columns would read whole rows again to norm them.
         Product::ManyRows { tile, norm_apart: self == Phase::Prefill || !tile.fuses_norm() }
     }
