@@ -31,10 +31,12 @@
 //           O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS, and of
 //           them QKV_ABREAST, O_ABREAST, GATE_UP_ABREAST, DOWN_ABREAST at a time, for which QKV_TURN, O_TURN,
 //           GATE_UP_TURN, DOWN_TURN units each are on their way; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
-//           HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST, HEAD_TURN. KEY_LANES lanes a key, KEYS fetched at a time; BATCH
-//           elements that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for itself,
+//           HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST, HEAD_TURN. KEY_LANES lanes a key, KEYS fetched at a time; BATCH parts of
+//           attention that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for itself,
 //           SPLIT_KEYS of each of several, MAX_SPLITS of them at most; STAGED and NUM_TEAM_SUMS sizes of workgroup
-//           memory; STREAM_ELEMS elements of a stream are a thread's; MIN_TEMPERATURE: greedy below; SUBGROUP; ROUTED, by
+//           memory. A thread stages OWN elements next to each other: 8 with DIGITS, which is if a type is quantised, or 1;
+//           STREAM_TURNS times of a stream, and of other activations BATCH_TURNS times before it waits anew; STAGED_MERGED
+//           where parts of attention are merged for it. MIN_TEMPERATURE: greedy below; SUBGROUP; ROUTED, by
 //           EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS), ROUTERS at a time; KV_F16;
 //           ROUTER_F16, ROUTER_BF16 or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
@@ -42,9 +44,9 @@
 //           with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value that is polled
 //           params.poll_limit times in vain ends the step: control[2] = 1, flags of the row = ROW_FAILED, K/V lengths
 //           as before
-// Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split. Quantised: codes plus
-//           1152 (q8) or 64 (q4), which comes off with the sum of the inputs. partials: as sample_partial, but of other
-//           parts, from which a draw may differ by rounding
+// Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split. Quantised: the
+//           activation is off by less than 2^-15 of the greatest of eight, whose products with codes are exact. partials:
+//           as sample_partial, but of other parts, from which a draw may differ by rounding
 // Source    MoR (arXiv 2507.10524); persistent threads: Gupta, Stuart and Owens 2012 (doi 10.1109/InPar.2012.6339596)
 #import shared/rows
 #import shared/gate

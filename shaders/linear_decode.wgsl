@@ -31,7 +31,7 @@
 //           24 * ROWS * CHUNK * PARTS, with NORM 4 * ROWS * GROUPS * LANES more, without SUBGROUP 4 * GROUPS * LANES more;
 //           with TEXELS the last alone
 // Numerics  f32; lane-strided partial sums, then a tree over lanes; codes are summed before they are scaled. DIGITS: the
-//           activation is off by less than 2^-16 of the greatest of eight; their sums are exact
+//           activation is off by less than 2^-15 of the greatest of eight, whose products with codes are exact
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
 #import shared/rows
 #import shared/weights

@@ -1,5 +1,5 @@
 // Activations as integers, whose products with the codes of quantised weights are those of dot4I8Packed. Eight elements next to each
-// other have a step, and each of them two signed bytes, its digits: x = step * (256 * high + low). What is left is less than 2^-16
+// other have a step, and each of them two signed bytes, its digits: x = step * (256 * high + low). What is left is less than 2^-15
 // of the greatest, where one digit, as others have it, would lose 2^-8. A thread makes the digits of its eight alone, since what
 // waits for them waits for every exchange between lanes. Flag: DIGITS; without, this file is empty.
 #if DIGITS
