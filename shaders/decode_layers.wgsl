@@ -31,14 +31,14 @@
 //           O_STEPS, GATE_UP_STEPS, DOWN_STEPS; pairs a team QKV_ROUNDS, O_ROUNDS, GATE_UP_ROUNDS, DOWN_ROUNDS, and of
 //           them QKV_ABREAST, O_ABREAST, GATE_UP_ABREAST, DOWN_ABREAST at a time, for which QKV_TURN, O_TURN,
 //           GATE_UP_TURN, DOWN_TURN units each are on their way; of the head HEAD_ROWS, HEAD_QUADS, HEAD_STRIDE,
-//           HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST, HEAD_TURN. KEY_LANES lanes a key, KEYS fetched at a time; BATCH parts of
-//           attention that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for itself,
-//           SPLIT_KEYS of each of several, MAX_SPLITS of them at most; STAGED and NUM_TEAM_SUMS sizes of workgroup
+//           HEAD_SPLIT = 1, HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST, HEAD_TURN. KEY_LANES lanes a key, KEYS fetched at a time;
+//           BATCH parts of attention that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for
+//           itself, SPLIT_KEYS of each of several, MAX_SPLITS of them at most; STAGED and NUM_TEAM_SUMS sizes of workgroup
 //           memory. A thread stages OWN elements next to each other: 8 with DIGITS, which is if a type is quantised, or 1;
 //           STREAM_TURNS times of a stream, and of other activations BATCH_TURNS times before it waits anew; STAGED_MERGED
-//           where parts of attention are merged for it. MIN_TEMPERATURE: greedy below; SUBGROUP; ROUTED, by
-//           EXPERT (SIGMOID, TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS), ROUTERS at a time; KV_F16;
-//           ROUTER_F16, ROUTER_BF16 or neither
+//           where parts of attention are merged for it. MIN_TEMPERATURE: greedy below; SUBGROUP; ROUTED, by EXPERT (SIGMOID,
+//           TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS), ROUTERS at a time; KV_F16; ROUTER_F16,
+//           ROUTER_BF16 or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
 //           wait for; 16 * STAGED + 8 * NUM_TEAM_SUMS + 4 * TEAMS + 12 * MAX_GROUPS + 28 bytes of workgroup memory,
 //           with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value that is polled
@@ -147,7 +147,6 @@ const ALWAYS: u32 = 4u;
 
 // The products: those of a layer, QKV, O, GATE_UP and DOWN, of the type LAYER, and that of the HEAD, of a type of its own. Type
 // and shape of the head are those of the table EMBED too.
-const HEAD_SPLIT: u32 = 1u;
 const EMBED_ROWS: u32 = HEAD_ROWS;
 const EMBED_QUADS: u32 = HEAD_QUADS;
 const EMBED_STRIDE: u32 = HEAD_STRIDE;

@@ -1,5 +1,8 @@
 //! Runs a decode step of one row, from its token to its logits, in one dispatch.
 
+mod products;
+
+use self::products::{Division, HEAD_PRODUCT, HEAD_TYPE, LAYER_PRODUCTS, LAYER_TYPE, Product, Teams, define_type};
 use super::attention_decode::AttentionShape;
 use super::grid_exchange::GridExchange;
 use super::router_expert::{ExpertGate, check_router};
@@ -11,7 +14,6 @@ use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
 use crate::kernel::{Binding, Kernel};
 use crate::plan::{Grid, PlanBuilder};
-use crate::quantize;
 use crate::rows::RowSet;
 use crate::shader::Definitions;
 use crate::tensor::{DType, Tensor};
@@ -234,101 +236,11 @@ pub struct DecodeLayersBindings<'a> {
     pub bias_or_keep: Option<&'a Tensor>,
 }
 
-/// How a product is divided over teams of lanes.
-#[derive(Clone, Copy, Debug)]
-struct Division {
-    rows: u32,
-    /// Units of a row, and units from row to row.
-    quads: u32,
-    stride: u32,
-    /// Teams that share a pair of outputs.
-    split: u32,
-    /// Units a lane multiplies for a pair.
-    steps: u32,
-    /// Pairs a team multiplies, and how many of them at a time.
-    rounds: u32,
-    abreast: u32,
-    /// Units of each of those that are on their way.
-    turn: u32,
-}
-
-impl Division {
-    /// vec4s of the staged activation: elements, or digits of eight and half as much for their steps.
-    fn staged_vec4s(&self, dtype: DType) -> u32 {
-        let elements = self.quads * quad_elems(dtype);
-        if dtype.is_quantized() { elements / 16 * 3 } else { elements / 4 }
-    }
-}
-
 /// Keys up to which a workgroup has a head for itself, and those of each of several.
 const ALONE_KEYS: u32 = 384;
 const SPLIT_KEYS: u32 = 192;
 /// Most workgroups that share a head.
 const MAX_SPLITS: u32 = 16;
-
-/// Most pairs of outputs that a team multiplies at a time; more would take more registers than they save time.
-fn max_abreast(dtype: DType) -> u32 {
-    if dtype == DType::Q4 { 3 } else { 2 }
-}
-
-/// What the shader calls the properties of a type of matrices.
-struct TypeNames {
-    f16: &'static str,
-    bf16: &'static str,
-    q8: &'static str,
-    q4: &'static str,
-    quantised: &'static str,
-    quad_elems: &'static str,
-    unit_codes: &'static str,
-    prefetch: &'static str,
-}
-
-const LAYER_TYPE: TypeNames = TypeNames {
-    f16: "LAYER_F16",
-    bf16: "LAYER_BF16",
-    q8: "LAYER_Q8",
-    q4: "LAYER_Q4",
-    quantised: "LAYER_QUANTISED",
-    quad_elems: "LAYER_QUAD_ELEMS",
-    unit_codes: "LAYER_UNIT_CODES",
-    prefetch: "LAYER_PREFETCH",
-};
-
-const HEAD_TYPE: TypeNames = TypeNames {
-    f16: "HEAD_F16",
-    bf16: "HEAD_BF16",
-    q8: "HEAD_Q8",
-    q4: "HEAD_Q4",
-    quantised: "HEAD_QUANTISED",
-    quad_elems: "HEAD_QUAD_ELEMS",
-    unit_codes: "HEAD_UNIT_CODES",
-    prefetch: "HEAD_PREFETCH",
-};
-
-fn define_type(definitions: Definitions, names: &TypeNames, dtype: DType, prefetch: u32) -> Definitions {
-    let definitions = definitions
-        .flag(names.f16, dtype == DType::F16)
-        .flag(names.bf16, dtype == DType::BF16)
-        .flag(names.q8, dtype == DType::Q8)
-        .flag(names.q4, dtype == DType::Q4)
-        .flag(names.quantised, dtype.is_quantized())
-        .u32(names.quad_elems, quad_elems(dtype))
-        .u32(names.prefetch, prefetch);
-    if !dtype.is_quantized() {
-        return definitions;
-    }
-    definitions.u32("GROUP", quantize::GROUP as u32).u32(names.unit_codes, quad_elems(dtype) / 8)
-}
-
-/// Elements of 16 bytes of a row.
-fn quad_elems(dtype: DType) -> u32 {
-    match dtype {
-        DType::F32 | DType::U32 => 4,
-        DType::F16 | DType::BF16 => 8,
-        DType::Q8 => 16,
-        DType::Q4 => 32,
-    }
-}
 
 impl DecodeLayers {
     /// The kernel for `shape` on a device that runs `num_workgroups` workgroups at a time.
@@ -457,75 +369,47 @@ impl DecodeLayers {
         (self.num_workgroups / self.shape.attention.num_attention_heads).clamp(1, MAX_SPLITS)
     }
 
+    /// Who multiplies on a device with `caps`.
+    fn teams(&self, caps: &DeviceCaps) -> Teams {
+        let lanes = caps.lanes().width();
+        Teams { workgroups: self.num_workgroups, teams: self.workgroup_size / lanes, lanes }
+    }
+
     /// How the four products of a layer are divided: q, k and v; output; gate and up; down.
     fn divisions(&self, caps: &DeviceCaps) -> [Division; 4] {
         let (hidden_size, mlp_dim) = (self.shape.hidden_size, self.shape.mlp_dim);
-        let teams = self.workgroup_size / caps.lanes().width();
+        let by = self.teams(caps);
         let products = [
             [self.q_dim() + 2 * self.kv_dim(), hidden_size],
             [hidden_size, self.q_dim()],
             [2 * mlp_dim, hidden_size],
             [hidden_size, mlp_dim],
         ];
-        products.map(|product| self.divide(caps, product, self.shape.layer_dtype, self.layer_prefetch, teams))
+        products.map(|[rows, in_features]| {
+            let (dtype, prefetch) = (self.shape.layer_dtype, self.layer_prefetch);
+            Division::fastest(&Product { rows, in_features, dtype, prefetch, max_split: by.teams }, &by)
+        })
     }
 
     /// How the head is divided. Its outputs, of which a workgroup has more than threads, go where they belong as soon as a team has
     /// them, so no teams share any.
     fn head_division(&self, caps: &DeviceCaps) -> Division {
-        let product = [self.shape.vocab_size, self.shape.hidden_size];
-        self.divide(caps, product, self.shape.head_dtype, self.head_prefetch, 1)
-    }
-
-    /// The fastest division that lets up to `max_split` teams, a power of two, share a pair of outputs.
-    fn divide(
-        &self,
-        caps: &DeviceCaps,
-        [rows, in_features]: [u32; 2],
-        dtype: DType,
-        prefetch: u32,
-        max_split: u32,
-    ) -> Division {
-        let lanes = caps.lanes().width();
-        let teams = self.workgroup_size / lanes;
-        let quads = match dtype.is_quantized() {
-            // Whole groups.
-            true => in_features.next_multiple_of(quantize::GROUP as u32) / quad_elems(dtype),
-            false => in_features / quad_elems(dtype),
-        };
-        let stride = dtype.row_bytes(in_features as usize) as u32 / 16;
-        let pairs = rows.div_ceil(2).div_ceil(self.num_workgroups);
-        // Teams that share a pair have fewer units each, but then more pairs follow one another. Pairs abreast share what is read of
-        // the activation, and the wait for their sums. The costs are in multiplications of two units, about as measured.
-        let splits = (0..=max_split.ilog2()).map(|log2| 1 << log2);
-        let divisions = splits.flat_map(|split| (1..=max_abreast(dtype)).map(move |abreast| (split, abreast)));
-        let divisions = divisions.map(|(split, abreast)| {
-            let rounds = pairs.div_ceil(teams / split);
-            let steps = quads.div_ceil(split * lanes);
-            let abreast = abreast.min(rounds).min(prefetch);
-            let turn = (prefetch / abreast).min(steps);
-            let steps = steps.next_multiple_of(turn);
-            let activation = f64::from(steps) * 0.4;
-            let products = f64::from(steps * abreast);
-            let sums = 0.7 + 0.2 * f64::from(abreast);
-            let cost = f64::from(rounds.div_ceil(abreast)) * (activation + products + sums) + 0.1 * f64::from(split);
-            (cost, Division { rows, quads, stride, split, steps, rounds, abreast, turn })
-        });
-        let (_, division) = divisions.min_by(|(a, _), (b, _)| a.total_cmp(b)).expect("one team may always have a pair");
-        division
+        let (rows, in_features) = (self.shape.vocab_size, self.shape.hidden_size);
+        let (dtype, prefetch) = (self.shape.head_dtype, self.head_prefetch);
+        Division::fastest(&Product { rows, in_features, dtype, prefetch, max_split: 1 }, &self.teams(caps))
     }
 
     /// Where attention whose parts are merged is staged before it becomes digits: behind the output projection's activation.
     fn merged_place(&self, caps: &DeviceCaps) -> u32 {
-        self.divisions(caps)[1].staged_vec4s(self.shape.layer_dtype)
+        self.divisions(caps)[1].staged_vec4s
     }
 
     /// vec4s that are staged at a time, and partial sums.
     fn storage(&self, caps: &DeviceCaps) -> (u32, u32) {
-        let teams = self.workgroup_size / caps.lanes().width();
+        let Teams { teams, .. } = self.teams(caps);
         let divisions = self.divisions(caps);
-        let layer = divisions.iter().map(|division| division.staged_vec4s(self.shape.layer_dtype)).max().unwrap_or(0);
-        let activation = layer.max(self.head_division(caps).staged_vec4s(self.shape.head_dtype));
+        let layer = divisions.iter().map(|division| division.staged_vec4s).max().unwrap_or(0);
+        let activation = layer.max(self.head_division(caps).staged_vec4s);
         let merged = self.merged_place(caps) + self.q_dim() / 4;
         let activation = if self.own_elems() == 1 { activation } else { activation.max(merged) };
         let partials = divisions.iter().map(|division| division.rounds * teams).max().unwrap_or(0);
@@ -630,46 +514,10 @@ impl Kernel for DecodeLayers {
         if let Some(routers) = self.routers() {
             definitions = definitions.u32("ROUTERS", routers);
         }
-        const NAMES: [[&str; 8]; 4] = [
-            ["QKV_ROWS", "QKV_QUADS", "QKV_STRIDE", "QKV_SPLIT", "QKV_STEPS", "QKV_ROUNDS", "QKV_ABREAST", "QKV_TURN"],
-            ["O_ROWS", "O_QUADS", "O_STRIDE", "O_SPLIT", "O_STEPS", "O_ROUNDS", "O_ABREAST", "O_TURN"],
-            [
-                "GATE_UP_ROWS",
-                "GATE_UP_QUADS",
-                "GATE_UP_STRIDE",
-                "GATE_UP_SPLIT",
-                "GATE_UP_STEPS",
-                "GATE_UP_ROUNDS",
-                "GATE_UP_ABREAST",
-                "GATE_UP_TURN",
-            ],
-            [
-                "DOWN_ROWS",
-                "DOWN_QUADS",
-                "DOWN_STRIDE",
-                "DOWN_SPLIT",
-                "DOWN_STEPS",
-                "DOWN_ROUNDS",
-                "DOWN_ABREAST",
-                "DOWN_TURN",
-            ],
-        ];
-        for (names, d) in NAMES.into_iter().zip(self.divisions(caps)) {
-            for (name, value) in
-                names.into_iter().zip([d.rows, d.quads, d.stride, d.split, d.steps, d.rounds, d.abreast, d.turn])
-            {
-                definitions = definitions.u32(name, value);
-            }
+        for (division, names) in self.divisions(caps).iter().zip(&LAYER_PRODUCTS) {
+            definitions = division.define(definitions, names);
         }
-        let head = self.head_division(caps);
-        definitions
-            .u32("HEAD_ROWS", head.rows)
-            .u32("HEAD_QUADS", head.quads)
-            .u32("HEAD_STRIDE", head.stride)
-            .u32("HEAD_STEPS", head.steps)
-            .u32("HEAD_ROUNDS", head.rounds)
-            .u32("HEAD_ABREAST", head.abreast)
-            .u32("HEAD_TURN", head.turn)
+        self.head_division(caps).define(definitions, &HEAD_PRODUCT)
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
@@ -705,7 +553,7 @@ impl Kernel for DecodeLayers {
 
     fn workgroup_storage_bytes(&self, caps: &DeviceCaps) -> u32 {
         let (staged, team_sums) = self.storage(caps);
-        let teams = self.workgroup_size / caps.lanes().width();
+        let Teams { teams, .. } = self.teams(caps);
         // Parts of the routers' products, and what is decided.
         let routing = self.routers().map_or(0, |routers| 8 + 4 * routers * teams);
         let is_scripted = matches!(self.shape.routing, LayerRouting::Expert { scripted: true, .. });
