@@ -19,7 +19,7 @@
 #import shared/rows
 #import shared/reduce
 #import shared/weights
-#import shared/gate
+#import shared/expert_gate
 #if SCRIPTED
 #import shared/pcg4d
 #endif
@@ -53,19 +53,6 @@ fn script(entry: ActiveRow, recursion: u32) -> f32 {
     return select(-1.0, 1.0, f32(bits >> 8u) * 5.9604644775390625e-8 < keep[recursion]);
 }
 #endif
-
-fn gate_of(logit: f32) -> f32 {
-#if SIGMOID
-    return params.alpha * sigmoid(logit);
-#elif TANH
-    // By exp(-2|v|), which cannot overflow; the built-in tanh may.
-    let e = exp(-2.0 * abs(logit));
-    let magnitude = (1.0 - e) / (1.0 + e);
-    return params.alpha * select(-magnitude, magnitude, logit >= 0.0);
-#else
-    return logit;
-#endif
-}
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) thread: u32) {

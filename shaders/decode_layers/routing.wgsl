@@ -12,18 +12,7 @@ fn router_logit(index: u32) -> f32 {
 #endif
 
 #if EXPERT
-fn gate_of(logit: f32) -> f32 {
-#if SIGMOID
-    return params.alpha * sigmoid(logit);
-#elif TANH
-    // By exp(-2|v|), which cannot overflow; the built-in tanh may.
-    let e = exp(-2.0 * abs(logit));
-    let magnitude = (1.0 - e) / (1.0 + e);
-    return params.alpha * select(-magnitude, magnitude, logit >= 0.0);
-#else
-    return logit;
-#endif
-}
+#import shared/expert_gate
 
 // What is compared with the threshold before recursion `recursion`, and the gate.
 fn route(recursion: u32) -> vec2<f32> {

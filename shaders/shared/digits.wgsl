@@ -34,7 +34,7 @@ fn digits_of(a: vec4<f32>, b: vec4<f32>) -> Digits {
     return Digits(vec4<u32>(low ^ vec2<u32>(0x80808080u), high), step, step * f32(sum));
 }
 
-// The product of eight codes with the digits of eight elements, which is exact, in steps.
+// The product of eight codes with the digits of eight elements, in steps: a whole number, rounded to f32.
 fn digit_product(codes: vec2<u32>, words: vec4<u32>) -> f32 {
     let low = dot4I8Packed(codes.x, words.x) + dot4I8Packed(codes.y, words.y);
     let high = dot4I8Packed(codes.x, words.z) + dot4I8Packed(codes.y, words.w);

@@ -40,6 +40,7 @@ shaders![
     "shared/best",
     "shared/digits",
     "shared/epilogue",
+    "shared/expert_gate",
     "shared/gate",
     "shared/kv",
     "shared/lanes",
