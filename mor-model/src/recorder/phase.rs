@@ -75,3 +75,44 @@ impl Phase {
         Product::ManyRows { tile, norm_apart: self == Phase::Prefill || !tile.fuses_norm() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn caps(cooperative_matrices: bool) -> DeviceCaps {
+        DeviceCaps {
+            subgroup_sizes: Some((32, 32)),
+            shader_f16: cooperative_matrices,
+            cooperative_matrices,
+            packed_dots: true,
+            coherent_storage: false,
+            timestamps: false,
+            max_storage_binding_bytes: 128 << 20,
+            max_buffer_bytes: 256 << 20,
+            max_workgroup_storage_bytes: 48 << 10,
+            max_workgroup_size: 1024,
+            max_workgroups: 65535,
+            max_storage_buffers: 8,
+            uniform_alignment: 256,
+            storage_alignment: 256,
+            is_cpu: false,
+        }
+    }
+
+    #[test]
+    fn few_rows_are_fewer_beside_matrices() {
+        let decode = Phase::Decode { num_splits: 1 };
+        let is_few = |cooperative, precision, num_rows, merges| {
+            let product = decode.product(&caps(cooperative), precision, num_rows, (960, 960), merges);
+            matches!(product, Product::FewRows { max_rows } if max_rows as usize == num_rows)
+        };
+        let up_to = |cooperative, precision, merges| {
+            (1..=16).take_while(|num_rows| is_few(cooperative, precision, *num_rows, merges)).count()
+        };
+        assert_eq!(up_to(true, Precision::F16, false), MAX_FEW_ROWS_BESIDE_MATRICES);
+        assert_eq!(up_to(true, Precision::F16, true), MAX_FEW_ROWS, "only these kernels merge");
+        assert_eq!(up_to(true, Precision::F32, false), MAX_FEW_ROWS, "halves are not for f32");
+        assert_eq!(up_to(false, Precision::F16, false), MAX_FEW_ROWS);
+    }
+}
