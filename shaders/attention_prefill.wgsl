@@ -238,8 +238,8 @@ fn main(
 #repeat part FRAGMENTS_D
                 coopStoreT(sums[part], &s_tile[s_from], S_STRIDE);
                 subgroupBarrier();
-                for (var quad = own_lane; quad < 4u; quad += ROW_LANES) {
-                    s_tile[s_own + quad] *= keep;
+                for (var i = 0u; i < FRAGMENT_QUADS; i++) {
+                    s_tile[s_own + i * ROW_LANES + own_lane] *= keep;
                 }
                 subgroupBarrier();
                 sums[part] = coopLoadT<coop_mat16x16<f32, C>>(&s_tile[s_from], S_STRIDE);
@@ -303,16 +303,20 @@ fn main(
 #endif
     if own_row < num_rows {
         let first = ((first_row + own_row) * NUM_ATTENTION_HEADS + head) * 2u * HEAD_UNITS + part * 4u;
-        for (var quad = slice * ROW_LANES + own_lane; quad < 4u; quad += KEY_SLICES * ROW_LANES) {
-            var all = vec4<f32>();
-            for (var s = 0u; s < KEY_SLICES; s++) {
-                all += s_tile[(s * BLOCK_Q + own_row) * S_STRIDE + quad] * factors[s];
-            }
+        // A slice's quads.
+        for (var i = 0u; i < (FRAGMENT_QUADS + KEY_SLICES - 1u) / KEY_SLICES; i++) {
+            let quad = (i * KEY_SLICES + slice) * ROW_LANES + own_lane;
+            if quad < 4u {
+                var all = vec4<f32>();
+                for (var s = 0u; s < KEY_SLICES; s++) {
+                    all += s_tile[(s * BLOCK_Q + own_row) * S_STRIDE + quad] * factors[s];
+                }
 #if OUT_F16
-            out[first + quad] = vec4<f16>(all * inverse);
+                out[first + quad] = vec4<f16>(all * inverse);
 #else
-            out[first + quad] = all * inverse;
+                out[first + quad] = all * inverse;
 #endif
+            }
         }
     }
 #if SLICED

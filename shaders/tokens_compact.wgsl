@@ -108,6 +108,11 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     let total = counts[WORKGROUP_SIZE - 1u];
 
     var place = counts[thread] - mine;
+#if KV
+    // The sequence of the row before: its first row, and the listed rows before that.
+    var begin = NONE;
+    var before = 0u;
+#endif
     for (var r = first; r < last; r++) {
         let row = rows[r];
         let kept = keep(r);
@@ -137,8 +142,11 @@ fn main(@builtin(local_invocation_index) thread: u32) {
             entry.kv_table = (row.sequence * params.num_groups + params.read_group) * params.max_pages;
             entry.kv_len = row.position + 1u;
             if params.write_group != NONE {
-                let rank = place - listed_before(r - row.flags / ROW_INDEX_UNIT, run);
-                let slot = kv_lengths[row.sequence * params.num_groups + params.write_group] + rank;
+                if begin != r - row.flags / ROW_INDEX_UNIT {
+                    begin = r - row.flags / ROW_INDEX_UNIT;
+                    before = listed_before(begin, run);
+                }
+                let slot = kv_lengths[row.sequence * params.num_groups + params.write_group] + place - before;
                 entry.kv_slot = physical(row.sequence, params.write_group, slot);
                 if params.write_group == params.read_group {
                     entry.kv_len = slot + 1u;

@@ -1,4 +1,4 @@
-//! `tokens_compact`: 1, 512 and 2048 rows of one sequence under token choice, about two thirds of which go on and
+//! `tokens_compact`: 1, 512, 2048 and 8192 rows of one sequence under token choice, about two thirds of which go on and
 //! get K/V slots.
 
 use criterion::Criterion;
@@ -16,7 +16,7 @@ const MAX_RUNS: usize = mor_bench::MAX_BATCH;
 
 pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     let mut rng = Rng::new("bench tokens_compact");
-    for num_rows in [1, 512, 2048] {
+    for num_rows in [1, 512, 2048, 8192] {
         let max_positions = num_rows * MAX_RUNS;
         let max_pages = max_positions.div_ceil(PAGE_SIZE as usize);
         let row = |i: usize| Row {

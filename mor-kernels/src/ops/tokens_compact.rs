@@ -125,11 +125,11 @@ impl TokensCompact {
                 expected: format!("{rows}, the capacity of the list"),
             });
         }
-        let (kernel, params) = Self::specialise(b);
+        let (kernel, params) = Self::specialise(plan.gpu().caps(), b);
         plan.dispatch(&kernel, b, &params, Grid::Fixed([1, 1, 1]))
     }
 
-    fn specialise(b: &TokensCompactBindings<'_>) -> (Self, TokensCompactParams) {
+    fn specialise(caps: &DeviceCaps, b: &TokensCompactBindings<'_>) -> (Self, TokensCompactParams) {
         let mode = match b.selection {
             Selection::Begin => "BEGIN",
             Selection::Expert { .. } => "EXPERT",
@@ -143,7 +143,7 @@ impl TokensCompact {
             mode,
             kv: b.kv.is_some(),
             kv_slots: hybrid.is_some(),
-            workgroup_size: num_rows.next_power_of_two().clamp(32, 256),
+            workgroup_size: num_rows.next_power_of_two().clamp(32, most_threads(caps)),
         };
         let (threshold, always, keep_all) = match b.selection {
             Selection::Expert { threshold, always, keep_all, .. } => (threshold, always, keep_all),
@@ -164,6 +164,12 @@ impl TokensCompact {
         };
         (kernel, params)
     }
+}
+
+/// The most threads of the workgroup, a power of two: a thread goes through its rows one after the other. Threads of a software
+/// rasteriser take turns as well.
+fn most_threads(caps: &DeviceCaps) -> u32 {
+    if caps.is_cpu { 256 } else { 1 << caps.max_workgroup_size.min(1024).ilog2() }
 }
 
 impl Kernel for TokensCompact {
@@ -332,7 +338,7 @@ mod tests {
     fn matches_oracle() {
         parity::on_every_profile(|gpu, _| {
             let mut rng = Rng::new("tokens_compact");
-            for (num_rows, num_sequences) in [(1, 1), (7, 3), (33, 2), (255, 1), (256, 5), (257, 2), (4096, 3)] {
+            for (num_rows, num_sequences) in [(1, 1), (7, 3), (33, 2), (255, 1), (256, 5), (257, 2), (8192, 40)] {
                 for case in 0..10 {
                     check(gpu, &mut rng, num_rows, num_sequences, case);
                 }
