@@ -581,6 +581,11 @@ impl MorConfig {
         self.num_key_value_heads * self.head_dim
     }
 
+    /// Multiplications that the projections of a layer take for a row.
+    pub const fn layer_products(&self) -> usize {
+        self.hidden_size * (2 * (self.q_dim() + self.kv_dim()) + 3 * self.intermediate_size)
+    }
+
     /// Tokens that end a generation; empty when the model has none.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_id

@@ -161,7 +161,7 @@ impl Runner {
     pub const MAX_TICKS: usize = SampleToken::RESULTS as usize - 1;
 
     /// Rows that prefill plans are made for, besides the most.
-    const PREFILL_SIZES: [usize; 4] = [32, 128, 512, 1024];
+    const PREFILL_SIZES: [usize; 6] = [32, 128, 512, 1024, 2048, 4096];
 
     /// How far a logit may lie from what it is in another batch, relative to the largest of its row, unless the runner is
     /// batch-invariant.

@@ -391,11 +391,9 @@ fn share(session: &mut Session, test: Test, batch: usize, row: &Row, peaks: Peak
         if test.new > 0 {
             return Ok(None);
         }
-        let (q_dim, kv_dim) = (config.q_dim(), config.num_key_value_heads * config.head_dim);
-        let of_layer = config.hidden_size * (2 * q_dim + 2 * kv_dim + 3 * config.intermediate_size);
         let shared = layout.num_layers() - layout.unshared_layers().len();
         let layers = layout.unshared_layers().len() as f64 + shared as f64 * row.mean_depth / recursions;
-        return Ok(Some(2.0 * of_layer as f64 * layers * row.tokens_per_s / peaks.matrix_flop_per_s));
+        return Ok(Some(2.0 * config.layer_products() as f64 * layers * row.tokens_per_s / peaks.matrix_flop_per_s));
     }
     let batching = session.model().batching();
     // Passes through the block that a token waits for.

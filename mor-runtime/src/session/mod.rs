@@ -17,13 +17,14 @@ use mor_model::{
     ScriptedRouter,
 };
 
-use crate::engine::{Engine, EngineOptions, Statistics};
+use crate::engine::{Engine, EngineOptions, Statistics, step_row_bytes};
 use crate::error::{Result, RuntimeError};
 use crate::evaluator::{Capture, Captured, Evaluator};
 use crate::event::{Event, SequenceHandle};
 use crate::kv_cache::{PageClass, kv_bytes, page_classes, pages_for_all};
 use crate::runner::Feed;
 use crate::sampling::{GenerateRequest, SamplingParams};
+use crate::scheduler::ROWS_BESIDE_DECODING;
 use crate::text::Tokenizer;
 
 pub use profile::StepProfile;
@@ -99,7 +100,8 @@ pub struct BatchOptions {
     pub share_prefixes: bool,
     /// How tokens go through the recursions; `None` is depth-wise where the model allows it.
     pub batching: Option<Batching>,
-    /// Most rows of a prefill step; no more than 512 where other sequences decode meanwhile, or on devices that so many fill.
+    /// Most rows of a prefill step; no more than 512 where other sequences decode meanwhile or the device is no discrete GPU,
+    /// and fewer where so many would take long or much of the memory.
     pub prefill_rows: usize,
     /// Computes a sequence to the same bits whatever runs beside it; see
     /// [`RunnerOptions::batch_invariant`](crate::runner::RunnerOptions::batch_invariant).
@@ -110,10 +112,10 @@ pub struct BatchOptions {
 }
 
 impl Default for BatchOptions {
-    /// One sequence at a time, shared beginnings, and up to 2048 rows of prefill, or as many as the environment variable
+    /// One sequence at a time, shared beginnings, and up to 8192 rows of prefill, or as many as the environment variable
     /// `MOR_PREFILL_CHUNK` says; what is no number counts as 0, which is refused.
     fn default() -> Self {
-        let prefill_rows = std::env::var("MOR_PREFILL_CHUNK").map_or(2048, |rows| rows.trim().parse().unwrap_or(0));
+        let prefill_rows = std::env::var("MOR_PREFILL_CHUNK").map_or(8192, |rows| rows.trim().parse().unwrap_or(0));
         Self {
             max_sequences: 1,
             kv_bytes: None,
@@ -756,9 +758,8 @@ fn open(source: ModelSource) -> Result<(Checkpoint, Option<Tokenizer>)> {
 /// Refuses what does not fit the adapter; `kv` are the bytes of the caches for so many positions.
 fn check_memory(gpu: &Gpu, config: &MorConfig, weights: u64, (kv, positions): (u64, usize)) -> Result<()> {
     let Some(available) = gpu.summary().memory_bytes else { return Ok(()) };
-    // Streams, queries and MLP rows of a full prefill chunk, and one row of logits.
-    let row = 6 * config.hidden_size + 2 * config.q_dim() + config.intermediate_size;
-    let activations = 4 * (512 * row + config.vocab_size) as u64;
+    // The rows of a small prefill step, and one row of logits.
+    let activations = ROWS_BESIDE_DECODING as u64 * step_row_bytes(config) + 4 * config.vocab_size as u64;
     let needed = weights + kv + activations;
     if needed <= available {
         return Ok(());
