@@ -40,6 +40,7 @@ pub mod convert;
 mod depth;
 mod device_weights;
 mod error;
+mod fields;
 mod folder;
 #[cfg(feature = "oracle")]
 pub mod golden;

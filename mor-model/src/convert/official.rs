@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::{fields_of, read_text};
-use crate::config::Fields;
+use crate::fields::Fields;
 use crate::{KvStrategy, Mode, ModelError, MorConfig, RouterFunc, RouterType, SharingStrategy};
 
 /// Shapes that `model_name_or_path` stands for where a run has no config.json: hidden size, MLP size, layers, heads,

@@ -3,7 +3,8 @@
 use serde_json::{Map, Value};
 
 use super::{LayerSource, fields_of};
-use crate::config::{Fields, names};
+use crate::config::names;
+use crate::fields::Fields;
 use crate::{Checkpoint, LayerLayout, LayerTensor, Mode, ModelError, MorConfig, SharingStrategy};
 
 names! {

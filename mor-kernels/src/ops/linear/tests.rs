@@ -1,0 +1,322 @@
+//! Parity of `linear`.
+
+use super::*;
+use crate::Gpu;
+use crate::oracle::linear::{epilogue, gather, halves, linear, norm_factors};
+use crate::parity::{self, EpilogueCase, Output, Rng, Tolerance};
+
+const DTYPES: [DType; 5] = [DType::F32, DType::F16, DType::BF16, DType::Q8, DType::Q4];
+
+/// All tiles that [`LinearTile::for_shape`] may choose anywhere, as far as the device can run them.
+fn tiles(gpu: &Gpu) -> Vec<LinearTile> {
+    if !gpu.caps().cooperative_matrices {
+        println!("\"{}\" has no cooperative matrices: their tiles are not run", gpu.summary().name);
+    }
+    let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, 64, 64, false);
+    let cooperative = LARGE_TILES.map(|(tile, ..)| tile).into_iter().chain(SMALL_TILES.map(|(tile, _)| tile));
+    let cooperative = cooperative.map(|tile| cooperative_tile(tile, 2)).filter(|_| gpu.caps().cooperative_matrices);
+    let fits = |tile: &LinearTile| tile.storage_bytes(true) <= gpu.caps().max_workgroup_storage_bytes;
+    let others = staged_tiles().map(|(tile, _)| tile).chain(cooperative);
+    std::iter::once(on_cpu).chain(others.filter(|tile| tile.is_valid(gpu.caps()) && fits(tile))).collect()
+}
+
+/// `tile` as wide as columns in multiples of `unit` allow.
+fn for_columns(mut tile: LinearTile, unit: usize) -> LinearTile {
+    if let LinearTile::Cooperative { lane_columns, .. } = &mut tile {
+        *lane_columns = if unit.is_multiple_of(4) { 4 } else { 2 };
+    }
+    tile
+}
+
+fn dispatch(gpu: &Gpu, kernel: Linear, bindings: &LinearBindings<'_>, params: &LinearParams, num_active: usize) {
+    let [tile_m, tile_n] = kernel.tile.size();
+    let grid = Grid::Fixed([params.num_outputs.div_ceil(tile_n), (num_active as u32).div_ceil(tile_m), 1]);
+    parity::run(gpu, |plan| {
+        kernel.check(gpu.caps(), bindings, params)?;
+        plan.dispatch(&kernel, bindings, params, grid)
+    });
+}
+
+/// The product of `x` and `w` as `tile` rounds them.
+fn product(tile: LinearTile, x: &[f32], w: &[f32], in_features: usize) -> Vec<f32> {
+    match tile {
+        LinearTile::Cooperative { .. } => linear(&halves(x), &halves(w), in_features),
+        _ => linear(x, w, in_features),
+    }
+}
+
+#[test]
+fn products_match_oracle() {
+    parity::on_every_profile(|gpu, profile| {
+        // Of quantised rows, K that fill their last group and K that do not.
+        let shapes = [
+            (DType::F32, 0, 34, 8),
+            (DType::F16, 1, 2, 8),
+            (DType::BF16, 7, 34, 56),
+            (DType::F32, 33, 96, 64),
+            (DType::F16, 63, 130, 56),
+            (DType::BF16, 64, 512, 64),
+            (DType::F32, 65, 130, 256),
+            (DType::F16, 130, 96, 264),
+            (DType::BF16, 33, 34, 4096),
+            (DType::Q8, 7, 34, 56),
+            (DType::Q8, 65, 130, 256),
+            (DType::Q4, 33, 34, 264),
+            (DType::Q4, 64, 96, 1024),
+        ];
+        let test = |case: usize| {
+            let (dtype, num_active, num_outputs, in_features) = shapes[case];
+            let mut rng = Rng::new(&format!("linear {case}"));
+            let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
+            let num_rows = num_active + 2;
+            let active = parity::some_rows(&mut rng, num_rows, num_active);
+            let rows = parity::row_set(gpu, &active);
+            let x = rng.normals(num_rows * in_features);
+            let compact = gather(&active, &x, in_features);
+            let norm_weight = rng.normals(in_features);
+            let (scaled, factors) = norm_factors(&compact, &norm_weight, 1e-5);
+            let (x, compact_x) = (parity::upload(gpu, &x), parity::upload(gpu, &compact));
+            let norm_weight = parity::upload(gpu, &norm_weight);
+            for (t, tile) in tiles(gpu).into_iter().enumerate() {
+                // Every tile meets every case unchecked, and then some of them: compilers take seconds for each.
+                if profile != "unchecked" && !(case + t / 3).is_multiple_of(3) {
+                    continue;
+                }
+                let tile = for_columns(tile, num_outputs);
+                let prologue = match (case + t) % 3 {
+                    0 => Prologue::Compact { x: &compact_x },
+                    1 if tile.fuses_norm() => Prologue::Norm { x: &x, weight: &norm_weight },
+                    _ => Prologue::Stream { x: &x },
+                };
+                let want: Vec<f32> = if let Prologue::Norm { .. } = prologue {
+                    let rows = product(tile, &scaled, &w, in_features);
+                    rows.chunks(num_outputs).zip(&factors).flat_map(|(y, f)| y.iter().map(move |v| v * f)).collect()
+                } else {
+                    product(tile, &compact, &w, in_features)
+                };
+                let want: Vec<f32> = want.iter().map(|v| v * 0.5).collect();
+                let out = Output::new(gpu, num_active * num_outputs);
+                let epilogue = Epilogue::Store { out: &out.tensor };
+                let kernel = Linear {
+                    in_features: in_features as u32,
+                    weight_dtype: dtype,
+                    prologue: prologue.kind(),
+                    epilogue: EpilogueKind::Store,
+                    tile,
+                };
+                let params = LinearParams {
+                    num_outputs: num_outputs as u32,
+                    out_stride: num_outputs as u32,
+                    in_features: in_features as u32,
+                    eps: 1e-5,
+                    scale: 0.5,
+                    ..Default::default()
+                };
+                let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue };
+                dispatch(gpu, kernel, &bindings, &params, num_active);
+                let what = format!(
+                    "linear {profile} {tile:?} {dtype:?} {:?} n={num_active} O={num_outputs} K={in_features}",
+                    prologue.kind()
+                );
+                parity::assert_close(&what, &out.read(gpu), &want, Tolerance::F32);
+            }
+        };
+        // Drivers take long to compile some hundred kernels.
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(shapes.len());
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                scope.spawn(move || (thread..shapes.len()).step_by(threads).for_each(test));
+            }
+        });
+    });
+}
+
+#[test]
+fn epilogues_match_oracle() {
+    parity::on_every_profile(|gpu, profile| {
+        let mut rng = Rng::new("linear epilogues");
+        let tiles = tiles(gpu);
+        for (kind_index, kind) in EpilogueKind::ALL.into_iter().enumerate() {
+            for (num_active, unit) in [(6, 2), (65, 4)] {
+                let in_features = 72;
+                let (dtype, by_row) = (DTYPES[kind_index % DTYPES.len()], kind_index % 2 == 0);
+                // One of the tiles without matrix units, and one with.
+                let is_cooperative = |tile: &LinearTile| matches!(tile, LinearTile::Cooperative { .. });
+                let (cooperative, others): (Vec<_>, Vec<_>) = tiles.iter().copied().partition(is_cooperative);
+                for tiles in [others, cooperative] {
+                    let Some(tile) = tiles.get((kind_index + num_active) % tiles.len().max(1)).copied() else {
+                        continue;
+                    };
+                    let tile = for_columns(tile, unit);
+                    let case = EpilogueCase::new(gpu, &mut rng, kind, num_active + 3, num_active);
+                    let x = rng.normals((num_active + 3) * in_features);
+                    let compact = gather(&case.active, &x, in_features);
+                    let (x, compact_x) = (parity::upload(gpu, &x), parity::upload(gpu, &compact));
+                    let prologue =
+                        if by_row { Prologue::Stream { x: &x } } else { Prologue::Compact { x: &compact_x } };
+                    let kernel = Linear {
+                        in_features: in_features as u32,
+                        weight_dtype: dtype,
+                        prologue: prologue.kind(),
+                        epilogue: kind,
+                        tile,
+                    };
+                    let mut state = case.initial.clone();
+                    // Sharded weights: the second half of the columns is a dispatch of its own.
+                    for (first_output, num_outputs) in case.shards(unit) {
+                        let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
+                        let params = LinearParams {
+                            num_outputs: num_outputs as u32,
+                            first_output: first_output as u32,
+                            in_features: in_features as u32,
+                            ..case.params
+                        };
+                        let epilogue_tensors = case.epilogue();
+                        let bindings =
+                            LinearBindings { rows: &case.rows, weight: &weight, prologue, epilogue: epilogue_tensors };
+                        dispatch(gpu, kernel, &bindings, &params, num_active);
+                        let y = product(tile, &compact, &w, in_features);
+                        epilogue(kind, &case.active, &y, &params, &mut state);
+                    }
+                    case.assert_matches(gpu, &format!("linear {profile} {kind:?} {tile:?} n={num_active}"), &state);
+                }
+            }
+        }
+    });
+}
+
+/// Inputs and outputs in f16 are what those in f32 are when rounded, to the bit.
+#[test]
+fn halves_are_rounded_floats() {
+    parity::on_every_profile(|gpu, profile| {
+        let mut rng = Rng::new("linear halves");
+        let (in_features, num_rows) = (136, 150);
+        let active = parity::some_rows(&mut rng, num_rows, num_rows);
+        let rows = parity::row_set(gpu, &active);
+        let x = rng.normals(num_rows * in_features);
+        let rounded: Vec<half::f16> = x.iter().map(|v| half::f16::from_f32(*v)).collect();
+        let x = parity::upload(gpu, &x);
+        let rounded = Tensor::from_slice(gpu, "x", DType::F16, &[num_rows, in_features], &rounded).expect("it fits");
+        let half_tiles = tiles(gpu).into_iter().filter(|tile| tile.multiplies_halves());
+        for (tile, num_outputs) in half_tiles.flat_map(|tile| [130, 132].map(|num_outputs| (tile, num_outputs))) {
+            let tile = for_columns(tile, num_outputs);
+            let (weight, _) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::F16);
+            let shape = [num_rows, num_outputs / 2];
+            let run = |x, dtype| {
+                let out = Tensor::zeros(gpu, "out", dtype, &shape).expect("it fits");
+                let (prologue, epilogue) = (Prologue::Compact { x }, Epilogue::SwiGlu { out: &out, delta: false });
+                let (prologue_kind, epilogue_kind) = (prologue.kind(), epilogue.kind());
+                let (in_features, weight_dtype) = (in_features as u32, DType::F16);
+                let kernel =
+                    Linear { in_features, weight_dtype, prologue: prologue_kind, epilogue: epilogue_kind, tile };
+                let (num_outputs, out_stride) = (num_outputs as u32, num_outputs as u32 / 2);
+                let params = LinearParams { num_outputs, out_stride, in_features, ..Default::default() };
+                let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue };
+                dispatch(gpu, kernel, &bindings, &params, num_rows);
+                out
+            };
+            let floats: Vec<f32> = gpu.read(&run(&x, DType::F32)).expect("the device answers");
+            let want: Vec<half::f16> = floats.into_iter().map(half::f16::from_f32).collect();
+            for x in [&x, &rounded] {
+                let halves: Vec<half::f16> = gpu.read(&run(x, DType::F16)).expect("the device answers");
+                assert_eq!(halves, want, "linear {profile} {tile:?} {:?}", x.dtype());
+            }
+        }
+    });
+}
+
+/// What batch invariance rests on: a row's results have the same bits wherever it stands and whatever is beside it.
+#[test]
+fn rows_do_not_depend_on_their_place() {
+    parity::on_every_profile(|gpu, profile| {
+        let mut rng = Rng::new("linear places");
+        let (in_features, num_outputs, num_rows) = (136, 68, 150);
+        let (weight, _) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::F16);
+        let norm_weight = parity::upload(gpu, &rng.normals(in_features));
+        // All odd rows are alike.
+        let alike = rng.normals(in_features);
+        let mut x = rng.normals(num_rows * in_features);
+        x.chunks_mut(in_features).skip(1).step_by(2).for_each(|row| row.copy_from_slice(&alike));
+        let x = parity::upload(gpu, &x);
+        for tile in tiles(gpu).into_iter().map(|tile| for_columns(tile, num_outputs)) {
+            let fused = Prologue::Norm { x: &x, weight: &norm_weight };
+            let prologue = if tile.fuses_norm() { fused } else { Prologue::Stream { x: &x } };
+            let mut first: Option<Vec<u32>> = None;
+            for active in [parity::some_rows(&mut rng, 3, 3), parity::some_rows(&mut rng, num_rows, num_rows)] {
+                let out = Output::new(gpu, active.len() * num_outputs);
+                let kernel = Linear {
+                    in_features: in_features as u32,
+                    weight_dtype: DType::F16,
+                    prologue: prologue.kind(),
+                    epilogue: EpilogueKind::Store,
+                    tile,
+                };
+                let params = LinearParams {
+                    num_outputs: num_outputs as u32,
+                    out_stride: num_outputs as u32,
+                    in_features: in_features as u32,
+                    eps: 1e-5,
+                    scale: 1.0,
+                    ..Default::default()
+                };
+                let rows = parity::row_set(gpu, &active);
+                let epilogue = Epilogue::Store { out: &out.tensor };
+                let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue };
+                dispatch(gpu, kernel, &bindings, &params, active.len());
+                for (entry, y) in active.iter().zip(out.read(gpu).chunks(num_outputs)) {
+                    if entry.row % 2 == 1 {
+                        let bits: Vec<_> = y.iter().map(|value| value.to_bits()).collect();
+                        let what = format!("linear {profile} {tile:?} row {} of {}", entry.row, active.len());
+                        assert_eq!(&bits, first.get_or_insert_with(|| bits.clone()), "{what}");
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn refuses_wrong_shapes() {
+    let gpu = parity::gpu();
+    let weight = Tensor::zeros(gpu, "weight", DType::F16, &[6, 16]).expect("it fits");
+    let x = Tensor::zeros(gpu, "x", DType::F32, &[6, 16]).expect("it fits");
+    let rows = parity::row_set(gpu, &[]);
+    let kernel = Linear {
+        in_features: 16,
+        weight_dtype: DType::F16,
+        prologue: PrologueKind::Compact,
+        epilogue: EpilogueKind::Store,
+        tile: LinearTile::for_shape(gpu.caps(), 64, 6, false),
+    };
+    let bindings = LinearBindings {
+        rows: &rows,
+        weight: &weight,
+        prologue: Prologue::Compact { x: &x },
+        epilogue: Epilogue::Store { out: &x },
+    };
+    let message = |kernel: Linear, num_outputs, in_features| {
+        let params = LinearParams { num_outputs, in_features, ..Default::default() };
+        kernel.check(gpu.caps(), &bindings, &params).map_err(|error| error.to_string())
+    };
+    assert_eq!(message(kernel, 6, 16), Ok(()));
+    assert_eq!(message(kernel, 6, 12), Err("linear: in_features has 12, expected a multiple of 8".to_owned()));
+    assert_eq!(
+        message(kernel, 5, 16),
+        Err("linear: num_outputs has 5 from 0, expected an even number from an even column".to_owned())
+    );
+    // A product with the first rows of a weight, q of q/k/v say.
+    assert_eq!(message(kernel, 4, 16), Ok(()));
+    assert_eq!(
+        message(kernel, 8, 16),
+        Err("linear: weight has 96 elements of F16, expected at least 128 of F16".to_owned())
+    );
+    let gelu = Linear { epilogue: EpilogueKind::Gelu, ..kernel };
+    assert_eq!(message(gelu, 6, 16), Err("linear: epilogue has Store, expected Gelu".to_owned()));
+    let odd = Linear { tile: LinearTile::Direct { tile_m: 4, tile_n: 8, thread_n: 1 }, ..kernel };
+    assert!(message(odd, 6, 16).is_err());
+    let halves = LinearBindings { prologue: Prologue::Compact { x: &weight }, ..bindings };
+    let kernel_of_halves = Linear { prologue: PrologueKind::CompactF16, ..kernel };
+    let params = LinearParams { num_outputs: 6, in_features: 16, ..Default::default() };
+    let message = kernel_of_halves.check(gpu.caps(), &halves, &params).map_err(|error| error.to_string());
+    assert_eq!(message, Err("linear: prologue has CompactF16, expected f32 for this tile".to_owned()));
+}
