@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use mor_kernels::gpu::AdapterKind;
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::rows::{PAGE_SIZE, ROW_ACTIVE, ROW_SAMPLE, Row};
-use mor_model::{Batching, KvStrategy, MorConfig, MorModel};
+use mor_model::{Batching, KvStrategy, MorConfig, MorModel, Precision};
 
 use crate::error::Result;
 use crate::event::{Event, SequenceHandle, Summary};
-use crate::kv_cache::{PageClass, page_classes};
+use crate::kv_cache::{PageClass, kv_bytes, page_classes};
 use crate::runner::{Feed, Pending, Runner, RunnerOptions, Work};
 use crate::sampling::{FinishReason, GenerateRequest};
 use crate::scheduler::{Chunk, Progress, ROWS_BESIDE_DECODING, Scheduler, SchedulerOptions, SequenceId, Start, Step};
@@ -157,26 +157,29 @@ pub(crate) struct Engine {
     last_results: Option<Instant>,
 }
 
-/// Most rows of a prefill step that `model`'s device is given at first.
-fn most_prefill_rows(model: &MorModel) -> usize {
+/// Most rows of a prefill step that `model`'s device is given at first, beside caches of so many bytes.
+fn most_prefill_rows(model: &MorModel, kv_bytes: u64) -> usize {
     let summary = model.gpu().summary();
     if summary.kind != AdapterKind::Discrete {
         // More rows need more memory and fill no smaller device better.
         return ROWS_BESIDE_DECODING;
     }
-    let left = summary.memory_bytes.map(|memory| memory.saturating_sub(model.weights().num_bytes()));
-    rows_of_discrete(model.config(), left)
+    let taken = model.weights().num_bytes() + kv_bytes;
+    let left = summary.memory_bytes.map(|memory| memory.saturating_sub(taken));
+    let has_matrices = model.precision() == Precision::F16 && model.gpu().caps().cooperative_matrices;
+    rows_of_discrete(model.config(), has_matrices, left)
 }
 
-/// [`most_prefill_rows`] of a discrete GPU with so many bytes left beside the weights: a power of two, as the sizes that plans are
-/// made for.
-fn rows_of_discrete(config: &MorConfig, left: Option<u64>) -> usize {
-    /// Multiplications of a step, 2048 rows of a model of 1.7 billion parameters: 31 ms on an H200, while on slower devices the step
-    /// is halved a few times.
-    const MOST_PRODUCTS: u64 = 3_500_000_000_000;
+/// [`most_prefill_rows`] of a discrete GPU with so many bytes left, of which they take a quarter at most: a power of two, as the
+/// sizes that plans are made for.
+fn rows_of_discrete(config: &MorConfig, has_matrices: bool, left: Option<u64>) -> usize {
+    /// Multiplications of a step, with and without cooperative matrices. The first are 2048 rows of a model of 1.7 billion parameters,
+    /// which take 31 ms on an H200; on slower devices the step is halved a few times, and no first one may take seconds.
+    const MOST_PRODUCTS: (u64, u64) = (3_500_000_000_000, 875_000_000_000);
     let products = (config.num_hidden_layers * config.layer_products()) as u64;
-    let fits = left.map_or(u64::MAX, |bytes| bytes / 8 / step_row_bytes(config));
-    1 << (MOST_PRODUCTS / products).min(fits).max(ROWS_BESIDE_DECODING as u64).ilog2()
+    let fits = left.map_or(u64::MAX, |bytes| bytes / 4 / step_row_bytes(config));
+    let most = if has_matrices { MOST_PRODUCTS.0 } else { MOST_PRODUCTS.1 };
+    1 << (most / products).min(fits).max(ROWS_BESIDE_DECODING as u64).ilog2()
 }
 
 /// Bytes that a row of a prefill step takes: its streams, queries and MLP.
@@ -208,7 +211,8 @@ impl Engine {
             (0..layout.num_groups()).map(|group| classes.iter().position(|class| class.groups.contains(&group)));
         let class_of_group = class_of_group.collect();
         let room = (options.num_slots * options.max_positions).max(Self::LEAST_ROWS);
-        let prefill_rows = options.prefill_rows.min(most_prefill_rows(model)).min(room);
+        let most = most_prefill_rows(model, kv_bytes(model, &options.pages_in_class));
+        let prefill_rows = options.prefill_rows.min(most).min(room);
         let runner = Runner::new(
             model,
             &RunnerOptions {
@@ -631,11 +635,13 @@ mod tests {
             let path = format!("{}/../benches/configs/{name}.json", env!("CARGO_MANIFEST_DIR"));
             MorConfig::from_json_file(path).expect("a config of the benchmarks")
         };
-        assert_eq!(rows_of_discrete(&config("360m-vanilla"), None), 8192);
-        assert_eq!(rows_of_discrete(&config("360m-mor-r3"), Some(8 << 30)), 8192);
-        assert_eq!(rows_of_discrete(&config("1.7b-vanilla"), None), 2048);
-        // 4 * (6 * 960 + 2 * 960 + 2560) bytes a row, in an eighth of what is left.
-        assert_eq!(rows_of_discrete(&config("360m-vanilla"), Some(1 << 30)), 2048);
-        assert_eq!(rows_of_discrete(&config("360m-vanilla"), Some(0)), ROWS_BESIDE_DECODING);
+        assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, None), 8192);
+        assert_eq!(rows_of_discrete(&config("360m-mor-r3"), true, Some(8 << 30)), 8192);
+        assert_eq!(rows_of_discrete(&config("360m-vanilla"), false, None), 2048);
+        assert_eq!(rows_of_discrete(&config("1.7b-vanilla"), true, None), 2048);
+        assert_eq!(rows_of_discrete(&config("1.7b-vanilla"), false, None), 512);
+        // 4 * (6 * 960 + 2 * 960 + 2560) bytes a row, in a quarter of what is left.
+        assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, Some(512 << 20)), 2048);
+        assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, Some(0)), ROWS_BESIDE_DECODING);
     }
 }
