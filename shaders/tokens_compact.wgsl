@@ -109,7 +109,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
 
     var place = counts[thread] - mine;
 #if KV
-    // The sequence of the row before: its first row, and the listed rows before that.
+    // Of the row that was listed last: its sequence's first row, and the listed rows before that.
     var begin = NONE;
     var before = 0u;
 #endif

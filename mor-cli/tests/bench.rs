@@ -217,8 +217,8 @@ fn measurements_that_cannot_be_made() {
     refused(&["bench", "--config", "nowhere.json"], &["nowhere.json"]);
     refused(&["profile", "--model", &model, "--context", "100000"], &["--context is 100000", "at most"]);
     refused(
-        &["profile", "--model", &model, "--context", "9", "--phase", "prefill", "-b", "2049"],
-        &["--batch is 2049", "2048"],
+        &["profile", "--model", &model, "--context", "9", "--phase", "prefill", "-b", "8193"],
+        &["--batch is 8193", "8192"],
     );
     refused(&["profile", "--phase", "both"], &["both", "--phase"]);
 }

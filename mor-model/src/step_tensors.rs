@@ -191,13 +191,7 @@ impl MorModel {
             }
             None => t,
         };
-        let (mut q_columns, mut mlp_columns) = (q_dim, self.mlp_dim());
-        if self.adapts(|layer| &layer.qkv_proj) {
-            q_columns += q_dim + 2 * self.kv_dim();
-        }
-        if self.adapts(|layer| &layer.gate_up_proj) {
-            mlp_columns += 2 * self.mlp_dim();
-        }
+        let (q_columns, mlp_columns) = self.wide_columns();
         let adapters = self.weights().layers.iter().flat_map(LayerWeights::projections);
         let most_ranks = adapters.filter_map(|projection| Some(projection.adapter.as_ref()?.a.num_rows)).max();
         let router_width = self.weights().routers.as_ref().and_then(|r| r.router.hidden.first()).map(|m| m.num_rows);
@@ -276,17 +270,31 @@ impl MorModel {
     /// Bytes that [`MorModel::step_tensors`] allocates, about.
     pub fn step_bytes(&self, capacity: usize, logit_rows: usize) -> u64 {
         let config = self.config();
-        let mut per_row = 6 * config.hidden_size + 2 * self.q_dim() + config.intermediate_size + 64;
+        let (q_columns, mlp_columns) = self.wide_columns();
+        let mut per_row = 6 * config.hidden_size + self.q_dim() + q_columns + mlp_columns + 64;
         if self.precision() == Precision::F16 {
             per_row += (config.hidden_size + self.q_dim() + config.intermediate_size) / 2;
         }
+        4 * (capacity * per_row + logit_rows * (self.logits_stride() + 4 * self.vocab_parts())) as u64
+    }
+
+    /// Rows of a step none of whose tensors is larger than a binding.
+    pub fn most_step_rows(&self) -> usize {
+        let (q_columns, mlp_columns) = self.wide_columns();
+        let widest = self.config().hidden_size.max(q_columns).max(mlp_columns);
+        (self.gpu().caps().max_storage_binding_bytes / (4 * widest as u64)) as usize
+    }
+
+    /// Columns of a row of `q` and of `mlp`, behind which adapters leave what they add.
+    fn wide_columns(&self) -> (usize, usize) {
+        let (mut q_columns, mut mlp_columns) = (self.q_dim(), self.mlp_dim());
         if self.adapts(|layer| &layer.qkv_proj) {
-            per_row += self.q_dim() + 2 * self.kv_dim();
+            q_columns += self.q_dim() + 2 * self.kv_dim();
         }
         if self.adapts(|layer| &layer.gate_up_proj) {
-            per_row += 2 * self.mlp_dim();
+            mlp_columns += 2 * self.mlp_dim();
         }
-        4 * (capacity * per_row + logit_rows * (self.logits_stride() + 4 * self.vocab_parts())) as u64
+        (q_columns, mlp_columns)
     }
 
     /// Parts of the vocabulary that [`SamplePartial`] draws from.

@@ -158,33 +158,28 @@ pub(crate) struct Engine {
 }
 
 /// Most rows of a prefill step that `model`'s device is given at first, beside caches of so many bytes.
-fn most_prefill_rows(model: &MorModel, kv_bytes: u64) -> usize {
-    let summary = model.gpu().summary();
+pub(crate) fn most_prefill_rows(model: &MorModel, kv_bytes: u64, batch_invariant: bool) -> usize {
+    let (summary, caps) = (model.gpu().summary(), model.gpu().caps());
     if summary.kind != AdapterKind::Discrete {
         // More rows need more memory and fill no smaller device better.
         return ROWS_BESIDE_DECODING;
     }
     let taken = model.weights().num_bytes() + kv_bytes;
-    let left = summary.memory_bytes.map(|memory| memory.saturating_sub(taken));
-    let has_matrices = model.precision() == Precision::F16 && model.gpu().caps().cooperative_matrices;
-    rows_of_discrete(model.config(), has_matrices, left)
+    let left = summary.memory_bytes.map_or(u64::MAX, |memory| memory.saturating_sub(taken));
+    // A quarter, since there are other tensors.
+    let fits = (left / 4 / model.step_bytes(1, 0)).min(model.most_step_rows() as u64);
+    let has_matrices = model.precision() == Precision::F16 && caps.cooperative_matrices && !batch_invariant;
+    rows_of_discrete(model.config(), has_matrices, fits)
 }
 
-/// [`most_prefill_rows`] of a discrete GPU with so many bytes left, of which they take a quarter at most: a power of two, as the
-/// sizes that plans are made for.
-fn rows_of_discrete(config: &MorConfig, has_matrices: bool, left: Option<u64>) -> usize {
+/// [`most_prefill_rows`] of a discrete GPU whose memory has room for so many: a power of two, as the sizes that plans are made for.
+fn rows_of_discrete(config: &MorConfig, has_matrices: bool, fits: u64) -> usize {
     /// Multiplications of a step, with and without cooperative matrices. The first are 2048 rows of a model of 1.7 billion parameters,
     /// which take 31 ms on an H200; on slower devices the step is halved a few times, and no first one may take seconds.
     const MOST_PRODUCTS: (u64, u64) = (3_500_000_000_000, 875_000_000_000);
     let products = (config.num_hidden_layers * config.layer_products()) as u64;
-    let fits = left.map_or(u64::MAX, |bytes| bytes / 4 / step_row_bytes(config));
     let most = if has_matrices { MOST_PRODUCTS.0 } else { MOST_PRODUCTS.1 };
     1 << (most / products).min(fits).max(ROWS_BESIDE_DECODING as u64).ilog2()
-}
-
-/// Bytes that a row of a prefill step takes: its streams, queries and MLP.
-pub(crate) fn step_row_bytes(config: &MorConfig) -> u64 {
-    4 * (6 * config.hidden_size + 2 * config.q_dim() + config.intermediate_size) as u64
 }
 
 impl Engine {
@@ -211,7 +206,7 @@ impl Engine {
             (0..layout.num_groups()).map(|group| classes.iter().position(|class| class.groups.contains(&group)));
         let class_of_group = class_of_group.collect();
         let room = (options.num_slots * options.max_positions).max(Self::LEAST_ROWS);
-        let most = most_prefill_rows(model, kv_bytes(model, &options.pages_in_class));
+        let most = most_prefill_rows(model, kv_bytes(model, &options.pages_in_class), options.batch_invariant);
         let prefill_rows = options.prefill_rows.min(most).min(room);
         let runner = Runner::new(
             model,
@@ -635,13 +630,12 @@ mod tests {
             let path = format!("{}/../benches/configs/{name}.json", env!("CARGO_MANIFEST_DIR"));
             MorConfig::from_json_file(path).expect("a config of the benchmarks")
         };
-        assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, None), 8192);
-        assert_eq!(rows_of_discrete(&config("360m-mor-r3"), true, Some(8 << 30)), 8192);
-        assert_eq!(rows_of_discrete(&config("360m-vanilla"), false, None), 2048);
-        assert_eq!(rows_of_discrete(&config("1.7b-vanilla"), true, None), 2048);
-        assert_eq!(rows_of_discrete(&config("1.7b-vanilla"), false, None), 512);
-        // 4 * (6 * 960 + 2 * 960 + 2560) bytes a row, in a quarter of what is left.
-        assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, Some(512 << 20)), 2048);
-        assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, Some(0)), ROWS_BESIDE_DECODING);
+        assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, 9000), 8192);
+        assert_eq!(rows_of_discrete(&config("360m-mor-r3"), true, u64::MAX), 8192);
+        assert_eq!(rows_of_discrete(&config("360m-vanilla"), false, u64::MAX), 2048);
+        assert_eq!(rows_of_discrete(&config("1.7b-vanilla"), true, u64::MAX), 2048);
+        assert_eq!(rows_of_discrete(&config("1.7b-vanilla"), false, u64::MAX), 512);
+        assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, 3000), 2048);
+        assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, 0), ROWS_BESIDE_DECODING);
     }
 }

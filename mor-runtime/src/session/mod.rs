@@ -16,7 +16,7 @@ use mor_model::{
     ScriptedRouter,
 };
 
-use crate::engine::{Engine, EngineOptions, Statistics, step_row_bytes};
+use crate::engine::{Engine, EngineOptions, Statistics};
 use crate::error::{Result, RuntimeError};
 use crate::evaluator::{Capture, Captured, Evaluator};
 use crate::event::{Event, SequenceHandle};
@@ -646,8 +646,9 @@ fn open(source: ModelSource) -> Result<(Checkpoint, Option<Tokenizer>)> {
 /// Refuses what does not fit the adapter; `kv` are the bytes of the caches for so many positions.
 fn check_memory(gpu: &Gpu, config: &MorConfig, weights: u64, (kv, positions): (u64, usize)) -> Result<()> {
     let Some(available) = gpu.summary().memory_bytes else { return Ok(()) };
-    // The rows of a small prefill step, and one row of logits.
-    let activations = ROWS_BESIDE_DECODING as u64 * step_row_bytes(config) + 4 * config.vocab_size as u64;
+    // Streams, queries and MLP rows of a small prefill step, and one row of logits.
+    let row = 6 * config.hidden_size + 2 * config.q_dim() + config.intermediate_size;
+    let activations = 4 * (ROWS_BESIDE_DECODING * row + config.vocab_size) as u64;
     let needed = weights + kv + activations;
     if needed <= available {
         return Ok(());

@@ -79,8 +79,8 @@ pub struct BatchOptions {
     pub share_prefixes: bool,
     /// How tokens go through the recursions; `None` is depth-wise where the model allows it.
     pub batching: Option<Batching>,
-    /// Most rows of a prefill step; no more than 512 where other sequences decode meanwhile or the device is no discrete GPU,
-    /// and fewer where so many would take long or much of the memory.
+    /// Most rows of a prefill step; no more than 512 where other sequences decode meanwhile or the device is no discrete GPU (128 if it
+    /// is no software rasteriser either), and fewer where so many would take long or much of the memory.
     pub prefill_rows: usize,
     /// Computes a sequence to the same bits whatever runs beside it; see
     /// [`RunnerOptions::batch_invariant`](crate::runner::RunnerOptions::batch_invariant).

@@ -10,6 +10,7 @@ use mor_kernels::submit::Submission;
 use mor_kernels::timing::{self, DispatchTime};
 
 use super::Session;
+use crate::engine::most_prefill_rows;
 use crate::error::Result;
 use crate::runner::{Feed, Runner, RunnerOptions, Work};
 
@@ -66,8 +67,8 @@ impl Session {
     }
 
     /// Where the time of a prefill step goes that reads the same number of tokens of each of `num_sequences` sequences, the last
-    /// of `context` tokens: as many as fit [`BatchOptions::prefill_rows`](crate::BatchOptions::prefill_rows). Caches are made anew
-    /// for it; sequences under way are lost.
+    /// of `context` tokens: as many as fit [`BatchOptions::prefill_rows`](crate::BatchOptions::prefill_rows), or as the device is
+    /// given at a time. Caches are made anew for it; sequences under way are lost.
     ///
     /// # Errors
     /// As [`Session::profile_decode`].
@@ -77,6 +78,8 @@ impl Session {
     pub fn profile_prefill(&mut self, num_sequences: usize, context: usize) -> Result<StepProfile> {
         let prefill_rows = self.batch.prefill_rows;
         assert!((1..=prefill_rows).contains(&num_sequences), "{num_sequences} sequences in {prefill_rows} rows");
+        let most = most_prefill_rows(&self.model, 0, self.batch.batch_invariant);
+        let prefill_rows = prefill_rows.min(most).max(num_sequences);
         let context = context.max(1);
         let chunk = (prefill_rows / num_sequences).min(context);
         let mut runner = self.profiled_runner(num_sequences, context, prefill_rows)?;
