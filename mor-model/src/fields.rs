@@ -104,11 +104,7 @@ impl<'a> Fields<'a> {
     ) -> Result<T, ModelError> {
         match self.map.get(name) {
             None => Ok(default),
-            Some(value) => all
-                .iter()
-                .copied()
-                .find(|&candidate| value.as_str() == Some(text(candidate)))
-                .ok_or_else(|| self.value(name, format!("one of {}", list(all, text)))),
+            Some(value) => self.one_of(name, value.as_str(), all, text),
         }
     }
 
@@ -141,6 +137,17 @@ impl<'a> Fields<'a> {
             Value::String(word) if word != "null" => Some(word.as_str()),
             _ => None,
         };
+        self.one_of(name, wanted, all, text)
+    }
+
+    /// The one of `all` that is called `wanted`.
+    fn one_of<T: Copy>(
+        &self,
+        name: &str,
+        wanted: Option<&str>,
+        all: &[T],
+        text: fn(T) -> &'static str,
+    ) -> Result<T, ModelError> {
         all.iter()
             .copied()
             .find(|&candidate| wanted == Some(text(candidate)))

@@ -175,7 +175,7 @@ pub(crate) fn most_prefill_rows(model: &MorModel, kv_bytes: u64, batch_invariant
 /// [`most_prefill_rows`] of a discrete GPU whose memory has room for so many: a power of two, as the sizes that plans are made for.
 fn rows_of_discrete(config: &MorConfig, has_matrices: bool, fits: u64) -> usize {
     /// Multiplications of a step, with and without cooperative matrices. The first are 2048 rows of a model of 1.7 billion parameters,
-    /// which take 31 ms on an H200; on slower devices the step is halved a few times, and no first one may take seconds.
+    /// which take 31 ms on an H200 (`benches/runs/2026-11-29-nvidia-h200/prefill.txt`); on slower devices the step is halved a few times, and no first one may take seconds.
     const MOST_PRODUCTS: (u64, u64) = (3_500_000_000_000, 875_000_000_000);
     let products = (config.num_hidden_layers * config.layer_products()) as u64;
     let most = if has_matrices { MOST_PRODUCTS.0 } else { MOST_PRODUCTS.1 };

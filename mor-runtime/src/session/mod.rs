@@ -11,10 +11,7 @@ use mor_kernels::gpu::{AdapterSummary, GpuOptions};
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::plan::Dispatch;
 use mor_kernels::rows::NONE;
-use mor_model::{
-    Batching, Checkpoint, DepthControl, KvStrategy, Mode, MorConfig, MorModel, Precision, Quantization, Routing,
-    ScriptedRouter,
-};
+use mor_model::{Batching, Checkpoint, DepthControl, Mode, MorConfig, MorModel, Precision, Routing, ScriptedRouter};
 
 use crate::engine::{Engine, EngineOptions, Statistics};
 use crate::error::{Result, RuntimeError};
@@ -25,6 +22,7 @@ use crate::runner::Feed;
 use crate::sampling::{GenerateRequest, SamplingParams};
 use crate::scheduler::ROWS_BESIDE_DECODING;
 use crate::text::Tokenizer;
+use options::prepare;
 
 pub use options::{BatchOptions, LoadProgress, ModelSource, SessionOptions};
 pub use profile::StepProfile;
@@ -603,44 +601,6 @@ impl Session {
 fn append(to: &mut Vec<Vec<f32>>, from: Vec<Vec<f32>>) {
     to.resize(from.len(), Vec::new());
     to.iter_mut().zip(from).for_each(|(to, from)| to.extend(from));
-}
-
-/// Opens a model and makes of its weights what options ask for.
-fn prepare(
-    source: ModelSource,
-    kv: Option<KvStrategy>,
-    depth: DepthControl,
-    quantization: Option<Quantization>,
-) -> Result<(Checkpoint, Option<Tokenizer>)> {
-    let (mut checkpoint, tokenizer) = open(source)?;
-    if let Some(kv) = kv {
-        checkpoint = checkpoint.with_kv(kv)?;
-    }
-    depth.validate(checkpoint.config())?;
-    if let Some(quantization) = quantization {
-        checkpoint = checkpoint.quantize(quantization)?;
-    }
-    Ok((checkpoint, tokenizer))
-}
-
-fn open(source: ModelSource) -> Result<(Checkpoint, Option<Tokenizer>)> {
-    match source {
-        ModelSource::Folder(folder) => {
-            let checkpoint = Checkpoint::open(&folder)?;
-            let path = folder.join("tokenizer.json");
-            let vocab_size = checkpoint.config().vocab_size;
-            let tokenizer = path.exists().then(|| Tokenizer::from_file(&path, vocab_size)).transpose()?;
-            Ok((checkpoint, tokenizer))
-        }
-        ModelSource::Bytes { config_json, weights, tokenizer_json, origin } => {
-            let checkpoint = Checkpoint::from_bytes(&config_json, weights, &origin)?;
-            let vocab_size = checkpoint.config().vocab_size;
-            let tokenizer =
-                tokenizer_json.map(|bytes| Tokenizer::from_bytes(&bytes, &origin, vocab_size)).transpose()?;
-            Ok((checkpoint, tokenizer))
-        }
-        ModelSource::Random { config, seed, dtype } => Ok((Checkpoint::random(config, seed, dtype), None)),
-    }
 }
 
 /// Refuses what does not fit the adapter; `kv` are the bytes of the caches for so many positions.

@@ -4,9 +4,10 @@ use std::borrow::Cow;
 use std::path::PathBuf;
 
 use mor_kernels::gpu::GpuOptions;
-use mor_model::{Batching, DepthControl, Dtype, KvStrategy, MorConfig, Precision, Quantization};
+use mor_model::{Batching, Checkpoint, DepthControl, Dtype, KvStrategy, MorConfig, Precision, Quantization};
 
 use crate::error::{Result, RuntimeError};
+use crate::text::Tokenizer;
 
 /// Where a model comes from.
 #[non_exhaustive]
@@ -117,5 +118,43 @@ impl BatchOptions {
         least("max_sequences", self.max_sequences, 1, "1 or more")?;
         least("max_context", self.max_context.unwrap_or(1), 1, "1 or more")?;
         least("prefill_rows", self.prefill_rows, 16, "16 or more")
+    }
+}
+
+/// Opens a model and makes of its weights what options ask for.
+pub(super) fn prepare(
+    source: ModelSource,
+    kv: Option<KvStrategy>,
+    depth: DepthControl,
+    quantization: Option<Quantization>,
+) -> Result<(Checkpoint, Option<Tokenizer>)> {
+    let (mut checkpoint, tokenizer) = open(source)?;
+    if let Some(kv) = kv {
+        checkpoint = checkpoint.with_kv(kv)?;
+    }
+    depth.validate(checkpoint.config())?;
+    if let Some(quantization) = quantization {
+        checkpoint = checkpoint.quantize(quantization)?;
+    }
+    Ok((checkpoint, tokenizer))
+}
+
+fn open(source: ModelSource) -> Result<(Checkpoint, Option<Tokenizer>)> {
+    match source {
+        ModelSource::Folder(folder) => {
+            let checkpoint = Checkpoint::open(&folder)?;
+            let path = folder.join("tokenizer.json");
+            let vocab_size = checkpoint.config().vocab_size;
+            let tokenizer = path.exists().then(|| Tokenizer::from_file(&path, vocab_size)).transpose()?;
+            Ok((checkpoint, tokenizer))
+        }
+        ModelSource::Bytes { config_json, weights, tokenizer_json, origin } => {
+            let checkpoint = Checkpoint::from_bytes(&config_json, weights, &origin)?;
+            let vocab_size = checkpoint.config().vocab_size;
+            let tokenizer =
+                tokenizer_json.map(|bytes| Tokenizer::from_bytes(&bytes, &origin, vocab_size)).transpose()?;
+            Ok((checkpoint, tokenizer))
+        }
+        ModelSource::Random { config, seed, dtype } => Ok((Checkpoint::random(config, seed, dtype), None)),
     }
 }
