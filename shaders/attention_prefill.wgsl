@@ -1,8 +1,8 @@
 // attention_prefill: attention of many rows, tile by tile of rows and keys.
 // Math      out[i, h] = sum_k softmax_k(scale * q[i, h] . key_k[g]) * value_k[g], k = 0..kv_len of row i, g = h / GROUP_SIZE
 // Why       BLOCK_Q rows share every key they read; scores never leave the workgroup. COOPERATIVE: matrix units multiply,
-//           16 rows a subgroup. Nobody can scale rows of a matrix in their registers, so weights refer to a maximum that
-//           may lag behind by a factor of 2^LAG: sums move through workgroup memory when it is exceeded, not every tile.
+//           16 rows a subgroup. Nobody can scale rows of a matrix in their registers, so weights refer to the highest score
+//           of a row's first keys; should one more than LAG above it come later, all keys are gone through again.
 //           The longest rows take as long as their tiles one after the other; KEY_SLICES of a workgroup take turns at them
 // Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32; out [n, H, D] f32, or
 //           f16 (OUT_F16); counts u32, the first is n; row-major, D a multiple of 8
@@ -20,7 +20,7 @@
 // Limits    D <= 256, COOPERATIVE: a multiple of 16; rows with one kv_table lie together and ascend in kv_len;
 //           BLOCK_Q <= ROW_PADDING
 // Numerics  f32 throughout; running maximum per row. COOPERATIVE: scaled queries and weights are rounded to f16, exact
-//           products, sums in f32 in the matrix unit's order, of each slice and then of all
+//           products, sums in f32 in the matrix unit's order, of each slice and then of all; a weight is at most 2^LAG
 // Source    Dao 2023, FlashAttention-2 (arXiv 2307.08691)
 #if COOPERATIVE
 enable f16;
@@ -79,8 +79,8 @@ const KV_UNITS: u32 = BLOCK_K * HEAD_UNITS;
 const SLICE_SUBGROUPS: u32 = BLOCK_Q / 16u;
 const SLICE: u32 = SLICE_SUBGROUPS * SUBGROUP_WIDTH;
 const KV_STEPS: u32 = (KV_UNITS + SLICE - 1u) / SLICE;
-// Weights reach 2^LAG, which halves hold as precisely as others.
-const LAG: f32 = 8.0;
+// Scores are powers of 2, and halves hold 2^LAG as precisely as others.
+const LAG: f32 = 15.0;
 const LOG2_E: f32 = 1.442695;
 
 const K_TILE: u32 = max(BLOCK_K * KV_STRIDE, BLOCK_Q * P_STRIDE);
@@ -158,115 +158,129 @@ fn main(
 #repeat d FRAGMENTS_D
     let start = k_from + first_own * P_STRIDE + d * 4u;
     queries[d] = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[start], P_STRIDE);
-    sums[d] = coop_mat16x16<f32, C>();
 #endrepeat
     workgroupBarrier();
-    // What the weights of the own row refer to, and their sum over the lane's keys.
+    // What the weights of the own row refer to, their sum over the lane's keys, and the highest score of these.
     var reference = LOWEST;
     var mass = 0.0;
+    var highest = LOWEST;
 
-    // Rows of one sequence after the other: each run has its own keys, and no weight for the other rows.
-    for (var run = 0u; run < num_rows;) {
-        let table = active_rows[first_row + run].kv_table;
-        let run_end = end_of_run(first_row, num_rows, run);
-        let run_len = active_rows[first_row + run_end - 1u].kv_len;
-        var limit = 0u;
-        if own_row >= run && own_row < run_end {
-            limit = active_rows[first_row + own_row].kv_len;
-        }
-        run = run_end;
+    // A second time if the first keys have misled a row.
+    for (var turn = 0u; turn < 2u; turn++) {
+        mass = 0.0;
+        highest = LOWEST;
+#repeat d FRAGMENTS_D
+        sums[d] = coop_mat16x16<f32, C>();
+#endrepeat
+        // Rows of one sequence after the other: each run has its own keys, and no weight for the other rows.
+        for (var run = 0u; run < num_rows;) {
+            let table = active_rows[first_row + run].kv_table;
+            let run_end = end_of_run(first_row, num_rows, run);
+            let run_len = active_rows[first_row + run_end - 1u].kv_len;
+            var limit = 0u;
+            if own_row >= run && own_row < run_end {
+                limit = active_rows[first_row + own_row].kv_len;
+            }
+            run = run_end;
 
-        var ahead = load_tile(table, kv_head, slice * BLOCK_K, run_len, in_slice);
-        for (var first_tile = 0u; first_tile < run_len; first_tile += KEY_SLICES * BLOCK_K) {
-            // Past the end for some slices, whose keys then have no weight.
-            let tile = first_tile + slice * BLOCK_K;
-            for (var step = 0u; step < KV_STEPS; step++) {
-                let i = in_slice + step * SLICE;
-                if KV_UNITS % SLICE == 0u || i < KV_UNITS {
-                    let to = i / HEAD_UNITS * KV_STRIDE + 2u * (i % HEAD_UNITS);
-                    let key = unpack_kv(ahead.keys[step]);
-                    k_tile[k_from + to] = vec4<f16>(key[0]);
-                    k_tile[k_from + to + 1u] = vec4<f16>(key[1]);
-                    let value = unpack_kv(ahead.values[step]);
-                    v_tile[v_from + to] = vec4<f16>(value[0]);
-                    v_tile[v_from + to + 1u] = vec4<f16>(value[1]);
+            var ahead = load_tile(table, kv_head, slice * BLOCK_K, run_len, in_slice);
+            for (var first_tile = 0u; first_tile < run_len; first_tile += KEY_SLICES * BLOCK_K) {
+                // Past the end for some slices, whose keys then have no weight.
+                let tile = first_tile + slice * BLOCK_K;
+                for (var step = 0u; step < KV_STEPS; step++) {
+                    let i = in_slice + step * SLICE;
+                    if KV_UNITS % SLICE == 0u || i < KV_UNITS {
+                        let to = i / HEAD_UNITS * KV_STRIDE + 2u * (i % HEAD_UNITS);
+                        let key = unpack_kv(ahead.keys[step]);
+                        k_tile[k_from + to] = vec4<f16>(key[0]);
+                        k_tile[k_from + to + 1u] = vec4<f16>(key[1]);
+                        let value = unpack_kv(ahead.values[step]);
+                        v_tile[v_from + to] = vec4<f16>(value[0]);
+                        v_tile[v_from + to + 1u] = vec4<f16>(value[1]);
+                    }
                 }
-            }
-            workgroupBarrier();
-            if first_tile + KEY_SLICES * BLOCK_K < run_len {
-                ahead = load_tile(table, kv_head, tile + KEY_SLICES * BLOCK_K, run_len, in_slice);
-            }
+                workgroupBarrier();
+                if first_tile + KEY_SLICES * BLOCK_K < run_len {
+                    ahead = load_tile(table, kv_head, tile + KEY_SLICES * BLOCK_K, run_len, in_slice);
+                }
 
-            var products: array<coop_mat16x16<f32, C>, FRAGMENTS_K>;
+                var products: array<coop_mat16x16<f32, C>, FRAGMENTS_K>;
 #repeat j FRAGMENTS_K
-            products[j] = coop_mat16x16<f32, C>();
+                products[j] = coop_mat16x16<f32, C>();
 #endrepeat
 #repeat d FRAGMENTS_D
 #repeat j FRAGMENTS_K
-            let start = k_from + j * 16u * KV_STRIDE + d * 4u;
-            let b = coopLoad<coop_mat16x16<f16, B>>(&k_tile[start], KV_STRIDE);
-            products[j] = coopMultiplyAdd(queries[d], b, products[j]);
+                let start = k_from + j * 16u * KV_STRIDE + d * 4u;
+                let b = coopLoad<coop_mat16x16<f16, B>>(&k_tile[start], KV_STRIDE);
+                products[j] = coopMultiplyAdd(queries[d], b, products[j]);
 #endrepeat
 #endrepeat
-            // Weights take the place of the keys.
-            workgroupBarrier();
-            var scores: array<vec4<f32>, QUADS>;
-            var highest = LOWEST;
-            // Keys of the own row from the lane's first on. Its others lie distances on that compilers know.
-            let left = i32(limit) - i32(tile + 4u * own_lane);
+                // Weights take the place of the keys.
+                workgroupBarrier();
+                var scores: array<vec4<f32>, QUADS>;
+                // Keys of the own row from the lane's first on. Its others lie distances on that compilers know.
+                let left = i32(limit) - i32(tile + 4u * own_lane);
 #repeat j FRAGMENTS_K
-            coopStoreT(products[j], &s_tile[s_from], S_STRIDE);
-            subgroupBarrier();
-            for (var i = 0u; i < FRAGMENT_QUADS; i++) {
-                let key = vec4<i32>(i32(16u * j + 4u * i * ROW_LANES)) + vec4<i32>(0, 1, 2, 3);
-                let score = select(vec4<f32>(LOWEST), s_tile[s_own + i * ROW_LANES + own_lane], key < vec4<i32>(left));
-                scores[j * FRAGMENT_QUADS + i] = score;
-                let pair = max(score.xy, score.zw);
-                highest = max(highest, max(pair.x, pair.y));
-            }
-            subgroupBarrier();
-#endrepeat
-            for (var step = 0u; step < ROW_LANES_LOG2; step++) {
-                highest = max(highest, subgroupShuffleXor(highest, 1u << step));
-            }
-            // A loop of at most one turn, because naga lets no matrices into a branch that subgroups decide.
-            for (var moves = subgroupAny(highest > reference + LAG); moves; moves = false) {
-                let moved = max(reference, highest);
-                let keep = exp2(reference - moved);
-                reference = moved;
-                mass *= keep;
-#repeat part FRAGMENTS_D
-                coopStoreT(sums[part], &s_tile[s_from], S_STRIDE);
+                coopStoreT(products[j], &s_tile[s_from], S_STRIDE);
                 subgroupBarrier();
                 for (var i = 0u; i < FRAGMENT_QUADS; i++) {
-                    s_tile[s_own + i * ROW_LANES + own_lane] *= keep;
+                    let key = vec4<i32>(i32(16u * j + 4u * i * ROW_LANES)) + vec4<i32>(0, 1, 2, 3);
+                    let score = select(vec4<f32>(LOWEST), s_tile[s_own + i * ROW_LANES + own_lane], key < vec4<i32>(left));
+                    scores[j * FRAGMENT_QUADS + i] = score;
+                    let pair = max(score.xy, score.zw);
+                    highest = max(highest, max(pair.x, pair.y));
                 }
                 subgroupBarrier();
-                sums[part] = coopLoadT<coop_mat16x16<f32, C>>(&s_tile[s_from], S_STRIDE);
-                subgroupBarrier();
 #endrepeat
-            }
-            // Keys past the limit have the score LOWEST, whose power is 0 even for a row that has no key so far.
-            let least = max(reference, 0.5 * LOWEST);
-            for (var i = 0u; i < QUADS; i++) {
-                let p = exp2(scores[i] - vec4<f32>(least));
-                mass += dot(p, vec4<f32>(1.0));
-                k_tile[k_from + own_row * P_STRIDE + i * ROW_LANES + own_lane] = vec4<f16>(p);
-            }
-            subgroupBarrier();
+                if first_tile == 0u {
+                    for (var step = 0u; step < ROW_LANES_LOG2; step++) {
+                        highest = max(highest, subgroupShuffleXor(highest, 1u << step));
+                    }
+                    // Rows of other runs keep theirs.
+                    reference = select(reference, max(reference, highest), limit > 0u);
+                }
+                // Keys past the limit have the score LOWEST, whose power is 0 even for a row that has no key so far.
+                let least = max(reference, 0.5 * LOWEST);
+                for (var i = 0u; i < QUADS; i++) {
+                    let p = exp2(scores[i] - vec4<f32>(least));
+                    mass += dot(p, vec4<f32>(1.0));
+                    k_tile[k_from + own_row * P_STRIDE + i * ROW_LANES + own_lane] = vec4<f16>(p);
+                }
+                subgroupBarrier();
 
 #repeat k FRAGMENTS_K
-            let weights_from = k_from + first_own * P_STRIDE + k * 4u;
-            let a = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[weights_from], P_STRIDE);
+                let weights_from = k_from + first_own * P_STRIDE + k * 4u;
+                let a = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[weights_from], P_STRIDE);
 #repeat d FRAGMENTS_D
-            let start = v_from + k * 16u * KV_STRIDE + d * 4u;
-            let b = coopLoadT<coop_mat16x16<f16, B>>(&v_tile[start], KV_STRIDE);
-            sums[d] = coopMultiplyAdd(a, b, sums[d]);
+                let start = v_from + k * 16u * KV_STRIDE + d * 4u;
+                let b = coopLoadT<coop_mat16x16<f16, B>>(&v_tile[start], KV_STRIDE);
+                sums[d] = coopMultiplyAdd(a, b, sums[d]);
 #endrepeat
 #endrepeat
-            // The next step overwrites the tiles.
-            workgroupBarrier();
+                // The next step overwrites the tiles.
+                workgroupBarrier();
+            }
         }
+
+        for (var step = 0u; step < ROW_LANES_LOG2; step++) {
+            highest = max(highest, subgroupShuffleXor(highest, 1u << step));
+        }
+        let is_misled = highest > reference + LAG;
+        let any_misled = subgroupAny(is_misled);
+        if lane == 0u {
+            s_tile[s_from].x = f32(any_misled);
+        }
+        workgroupBarrier();
+        var num_misled = 0.0;
+        for (var i = 0u; i < KEY_SLICES * SLICE_SUBGROUPS; i++) {
+            num_misled += s_tile[i * 16u * S_STRIDE].x;
+        }
+        workgroupBarrier();
+        if num_misled == 0.0 {
+            break;
+        }
+        // Other rows get the same weights again, whoever shares their workgroup.
+        reference = select(reference, highest, is_misled);
     }
 
     for (var step = 0u; step < ROW_LANES_LOG2; step++) {
@@ -278,7 +292,7 @@ fn main(
         s_tile[s_own] = vec4<f32>(reference, mass, 0.0, 0.0);
     }
     workgroupBarrier();
-    var highest = LOWEST;
+    highest = LOWEST;
     for (var s = 0u; s < KEY_SLICES; s++) {
         highest = max(highest, s_tile[(s * BLOCK_Q + own_row) * S_STRIDE].x);
     }

@@ -5,8 +5,8 @@
 //           active_out [T + ROW_PADDING]; dispatch [4 + 3 * MAX_GRIDS]; slots [sequences, groups, max_positions]
 // Bindings  0 params uniform; 1 grids uniform; 2 rows read; 3 depth write; 4 active_out write; 5 dispatch write;
 //           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS]
-// Grid      (1, 1, 1): one workgroup; each thread owns a run of consecutive rows
-// Spec      WORKGROUP_SIZE power of two: 4 * WORKGROUP_SIZE bytes of workgroup memory; BEGIN, EXPERT, TOKEN, FIXED or
+// Grid      (1, 1, 1): one workgroup, which goes through WORKGROUP_SIZE rows at a time, a thread a row
+// Spec      WORKGROUP_SIZE power of two: 4 * WORKGROUP_SIZE bytes of workgroup memory, KV: 4 more; BEGIN, EXPERT, TOKEN, FIXED or
 //           SAMPLE: which rows; KV: they store or read K/V; KV_SLOTS: the table lists keys, not pages (hybrid caches)
 // Limits    rows of a sequence are contiguous and ascend in position; params.num_rows <= T
 // Numerics  integers; a row is selected if its decision >= params.threshold (NaN does not pass)
@@ -55,8 +55,7 @@ struct Grids {
 #endif
 
 // Bit 0: listed. Bit 1: selected, that is counted into the token's depth.
-fn keep(r: u32) -> u32 {
-    let row = rows[r];
+fn keep(r: u32, row: Row) -> u32 {
     if (row.flags & ROW_ACTIVE) == 0u {
         return 0u;
     }
@@ -81,41 +80,46 @@ fn physical(sequence: u32, group: u32, slot: u32) -> u32 {
 }
 #endif
 
-// Listed rows before row r, once `counts` holds the inclusive scan over the threads' runs of `run` rows.
-fn listed_before(r: u32, run: u32) -> u32 {
-    let thread = r / run;
-    var sum = 0u;
-    if thread > 0u {
-        sum = counts[min(thread, WORKGROUP_SIZE) - 1u];
-    }
-    for (var q = thread * run; q < r; q++) {
-        sum += keep(q) & 1u;
-    }
-    return sum;
-}
+#if KV
+// Listed rows before the sequence that the last row so far belongs to.
+var<workgroup> before_last: u32;
+#endif
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(local_invocation_index) thread: u32) {
-    let run = max((params.num_rows + WORKGROUP_SIZE - 1u) / WORKGROUP_SIZE, 1u);
-    let first = min(thread * run, params.num_rows);
-    let last = min(first + run, params.num_rows);
-
-    var mine = 0u;
-    for (var r = first; r < last; r++) {
-        mine += keep(r) & 1u;
-    }
-    scan(mine, thread);
-    let total = counts[WORKGROUP_SIZE - 1u];
-
-    var place = counts[thread] - mine;
+    // Listed rows of the rows so far.
+    var total = 0u;
+    for (var first = 0u; first < params.num_rows; first += WORKGROUP_SIZE) {
+        let r = first + thread;
+        var row = Row();
+        var kept = 0u;
 #if KV
-    // Of the row that was listed last: its sequence's first row, and the listed rows before that.
-    var begin = NONE;
-    var before = 0u;
+        // Of its sequence: entries stored before this step, and whether this is the last row.
+        var stored = 0u;
+        var is_last = false;
 #endif
-    for (var r = first; r < last; r++) {
-        let row = rows[r];
-        let kept = keep(r);
+        if r < params.num_rows {
+            row = rows[r];
+#if KV
+            if params.write_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
+                stored = kv_lengths[row.sequence * params.num_groups + params.write_group];
+                is_last = r + 1u == params.num_rows || rows[min(r + 1u, params.num_rows - 1u)].sequence != row.sequence;
+            }
+#endif
+            kept = keep(r, row);
+        }
+        scan(kept & 1u, thread);
+        let end = total + counts[thread];
+        let place = end - (kept & 1u);
+#if KV
+        let begin = r - row.flags / ROW_INDEX_UNIT;
+        // Listed rows before its sequence, which may have begun among earlier rows.
+        var before = total;
+        if begin < first {
+            before = before_last;
+        } else if begin > first {
+            before += counts[begin - first - 1u];
+        }
 #if KV_SLOTS
         // Unless a later recursion overrides it, it sees the first one's entry at this position.
         if params.first_hybrid_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
@@ -124,6 +128,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
                     physical(row.sequence, params.write_group, row.position);
             }
         }
+#endif
 #endif
         if (kept & 1u) != 0u {
             var entry = ActiveRow(r, row.sequence, row.position, NONE, 0u, 0u, NONE, END_NOTHING);
@@ -142,11 +147,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
             entry.kv_table = (row.sequence * params.num_groups + params.read_group) * params.max_pages;
             entry.kv_len = row.position + 1u;
             if params.write_group != NONE {
-                if begin != r - row.flags / ROW_INDEX_UNIT {
-                    begin = r - row.flags / ROW_INDEX_UNIT;
-                    before = listed_before(begin, run);
-                }
-                let slot = kv_lengths[row.sequence * params.num_groups + params.write_group] + place - before;
+                let slot = stored + place - before;
                 entry.kv_slot = physical(row.sequence, params.write_group, slot);
                 if params.write_group == params.read_group {
                     entry.kv_len = slot + 1u;
@@ -159,37 +160,30 @@ fn main(@builtin(local_invocation_index) thread: u32) {
             }
 #endif
             active_out[place] = entry;
-            place++;
         }
-    }
-    // Everything is decided: from here on depths and lengths may change.
-    storageBarrier();
-    workgroupBarrier();
-#if KV
-    if params.write_group != NONE {
-        for (var r = first; r < last; r++) {
-            let row = rows[r];
-            let ends = r + 1u == params.num_rows
-                || rows[min(r + 1u, params.num_rows - 1u)].sequence != row.sequence;
-            if ends && (row.flags & ROW_ACTIVE) != 0u {
-                let added = listed_before(r + 1u, run) - listed_before(r - row.flags / ROW_INDEX_UNIT, run);
-                kv_lengths[row.sequence * params.num_groups + params.write_group] += added;
-            }
-        }
-    }
-    storageBarrier();
-    workgroupBarrier();
-#endif
-    for (var r = first; r < last; r++) {
 #if BEGIN
-        depth[r] = 0u;
+        if r < params.num_rows {
+            depth[r] = 0u;
+        }
 #elif SAMPLE
         // Reads depths only.
 #elif TOKEN
         // The router has written the depth.
 #else
-        if (keep(r) & 2u) != 0u {
+        if (kept & 2u) != 0u {
             depth[r] = params.recursion + 1u;
+        }
+#endif
+        total += counts[WORKGROUP_SIZE - 1u];
+        // All have read counts and lengths: now they may change.
+        storageBarrier();
+        workgroupBarrier();
+#if KV
+        if is_last {
+            kv_lengths[row.sequence * params.num_groups + params.write_group] = stored + end - before;
+        }
+        if thread == WORKGROUP_SIZE - 1u {
+            before_last = before;
         }
 #endif
     }

@@ -1,6 +1,6 @@
 // Inclusive scan over a workgroup of WORKGROUP_SIZE threads: afterwards counts[t] is the sum of the values of threads 0 to
 // t, for all to read. By runs of threads, then over runs: two short loops cost less than a barrier for every power of
-// two. Call once, in uniform flow. Workgroup memory: 4 * WORKGROUP_SIZE bytes.
+// two. Call in uniform flow, again when all have read. Workgroup memory: 4 * WORKGROUP_SIZE bytes.
 const SCAN_RUN: u32 = 16u;
 var<workgroup> counts: array<u32, WORKGROUP_SIZE>;
 

@@ -289,7 +289,14 @@ mod tests {
         }
     }
 
-    fn check_kernel(gpu: &Gpu, what: &str, kernel: AttentionPrefill, inputs: &AttentionInputs, tolerance: Tolerance) {
+    /// Compares with the oracle and returns what the kernel computed.
+    fn check_kernel(
+        gpu: &Gpu,
+        what: &str,
+        kernel: AttentionPrefill,
+        inputs: &AttentionInputs,
+        tolerance: Tolerance,
+    ) -> Vec<f32> {
         let (shape, n) = (kernel.shape, inputs.active.len());
         let out = parity::Output::new(gpu, n * (shape.num_attention_heads * shape.head_dim) as usize);
         let tensors = inputs.upload(gpu, &shape);
@@ -305,7 +312,9 @@ mod tests {
         let grid = kernel.grid(n as u32, gpu.caps());
         parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, Grid::Fixed(grid)));
         let want = attention_prefill(&shape, inputs, shape.scale());
-        parity::assert_close(what, &out.read(gpu), &want, tolerance);
+        let found = out.read(gpu);
+        parity::assert_close(what, &found, &want, tolerance);
+        found
     }
 
     #[test]
@@ -347,6 +356,39 @@ mod tests {
             }
             let inputs = AttentionInputs::random(&mut rng, &shape, &[(20, 33), (40, 200)], 30.0);
             check(gpu, &format!("attention_prefill {profile} large scores"), shape, &inputs, Tolerance::F32);
+        });
+    }
+
+    /// Rows whose later keys score far above the first ones get right results, and their neighbours the same as without them.
+    #[test]
+    fn misled_rows_leave_others_alone() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("attention_prefill misled");
+            let shape = AttentionShape {
+                num_attention_heads: 4,
+                num_key_value_heads: 2,
+                head_dim: 64,
+                kv_dtype: DType::F16,
+                kv_table: KvTable::Pages,
+            };
+            let calm = AttentionInputs::random(&mut rng, &shape, &[(70, 300), (60, 129)], 1.0);
+            let calm = AttentionInputs { q: half_queries(&calm.q, shape.scale()), ..calm };
+            let row_elems = (shape.num_attention_heads * shape.head_dim) as usize;
+            let misled = [3, 69, 100];
+            let mut inputs = calm.clone();
+            for row in misled {
+                // A power of two, so that they remain halves once scaled.
+                inputs.q[row * row_elems..][..row_elems].iter_mut().for_each(|q| *q *= 128.0);
+            }
+            for num_rows in [1, u32::MAX] {
+                let kernel = AttentionPrefill::new(shape, num_rows, true);
+                let what = format!("attention_prefill {profile} misled for {num_rows}");
+                let alone = check_kernel(gpu, &what, kernel, &calm, Tolerance::F16);
+                let beside = check_kernel(gpu, &what, kernel, &inputs, Tolerance::F16);
+                for (row, (alone, beside)) in alone.chunks(row_elems).zip(beside.chunks(row_elems)).enumerate() {
+                    assert!(misled.contains(&row) || alone == beside, "{what}: row {row} depends on its neighbours");
+                }
+            }
         });
     }
 }

@@ -166,8 +166,8 @@ impl TokensCompact {
     }
 }
 
-/// The most threads of the workgroup, a power of two: a thread goes through its rows one after the other. Threads of a software
-/// rasteriser take turns as well.
+/// The most threads of the workgroup, a power of two: it goes through as many rows at a time. Threads of a software rasteriser take
+/// turns as well.
 fn most_threads(caps: &DeviceCaps) -> u32 {
     if caps.is_cpu { 256 } else { 1 << caps.max_workgroup_size.min(1024).ilog2() }
 }
@@ -204,7 +204,7 @@ impl Kernel for TokensCompact {
     }
 
     fn workgroup_storage_bytes(&self, _: &DeviceCaps) -> u32 {
-        4 * self.workgroup_size
+        4 * (self.workgroup_size + u32::from(self.kv))
     }
 }
 
