@@ -2,8 +2,9 @@
 // Math      out[i, h] = sum_k softmax_k(scale * q[i, h] . key_k[g]) * value_k[g], k = 0..kv_len of row i, g = h / GROUP_SIZE
 // Why       BLOCK_Q rows share every key they read; scores never leave the workgroup. COOPERATIVE: matrix units multiply,
 //           16 rows a subgroup. Nobody can scale rows of a matrix in their registers, so weights refer to the highest score
-//           of a row's first keys; should one more than LAG above it come later, all keys are gone through again.
-//           The longest rows take as long as their tiles one after the other; KEY_SLICES of a workgroup take turns at them
+//           of a row's first keys; should a later one be too far above it, all keys are gone through again. Small tiles let
+//           a processor have 16 subgroups at a time; the longest rows take as long as their tiles one after the other, so
+//           KEY_SLICES parts of a workgroup take turns at them
 // Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32; out [n, H, D] f32, or
 //           f16 (OUT_F16); counts u32, the first is n; row-major, D a multiple of 8
 // Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 out write;
@@ -14,7 +15,7 @@
 //           CHUNK_UNITS units of a head are staged at a time, NUM_CHUNKS times (ONE_CHUNK: once);
 //           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, GROUP_SIZE = H / G, HEAD_UNITS = D / 8; KV_F16; KV_SLOTS:
 //           kv_table lists keys, not pages; SUBGROUP: COLUMNS lanes exchange by subgroup operations; COOPERATIVE, with KV_F16:
-//           FRAGMENTS_D * 16 = D, FRAGMENTS_K * 16 = BLOCK_K, WORKGROUP_SIZE = KEY_SLICES * BLOCK_Q / 16 * SUBGROUP_WIDTH,
+//           BLOCK_K 16, FRAGMENTS_D * 16 = D, WORKGROUP_SIZE = KEY_SLICES * BLOCK_Q / 16 * SUBGROUP_WIDTH,
 //           SLICED if KEY_SLICES > 1; OUT_F16, of COOPERATIVE: for a `linear` that multiplies halves; workgroup memory: see
 //           workgroup_storage_bytes of the wrapper
 // Limits    D <= 256, COOPERATIVE: a multiple of 16; rows with one kv_table lie together and ascend in kv_len;
@@ -67,31 +68,33 @@ fn end_of_run(first_row: u32, num_rows: u32, run: u32) -> u32 {
 // Lanes that share a row.
 const ROW_LANES: u32 = SUBGROUP_WIDTH / 16u;
 const ROW_LANES_LOG2: u32 = firstTrailingBit(ROW_LANES);
-// Quads of a row that a lane has: of the keys of a tile, of a fragment.
-const QUADS: u32 = BLOCK_K / 4u / ROW_LANES;
-const FRAGMENT_QUADS: u32 = 4u / ROW_LANES;
-// 16 or 32 bytes of padding a row spread the rows that lanes read at once over all banks.
+// Quads of a row of a fragment that a lane has.
+const QUADS: u32 = 4u / ROW_LANES;
+// Of tiles of keys and values, and of fragments: 16 or 32 bytes of padding a row spread the rows that lanes read at once over
+// all banks.
 const KV_STRIDE: u32 = 2u * HEAD_UNITS + 2u;
-const P_STRIDE: u32 = max(2u * HEAD_UNITS, BLOCK_K / 4u) + 2u;
-const S_STRIDE: u32 = 4u + 2u;
+const STRIDE: u32 = 4u + 2u;
 const KV_UNITS: u32 = BLOCK_K * HEAD_UNITS;
 // Subgroups and threads of a slice.
 const SLICE_SUBGROUPS: u32 = BLOCK_Q / 16u;
 const SLICE: u32 = SLICE_SUBGROUPS * SUBGROUP_WIDTH;
 const KV_STEPS: u32 = (KV_UNITS + SLICE - 1u) / SLICE;
-// Scores are powers of 2, and halves hold 2^LAG as precisely as others.
+// Units of a fragment of queries that a lane stages.
+const QUERY_STEPS: u32 = (32u + SUBGROUP_WIDTH - 1u) / SUBGROUP_WIDTH;
+// Scores are powers of 2. The first keys have weights of at most 2^-BELOW, later ones up to 2^LAG, which halves hold as
+// precisely: they may be 2^(BELOW + LAG) times as heavy.
+const BELOW: f32 = 6.0;
 const LAG: f32 = 15.0;
 const LOG2_E: f32 = 1.442695;
 
-const K_TILE: u32 = max(BLOCK_K * KV_STRIDE, BLOCK_Q * P_STRIDE);
+const K_TILE: u32 = max(BLOCK_K * KV_STRIDE, BLOCK_Q * STRIDE);
 const V_TILE: u32 = BLOCK_K * KV_STRIDE;
 
-// Of each slice the queries, then of its tiles the keys and, when all have read those, the weights: two slices share a
-// processor.
+// Of each slice the keys and, when all have read those, a fragment of weights of each subgroup; before, of its queries.
 var<workgroup> k_tile: array<vec4<f16>, KEY_SLICES * K_TILE>;
 var<workgroup> v_tile: array<vec4<f16>, KEY_SLICES * V_TILE>;
 // A fragment of each subgroup: of scores, of results on their way.
-var<workgroup> s_tile: array<vec4<f32>, KEY_SLICES * BLOCK_Q * S_STRIDE>;
+var<workgroup> s_tile: array<vec4<f32>, KEY_SLICES * BLOCK_Q * STRIDE>;
 
 struct Ahead {
     keys: array<KvUnit, KV_STEPS>,
@@ -138,26 +141,36 @@ fn main(
     let first_own = subgroup % SLICE_SUBGROUPS * 16u;
     let own_row = first_own + lane / ROW_LANES;
     let own_lane = lane % ROW_LANES;
-    let s_from = (slice * BLOCK_Q + first_own) * S_STRIDE;
-    let s_own = (slice * BLOCK_Q + own_row) * S_STRIDE;
+    let s_from = (slice * BLOCK_Q + first_own) * STRIDE;
+    let s_own = (slice * BLOCK_Q + own_row) * STRIDE;
+    let p_from = k_from + first_own * STRIDE;
+    let p_own = k_from + own_row * STRIDE;
 
-    for (var i = in_slice; i < BLOCK_Q * HEAD_UNITS; i += SLICE) {
-        let row = i / HEAD_UNITS;
-        var query = mat2x4<f32>(vec4<f32>(0.0), vec4<f32>(0.0));
-        if row < num_rows {
-            query = q[((first_row + row) * NUM_ATTENTION_HEADS + head) * HEAD_UNITS + i % HEAD_UNITS];
+    var loaded: array<mat2x4<f32>, FRAGMENTS_D * QUERY_STEPS>;
+    for (var i = 0u; i < FRAGMENTS_D * QUERY_STEPS; i++) {
+        let unit = lane + i % QUERY_STEPS * SUBGROUP_WIDTH;
+        let row = first_own + unit / 2u;
+        if unit < 32u && row < num_rows {
+            let at = ((first_row + row) * NUM_ATTENTION_HEADS + head) * HEAD_UNITS;
+            loaded[i] = q[at + i / QUERY_STEPS * 2u + unit % 2u];
         }
-        let at = k_from + row * P_STRIDE + 2u * (i % HEAD_UNITS);
-        // Scores are powers of 2.
-        k_tile[at] = vec4<f16>(query[0] * (params.scale * LOG2_E));
-        k_tile[at + 1u] = vec4<f16>(query[1] * (params.scale * LOG2_E));
     }
-    workgroupBarrier();
     var queries: array<coop_mat16x16<f16, A>, FRAGMENTS_D>;
     var sums: array<coop_mat16x16<f32, C>, FRAGMENTS_D>;
 #repeat d FRAGMENTS_D
-    let start = k_from + first_own * P_STRIDE + d * 4u;
-    queries[d] = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[start], P_STRIDE);
+    for (var step = 0u; step < QUERY_STEPS; step++) {
+        let unit = lane + step * SUBGROUP_WIDTH;
+        if unit < 32u {
+            let to = p_from + unit / 2u * STRIDE + unit % 2u * 2u;
+            // Scores are powers of 2.
+            let query = loaded[d * QUERY_STEPS + step] * (params.scale * LOG2_E);
+            k_tile[to] = vec4<f16>(query[0]);
+            k_tile[to + 1u] = vec4<f16>(query[1]);
+        }
+    }
+    subgroupBarrier();
+    queries[d] = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[p_from], STRIDE);
+    subgroupBarrier();
 #endrepeat
     workgroupBarrier();
     // What the weights of the own row refer to, their sum over the lane's keys, and the highest score of these.
@@ -204,58 +217,45 @@ fn main(
                     ahead = load_tile(table, kv_head, tile + KEY_SLICES * BLOCK_K, run_len, in_slice);
                 }
 
-                var products: array<coop_mat16x16<f32, C>, FRAGMENTS_K>;
-#repeat j FRAGMENTS_K
-                products[j] = coop_mat16x16<f32, C>();
-#endrepeat
+                var products = coop_mat16x16<f32, C>();
 #repeat d FRAGMENTS_D
-#repeat j FRAGMENTS_K
-                let start = k_from + j * 16u * KV_STRIDE + d * 4u;
+                let start = k_from + d * 4u;
                 let b = coopLoad<coop_mat16x16<f16, B>>(&k_tile[start], KV_STRIDE);
-                products[j] = coopMultiplyAdd(queries[d], b, products[j]);
+                products = coopMultiplyAdd(queries[d], b, products);
 #endrepeat
-#endrepeat
+                coopStoreT(products, &s_tile[s_from], STRIDE);
                 // Weights take the place of the keys.
                 workgroupBarrier();
                 var scores: array<vec4<f32>, QUADS>;
                 // Keys of the own row from the lane's first on. Its others lie distances on that compilers know.
                 let left = i32(limit) - i32(tile + 4u * own_lane);
-#repeat j FRAGMENTS_K
-                coopStoreT(products[j], &s_tile[s_from], S_STRIDE);
-                subgroupBarrier();
-                for (var i = 0u; i < FRAGMENT_QUADS; i++) {
-                    let key = vec4<i32>(i32(16u * j + 4u * i * ROW_LANES)) + vec4<i32>(0, 1, 2, 3);
-                    let score = select(vec4<f32>(LOWEST), s_tile[s_own + i * ROW_LANES + own_lane], key < vec4<i32>(left));
-                    scores[j * FRAGMENT_QUADS + i] = score;
-                    let pair = max(score.xy, score.zw);
+                for (var i = 0u; i < QUADS; i++) {
+                    let key = vec4<i32>(i32(4u * i * ROW_LANES)) + vec4<i32>(0, 1, 2, 3);
+                    scores[i] = select(vec4<f32>(LOWEST), s_tile[s_own + i * ROW_LANES + own_lane], key < vec4<i32>(left));
+                    let pair = max(scores[i].xy, scores[i].zw);
                     highest = max(highest, max(pair.x, pair.y));
                 }
-                subgroupBarrier();
-#endrepeat
                 if first_tile == 0u {
                     for (var step = 0u; step < ROW_LANES_LOG2; step++) {
                         highest = max(highest, subgroupShuffleXor(highest, 1u << step));
                     }
                     // Rows of other runs keep theirs.
-                    reference = select(reference, max(reference, highest), limit > 0u);
+                    reference = select(reference, max(reference, highest + BELOW), limit > 0u);
                 }
                 // Keys past the limit have the score LOWEST, whose power is 0 even for a row that has no key so far.
                 let least = max(reference, 0.5 * LOWEST);
                 for (var i = 0u; i < QUADS; i++) {
                     let p = exp2(scores[i] - vec4<f32>(least));
                     mass += dot(p, vec4<f32>(1.0));
-                    k_tile[k_from + own_row * P_STRIDE + i * ROW_LANES + own_lane] = vec4<f16>(p);
+                    k_tile[p_own + i * ROW_LANES + own_lane] = vec4<f16>(p);
                 }
                 subgroupBarrier();
 
-#repeat k FRAGMENTS_K
-                let weights_from = k_from + first_own * P_STRIDE + k * 4u;
-                let a = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[weights_from], P_STRIDE);
+                let a = coopLoadT<coop_mat16x16<f16, A>>(&k_tile[p_from], STRIDE);
 #repeat d FRAGMENTS_D
-                let start = v_from + k * 16u * KV_STRIDE + d * 4u;
+                let start = v_from + d * 4u;
                 let b = coopLoadT<coop_mat16x16<f16, B>>(&v_tile[start], KV_STRIDE);
                 sums[d] = coopMultiplyAdd(a, b, sums[d]);
-#endrepeat
 #endrepeat
                 // The next step overwrites the tiles.
                 workgroupBarrier();
@@ -273,7 +273,7 @@ fn main(
         workgroupBarrier();
         var num_misled = 0.0;
         for (var i = 0u; i < KEY_SLICES * SLICE_SUBGROUPS; i++) {
-            num_misled += s_tile[i * 16u * S_STRIDE].x;
+            num_misled += s_tile[i * 16u * STRIDE].x;
         }
         workgroupBarrier();
         if num_misled == 0.0 {
@@ -294,12 +294,12 @@ fn main(
     workgroupBarrier();
     highest = LOWEST;
     for (var s = 0u; s < KEY_SLICES; s++) {
-        highest = max(highest, s_tile[(s * BLOCK_Q + own_row) * S_STRIDE].x);
+        highest = max(highest, s_tile[(s * BLOCK_Q + own_row) * STRIDE].x);
     }
     var factors: array<f32, KEY_SLICES>;
     mass = 0.0;
     for (var s = 0u; s < KEY_SLICES; s++) {
-        let stats = s_tile[(s * BLOCK_Q + own_row) * S_STRIDE];
+        let stats = s_tile[(s * BLOCK_Q + own_row) * STRIDE];
         factors[s] = exp2(stats.x - highest);
         mass += factors[s] * stats.y;
     }
@@ -309,7 +309,7 @@ fn main(
 #endif
     let inverse = 1.0 / max(mass, 1e-30);
 #repeat part FRAGMENTS_D
-    coopStoreT(sums[part], &s_tile[s_from], S_STRIDE);
+    coopStoreT(sums[part], &s_tile[s_from], STRIDE);
 #if SLICED
     workgroupBarrier();
 #else
@@ -318,12 +318,12 @@ fn main(
     if own_row < num_rows {
         let first = ((first_row + own_row) * NUM_ATTENTION_HEADS + head) * 2u * HEAD_UNITS + part * 4u;
         // A slice's quads.
-        for (var i = 0u; i < (FRAGMENT_QUADS + KEY_SLICES - 1u) / KEY_SLICES; i++) {
+        for (var i = 0u; i < (QUADS + KEY_SLICES - 1u) / KEY_SLICES; i++) {
             let quad = (i * KEY_SLICES + slice) * ROW_LANES + own_lane;
             if quad < 4u {
                 var all = vec4<f32>();
                 for (var s = 0u; s < KEY_SLICES; s++) {
-                    all += s_tile[(s * BLOCK_Q + own_row) * S_STRIDE + quad] * factors[s];
+                    all += s_tile[(s * BLOCK_Q + own_row) * STRIDE + quad] * factors[s];
                 }
 #if OUT_F16
                 out[first + quad] = vec4<f16>(all * inverse);
@@ -343,13 +343,13 @@ fn main(
 #else
 const COLUMNS_LOG2: u32 = firstTrailingBit(COLUMNS);
 const THREAD_UNITS: u32 = (HEAD_UNITS + COLUMNS - 1u) / COLUMNS;
-const Q_STRIDE: u32 = 2u * CHUNK_UNITS;
+const STRIDE: u32 = 2u * CHUNK_UNITS;
 // An odd stride in vec4s: neighbouring threads read neighbouring keys from different banks.
 const K_STRIDE: u32 = 2u * CHUNK_UNITS + 1u;
 const K_UNITS: u32 = BLOCK_K * CHUNK_UNITS;
 const K_STEPS: u32 = (K_UNITS + WORKGROUP_SIZE - 1u) / WORKGROUP_SIZE;
 
-var<workgroup> q_tile: array<vec4<f32>, BLOCK_Q * Q_STRIDE>;
+var<workgroup> q_tile: array<vec4<f32>, BLOCK_Q * STRIDE>;
 var<workgroup> k_tile: array<vec4<f32>, BLOCK_K * K_STRIDE>;
 // Weights as [BLOCK_Q, COLUMNS]: component j of column c belongs to key c + j * COLUMNS of the tile.
 var<workgroup> p_tile: array<vec4<f32>, BLOCK_Q * COLUMNS>;
@@ -409,7 +409,7 @@ fn stage_queries(first_row: u32, num_rows: u32, head: u32, first_unit: u32, thre
         if row < num_rows && unit < HEAD_UNITS {
             query = q[((first_row + row) * NUM_ATTENTION_HEADS + head) * HEAD_UNITS + unit] * params.scale;
         }
-        let at = row * Q_STRIDE + 2u * (i % CHUNK_UNITS);
+        let at = row * STRIDE + 2u * (i % CHUNK_UNITS);
         q_tile[at] = query[0];
         q_tile[at + 1u] = query[1];
     }
@@ -506,7 +506,7 @@ fn main(
                     let k2 = k_tile[(column + 2u * COLUMNS) * K_STRIDE + u];
                     let k3 = k_tile[(column + 3u * COLUMNS) * K_STRIDE + u];
                     for (var r = 0u; r < 4u; r++) {
-                        let query = q_tile[(thread_row + r) * Q_STRIDE + u];
+                        let query = q_tile[(thread_row + r) * STRIDE + u];
                         scores[r] += vec4<f32>(dot(query, k0), dot(query, k1), dot(query, k2), dot(query, k3));
                     }
                 }

@@ -177,7 +177,7 @@ fn add_attention(list: &mut List) {
         for kv_dtype in [DType::F32, DType::F16] {
             for kv_table in [KvTable::Pages, KvTable::Slots] {
                 let shape = AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table };
-                for (num_rows, half_products) in [(1, false), (1, true), (4096, true)] {
+                for (num_rows, half_products) in [(1, false), (1, true), (2700, true), (4096, true)] {
                     let kernel = AttentionPrefill::new(shape, num_rows, half_products);
                     list.add(&kernel);
                     if kernel.can_write_halves(&list.caps) {

@@ -67,8 +67,6 @@ enum Tiles {
     },
     /// Cooperative matrices, 16 rows a subgroup.
     Cooperative {
-        /// Keys of a tile.
-        block_k: u32,
         /// Parts of a workgroup that take turns at the tiles of keys.
         key_slices: u32,
     },
@@ -76,10 +74,9 @@ enum Tiles {
 
 /// Subgroups of a slice of a workgroup that multiplies cooperative matrices.
 const SUBGROUPS: u32 = 4;
-/// Workgroups, about one for each processor of a large GPU, up to which two slices share the keys of each: on an H200 with 132
-/// processors 72, 90, 120 and 165 workgroups take 6 to 14 % less time so; 256, 330 and 480 take 6 to 28 % more, 288 of other heads 9 %
-/// less (`benches/runs/2026-11-28-nvidia-h200/attention-prefill-slices.txt`).
-const FEW_WORKGROUPS: u32 = 192;
+/// Up to how many workgroups so many slices share the keys of each: few workgroups leave processors idle and take as long as the
+/// longest of them, many have no time for adding up slices (`benches/runs/2026-11-29-nvidia-h200/attention-prefill-tiles.txt`).
+const SLICES: [(u32, u32); 3] = [(300, 4), (560, 2), (u32::MAX, 1)];
 /// Rows, columns and depth of the matrices that a subgroup multiplies.
 const FRAGMENT: u32 = 16;
 
@@ -134,10 +131,9 @@ impl AttentionPrefill {
         let units = self.shape.head_units();
         let most = caps.max_workgroup_storage_bytes;
         let blocks = self.num_rows.div_ceil(FRAGMENT * SUBGROUPS);
-        let few = blocks.saturating_mul(self.shape.num_attention_heads) <= FEW_WORKGROUPS;
-        let slices = if few { 2 } else { 1 };
-        let cooperative = [(64, slices), (64, 1), (32, slices), (32, 1)];
-        let cooperative = cooperative.map(|(block_k, key_slices)| Tiles::Cooperative { block_k, key_slices });
+        let workgroups = blocks.saturating_mul(self.shape.num_attention_heads);
+        let slices = SLICES.iter().skip_while(|(most, _)| workgroups > *most);
+        let cooperative = slices.map(|&(_, key_slices)| Tiles::Cooperative { key_slices });
         // A row has 1 to 4 lanes.
         let width = caps.subgroup_sizes.map_or(0, |(width, _)| width);
         let halves = self.half_products
@@ -173,11 +169,10 @@ impl AttentionPrefill {
                 let exchange = if tiles.uses_subgroups(caps) { 0 } else { block_q / 4 * columns };
                 16 * (q + k + p + exchange) + 4 * 2 * block_k
             }
-            Tiles::Cooperative { block_k, key_slices } => {
-                let (block_q, units) = (tiles.block_q(), self.shape.head_units());
-                let tile = block_k * (2 * units + 2);
-                let weights = block_q * ((2 * units).max(block_k / 4) + 2);
-                key_slices * (8 * (tile.max(weights) + tile) + 16 * block_q * (FRAGMENT / 4 + 2))
+            Tiles::Cooperative { key_slices } => {
+                let tile = FRAGMENT * (2 * self.shape.head_units() + 2);
+                let fragments = tiles.block_q() * (FRAGMENT / 4 + 2);
+                key_slices * (8 * (tile.max(fragments) + tile) + 16 * fragments)
             }
         }
     }
@@ -196,7 +191,7 @@ impl Tiles {
     fn block_k(self) -> u32 {
         match self {
             Tiles::Staged { columns, .. } => 4 * columns,
-            Tiles::Cooperative { block_k, .. } => block_k,
+            Tiles::Cooperative { .. } => FRAGMENT,
         }
     }
 
@@ -204,7 +199,7 @@ impl Tiles {
     fn subgroups(self) -> u32 {
         match self {
             Tiles::Staged { .. } => 0,
-            Tiles::Cooperative { key_slices, .. } => key_slices * SUBGROUPS,
+            Tiles::Cooperative { key_slices } => key_slices * SUBGROUPS,
         }
     }
 
@@ -235,7 +230,7 @@ impl Kernel for AttentionPrefill {
                     .flag("ONE_CHUNK", num_chunks == 1)
                     .flag("SUBGROUP", tiles.uses_subgroups(caps))
             }
-            Tiles::Cooperative { block_k, key_slices } => {
+            Tiles::Cooperative { key_slices } => {
                 let width = caps.subgroup_sizes.map_or(1, |(width, _)| width);
                 definitions
                     .u32("WORKGROUP_SIZE", tiles.subgroups() * width)
@@ -243,7 +238,6 @@ impl Kernel for AttentionPrefill {
                     .flag("SLICED", key_slices > 1)
                     .u32("SUBGROUP_WIDTH", width)
                     .u32("FRAGMENTS_D", self.shape.head_dim / FRAGMENT)
-                    .u32("FRAGMENTS_K", block_k / FRAGMENT)
                     .flag("OUT_F16", self.half_output)
                     .flag("COOPERATIVE", true)
             }
@@ -278,8 +272,8 @@ mod tests {
 
     fn check(gpu: &Gpu, what: &str, shape: AttentionShape, inputs: &AttentionInputs, tolerance: Tolerance) {
         check_kernel(gpu, what, AttentionPrefill::new(shape, 1, false), inputs, tolerance);
-        // Tiles for few rows and for many compute any number.
-        for num_rows in [1, u32::MAX] {
+        // Whatever the number of slices is chosen for, they compute any number of rows.
+        for num_rows in [1, 64 * 400 / shape.num_attention_heads, u32::MAX] {
             let kernel = AttentionPrefill::new(shape, num_rows, true);
             if matches!(kernel.tiles(gpu.caps()), Tiles::Cooperative { .. }) {
                 let rounded = AttentionInputs { q: half_queries(&inputs.q, shape.scale()), ..inputs.clone() };
@@ -380,7 +374,7 @@ mod tests {
                 // A power of two, so that they remain halves once scaled.
                 inputs.q[row * row_elems..][..row_elems].iter_mut().for_each(|q| *q *= 128.0);
             }
-            for num_rows in [1, u32::MAX] {
+            for num_rows in [1, 64 * 400 / shape.num_attention_heads, u32::MAX] {
                 let kernel = AttentionPrefill::new(shape, num_rows, true);
                 let what = format!("attention_prefill {profile} misled for {num_rows}");
                 let alone = check_kernel(gpu, &what, kernel, &calm, Tolerance::F16);
@@ -389,6 +383,34 @@ mod tests {
                     assert!(misled.contains(&row) || alone == beside, "{what}: row {row} depends on its neighbours");
                 }
             }
+        });
+    }
+
+    /// Sequences whose first key has 250 times the weight of an average one: what is small beside it is not lost.
+    #[test]
+    fn first_keys_may_be_heavy() {
+        parity::on_every_profile(|gpu, profile| {
+            let mut rng = Rng::new("attention_prefill heavy");
+            let shape = AttentionShape {
+                num_attention_heads: 2,
+                num_key_value_heads: 2,
+                head_dim: 64,
+                kv_dtype: DType::F16,
+                kv_table: KvTable::Slots,
+            };
+            let head_dim = shape.head_dim as usize;
+            let slot_elems = shape.num_key_value_heads as usize * head_dim;
+            let mut inputs = AttentionInputs::random(&mut rng, &shape, &[(70, 300), (60, 129)], 1.0);
+            // Of every query the first element is 4, of the first keys alone one is not 0: their scores are 5.5.
+            inputs.keys.iter_mut().step_by(head_dim).for_each(|k| *k = 0.0);
+            inputs.q.iter_mut().step_by(head_dim).for_each(|q| *q = 4.0);
+            for entry in &inputs.active {
+                let slot = inputs.table[entry.kv_table as usize] as usize;
+                let key = &mut inputs.keys[slot * slot_elems..][..slot_elems];
+                key.fill(0.0);
+                key.iter_mut().step_by(head_dim).for_each(|k| *k = 11.0);
+            }
+            check(gpu, &format!("attention_prefill {profile} heavy"), shape, &inputs, Tolerance::F32);
         });
     }
 }
