@@ -14,7 +14,9 @@ use crate::event::{Event, SequenceHandle, Summary};
 use crate::kv_cache::{PageClass, kv_bytes, page_classes};
 use crate::runner::{Feed, Pending, Runner, RunnerOptions, Work};
 use crate::sampling::{FinishReason, GenerateRequest};
-use crate::scheduler::{Chunk, Progress, ROWS_BESIDE_DECODING, Scheduler, SchedulerOptions, SequenceId, Start, Step};
+use crate::scheduler::{
+    Chunk, LEAST_ROWS, Progress, ROWS_BESIDE_DECODING, Scheduler, SchedulerOptions, SequenceId, Start, Step,
+};
 use crate::text::{TextStream, Tokenizer};
 
 /// Sizes and habits of an [`Engine`].
@@ -174,8 +176,9 @@ pub(crate) fn most_prefill_rows(model: &MorModel, kv_bytes: u64, batch_invariant
 
 /// [`most_prefill_rows`] of a discrete GPU whose memory has room for so many: a power of two, as the sizes that plans are made for.
 fn rows_of_discrete(config: &MorConfig, has_matrices: bool, fits: u64) -> usize {
-    /// Multiplications of a step, with and without cooperative matrices. The first are 2048 rows of a model of 1.7 billion parameters,
-    /// which take 31 ms on an H200 (`benches/runs/2026-11-29-nvidia-h200/prefill.txt`); on slower devices the step is halved a few times, and no first one may take seconds.
+    /// Multiplications of a step, with and without cooperative matrices. The first are 2048 rows of a model of 1.7 billion
+    /// parameters, which take 28 ms on an H200 (`benches/runs/2026-11-29-nvidia-h200/prefill-small-tiles.txt`); on slower devices
+    /// the step is halved a few times, and no first one may take seconds.
     const MOST_PRODUCTS: (u64, u64) = (3_500_000_000_000, 875_000_000_000);
     let products = (config.num_hidden_layers * config.layer_products()) as u64;
     let most = if has_matrices { MOST_PRODUCTS.0 } else { MOST_PRODUCTS.1 };
@@ -192,8 +195,6 @@ impl Engine {
     const TICKS_PER_SUBMIT: usize = 4;
     /// A submit should take less than this, far below any watchdog.
     const BUDGET: Duration = Duration::from_millis(100);
-    /// Least rows of a prefill step.
-    const LEAST_ROWS: usize = 16;
 
     /// Allocates caches and streams.
     ///
@@ -205,7 +206,7 @@ impl Engine {
         let class_of_group =
             (0..layout.num_groups()).map(|group| classes.iter().position(|class| class.groups.contains(&group)));
         let class_of_group = class_of_group.collect();
-        let room = (options.num_slots * options.max_positions).max(Self::LEAST_ROWS);
+        let room = (options.num_slots * options.max_positions).max(LEAST_ROWS);
         let most = most_prefill_rows(model, kv_bytes(model, &options.pages_in_class), options.batch_invariant);
         let prefill_rows = options.prefill_rows.min(most).min(room);
         let runner = Runner::new(
@@ -534,19 +535,12 @@ impl Engine {
         let _ = live.events.send(Event::Finished(summary));
     }
 
-    /// Shortens submits that take too long. They are never lengthened again, so that plans follow from the order of
-    /// arrivals on every device that is fast enough.
+    /// Shortens submits where they take too long.
     fn adapt(&mut self, model: &MorModel, step: &Step, time: Duration) {
-        if time <= Self::BUDGET || model.gpu().caps().is_cpu {
-            return;
+        if !model.gpu().caps().is_cpu && self.scheduler.learn(step, time > Self::BUDGET) {
+            let (ticks, rows) = (self.scheduler.ticks(), self.scheduler.prefill_rows());
+            tracing::debug!(?time, ticks, rows, "submits took too long; later ones are shorter");
         }
-        if step.chunks.is_empty() {
-            self.scheduler.set_ticks((self.scheduler.ticks() / 2).max(1));
-        } else {
-            self.scheduler.set_prefill_rows((self.scheduler.prefill_rows() / 2).max(Self::LEAST_ROWS));
-        }
-        let (ticks, rows) = (self.scheduler.ticks(), self.scheduler.prefill_rows());
-        tracing::debug!(?time, ticks, rows, "a submit took too long; later ones are shorter");
     }
 
     /// What has been done so far, and memory now.

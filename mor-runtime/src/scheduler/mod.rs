@@ -38,6 +38,9 @@ pub(crate) const ROWS_BESIDE_DECODING: usize = 512;
 /// many, the ticks' product of all is the cheaper one.
 const MOST_FIRST_DRAWS: usize = 8;
 
+/// Least rows of a prefill step that [`Scheduler::learn`] comes down to.
+pub(crate) const LEAST_ROWS: usize = 16;
+
 /// What a scheduler needs to know of the model and the device's memory.
 #[derive(Clone, Debug)]
 pub(crate) struct SchedulerOptions {
@@ -91,6 +94,8 @@ pub(crate) struct Scheduler {
     stops: Vec<usize>,
     /// The oldest waiting sequence found no pages, and none has been given back since.
     is_short: bool,
+    /// Whether the last step that only decoded, and the last that read, took too long.
+    was_late: [bool; 2],
 }
 
 impl Scheduler {
@@ -109,6 +114,7 @@ impl Scheduler {
             num_reused: 0,
             stops: Vec::new(),
             is_short: false,
+            was_late: [false; 2],
             options,
         }
     }
@@ -176,19 +182,29 @@ impl Scheduler {
         self.num_reused
     }
 
-    /// Changes the most rows of a prefill step.
-    pub(crate) fn set_prefill_rows(&mut self, prefill_rows: usize) {
-        self.options.prefill_rows = prefill_rows;
+    /// Learns whether the device took too long for a step. Two of a kind in a row halve what later ones may do, and nothing
+    /// doubles it again, so that on a device that is fast enough steps follow from the order of arrivals: one alone may be late
+    /// by what a driver does once. Returns whether it changed something.
+    pub(crate) fn learn(&mut self, step: &Step, is_late: bool) -> bool {
+        let reads = !step.chunks.is_empty();
+        let was_late = std::mem::replace(&mut self.was_late[usize::from(reads)], is_late);
+        let rows: usize = step.chunks.iter().map(|chunk| chunk.len).sum();
+        let (done, most, least) = if reads {
+            (rows, &mut self.options.prefill_rows, LEAST_ROWS)
+        } else {
+            (step.ticks, &mut self.options.ticks, 1)
+        };
+        // What was planned before the last change has nothing to say about it.
+        let changes = is_late && was_late && done <= *most && *most > least;
+        if changes {
+            *most = (*most / 2).max(least);
+        }
+        changes
     }
 
     /// Most rows of a prefill step.
     pub(crate) fn prefill_rows(&self) -> usize {
         self.options.prefill_rows
-    }
-
-    /// Changes the ticks of a step.
-    pub(crate) fn set_ticks(&mut self, ticks: usize) {
-        self.options.ticks = ticks;
     }
 
     /// Ticks of a step.

@@ -31,6 +31,31 @@ fn options(kv: &str, num_slots: usize, pages: usize) -> SchedulerOptions {
     }
 }
 
+#[test]
+fn late_steps_shorten_later_ones() {
+    let mut scheduler = Scheduler::new(options("recursion_wise", 1, 100));
+    scheduler.submit(vec![1; 400], 410);
+    let rows = |step: &Step| step.chunks.iter().map(|chunk| chunk.len).sum::<usize>();
+    let long = scheduler.plan().expect("there is a prompt");
+    assert_eq!(rows(&long), 64);
+    assert!(!scheduler.learn(&long, true), "one alone may be late");
+    assert!(!scheduler.learn(&long, false));
+    assert!(!scheduler.learn(&long, true), "not in a row");
+    assert!(scheduler.learn(&long, true));
+    assert!(!scheduler.learn(&long, true), "it was planned before");
+    let short = scheduler.plan().expect("there is more");
+    assert_eq!(rows(&short), 32);
+    assert!(scheduler.learn(&short, true), "the one before was late too");
+    let decodes = Step { ticks: 2, ..Step::default() };
+    assert!(!scheduler.learn(&decodes, true), "of another kind");
+    assert!(scheduler.learn(&decodes, true));
+    assert!(!scheduler.learn(&Step { ticks: 1, ..Step::default() }, true), "less than one is none");
+    assert_eq!((scheduler.prefill_rows(), scheduler.ticks()), (16, 1));
+    let least = Step { chunks: scheduler.plan().expect("there is more").chunks, ..Step::default() };
+    assert!(!scheduler.learn(&least, true));
+    assert_eq!((rows(&least), scheduler.prefill_rows()), (16, 16));
+}
+
 /// Runs `requests` of (tokens, limit, cancelled after so many new tokens) with several steps under way; returns the
 /// tokens of each and the order in which they ended.
 fn run(
