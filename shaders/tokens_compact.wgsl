@@ -78,9 +78,7 @@ fn physical(sequence: u32, group: u32, slot: u32) -> u32 {
     let page = pages[(sequence * params.num_groups + group) * params.max_pages + slot / PAGE_SIZE];
     return page * PAGE_SIZE + slot % PAGE_SIZE;
 }
-#endif
 
-#if KV
 // Listed rows before the sequence that the last row so far belongs to.
 var<workgroup> before_last: u32;
 #endif
