@@ -75,8 +75,8 @@ enum Tiles {
 /// Subgroups of a slice of a workgroup that multiplies cooperative matrices.
 const SUBGROUPS: u32 = 4;
 /// Up to how many workgroups so many slices share the keys of each: few workgroups leave processors idle and take as long as the
-/// longest of them, many have no time for adding up slices. On an H200, in us with one, two and four: 165 workgroups 37, 30 and 27;
-/// 288 80, 64 and 58; 330 62, 50 and 53; 480 91, 69 and 83; 645 52 and 62; 256 of 32 heads 33, 28 and 30
+/// longest of them, many have no time for adding up slices. On an H200, in us of a dispatch alone with one, two and four: 165
+/// workgroups 37, 30 and 27; 288 80, 64 and 58; 330 62, 50 and 53; 480 91, 69 and 83; 645 52 and 62; 256 of 32 heads 33, 28 and 30
 /// (`benches/runs/2026-11-29-nvidia-h200/attention-prefill-tiles.txt`).
 const SLICES: [(u32, u32); 3] = [(300, 4), (560, 2), (u32::MAX, 1)];
 /// Rows, columns and depth of the matrices that a subgroup multiplies.
