@@ -19,7 +19,7 @@ use serde::Serialize;
 use crate::args::{KvArg, LoadArgs, ModelArg, SamplingArgs, at_least_one};
 use crate::depth::DepthArgs;
 use crate::failure::{BAD_INPUT, INTERRUPTED, bad_input, sentence};
-use crate::generate::{Output, SMALL_HIDDEN_SIZE, Show, count, place};
+use crate::generate::{Output, SMALL_HIDDEN_SIZE, Show, count, decode_rate, place};
 use crate::model::spare_threads_of_llvmpipe;
 use crate::{interrupt, note, print, style};
 
@@ -262,11 +262,11 @@ impl Chat {
         let mean_depth = mean(&self.last_depths);
         let new = summary.prompt_tokens.len() - summary.reused_tokens;
         note(&format!(
-            "{} ({}), read {new} of {}, decode {:.1} tokens/s, mean depth {mean_depth:.2}, seed {}",
+            "{} ({}), read {new} of {}, {}, mean depth {mean_depth:.2}, seed {}",
             count(summary.tokens.len()),
             summary.finish_reason.as_str(),
             count(summary.prompt_tokens.len()),
-            summary.decode_tokens_per_s,
+            decode_rate(summary),
             self.sampling.seed,
         ));
         if self.show_depth {

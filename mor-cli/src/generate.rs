@@ -234,15 +234,22 @@ impl Progress {
 
 fn finished_line(summary: &Summary, seed: u64, session: &Session) -> String {
     format!(
-        "{} ({}), prefill {:.1} tokens/s ({}), decode {:.1} tokens/s, mean depth {:.2}, seed {seed}, {}",
+        "{} ({}), prefill {:.1} tokens/s ({}), {}, mean depth {:.2}, seed {seed}, {}",
         count(summary.tokens.len()),
         summary.finish_reason.as_str(),
         summary.prefill_tokens_per_s,
         count(summary.prompt_tokens.len()),
-        summary.decode_tokens_per_s,
+        decode_rate(summary),
         summary.mean_depth,
         place(session)
     )
+}
+
+pub(crate) fn decode_rate(summary: &Summary) -> String {
+    match summary.decode_tokens_per_s {
+        0.0 => "decode too short to be timed".to_owned(),
+        rate => format!("decode {rate:.1} tokens/s"),
+    }
 }
 
 pub(crate) fn count(tokens: usize) -> String {

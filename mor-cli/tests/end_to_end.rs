@@ -273,6 +273,12 @@ fn long_prompts_do_not_depend_on_the_chunk() {
             assert_eq!(found[field], whole[field], "{field} in chunks of {chunk}");
         }
     }
+    for chunk in ["0", "many"] {
+        let output = command(&args).env("MOR_PREFILL_CHUNK", chunk).output().unwrap();
+        let found = String::from_utf8(output.stderr).unwrap();
+        let expected = format!("error: MOR_PREFILL_CHUNK is {chunk}, expected 16 or more");
+        assert!(found.contains(&expected), "{found}");
+    }
 }
 
 #[test]

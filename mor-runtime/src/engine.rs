@@ -135,6 +135,8 @@ struct Live {
     preemptions: usize,
     started: Option<Instant>,
     first_token: Option<Instant>,
+    /// Tokens that came with the first one.
+    first_tokens: usize,
 }
 
 #[derive(Debug)]
@@ -332,6 +334,7 @@ impl Engine {
                 preemptions: 0,
                 started: None,
                 first_token: None,
+                first_tokens: 0,
             },
         );
         SequenceHandle { id, events, cancels: self.cancels.0.clone() }
@@ -472,6 +475,7 @@ impl Engine {
         if end.is_some() {
             live.tell_prompt();
         }
+        let is_first = live.first_token.is_none();
         for (i, outcome) in progress.outcomes.into_iter().enumerate() {
             let passes = match self.runner.batching() {
                 _ if i == 0 && progress.drew_reading => 0,
@@ -482,6 +486,7 @@ impl Engine {
             self.statistics.tokens_by_depth[outcome.depth as usize] += 1;
             self.statistics.new_tokens += 1;
             live.first_token.get_or_insert(now);
+            live.first_tokens += usize::from(is_first);
             live.depths.push(outcome.depth);
             live.tell_prompt();
             if let Some((token, text)) = live.held.take() {
@@ -525,7 +530,7 @@ impl Engine {
             reused_tokens: live.reused_tokens,
             preemptions: live.preemptions,
             prefill_tokens_per_s: per_s(read, live.started, live.first_token.unwrap_or(now)),
-            decode_tokens_per_s: per_s(live.tokens.len().saturating_sub(1), live.first_token, now),
+            decode_tokens_per_s: per_s(live.tokens.len().saturating_sub(live.first_tokens), live.first_token, now),
             text: live.has_text.then_some(live.full_text),
             prompt_tokens: live.prompt,
             tokens: live.tokens,

@@ -52,7 +52,7 @@ pub struct Summary {
     pub preemptions: usize,
     /// Prompt tokens read a second, until the first token was drawn.
     pub prefill_tokens_per_s: f64,
-    /// New tokens a second after the first; 0 if there was none.
+    /// New tokens a second after those that the first results brought, up to five; 0 if there were no more.
     pub decode_tokens_per_s: f64,
 }
 

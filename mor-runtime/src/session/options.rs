@@ -115,6 +115,11 @@ impl BatchOptions {
             let error = RuntimeError::Parameter { name, found: value.to_string(), expected };
             if value < least { Err(error) } else { Ok(()) }
         };
+        // What stands there, where it is no number.
+        let chunk = std::env::var("MOR_PREFILL_CHUNK").ok().filter(|rows| rows.trim().parse::<usize>().is_err());
+        if let (0, Some(found)) = (self.prefill_rows, chunk) {
+            return Err(RuntimeError::Parameter { name: "prefill_rows", found, expected: "16 or more" });
+        }
         least("max_sequences", self.max_sequences, 1, "1 or more")?;
         least("max_context", self.max_context.unwrap_or(1), 1, "1 or more")?;
         least("prefill_rows", self.prefill_rows, 16, "16 or more")
