@@ -34,16 +34,17 @@
 //           HEAD_SPLIT = 1, HEAD_STEPS, HEAD_ROUNDS, HEAD_ABREAST, HEAD_TURN. KEY_LANES lanes a key, KEYS fetched at a time;
 //           BATCH parts of attention that a thread waits for at a time; ALONE_KEYS up to which a workgroup has a head for
 //           itself, SPLIT_KEYS of each of several, MAX_SPLITS of them at most; STAGED and NUM_TEAM_SUMS sizes of workgroup
-//           memory. A thread stages OWN elements next to each other: 8 with DIGITS, which is if a type is quantised, or 1;
+//           memory; OWN_PAIRS pairs of columns of each of STREAMS streams, 3 with ROUTED, are a workgroup's own at most.
+//           A thread stages OWN elements next to each other: 8 with DIGITS, which is if a type is quantised, or 1;
 //           STREAM_TURNS times of a stream, and of other activations BATCH_TURNS times before it waits anew; STAGED_MERGED
 //           where parts of attention are merged for it. MIN_TEMPERATURE: greedy below; SUBGROUP; ROUTED, by EXPERT (SIGMOID,
 //           TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS), ROUTERS at a time; KV_F16; ROUTER_F16,
 //           ROUTER_BF16 or neither
 // Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
-//           wait for; 16 * STAGED + 8 * NUM_TEAM_SUMS + 4 * TEAMS + 12 * MAX_GROUPS + 28 bytes of workgroup memory,
-//           with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value that is polled
-//           params.poll_limit times in vain ends the step: control[2] = 1, flags of the row = ROW_FAILED, K/V lengths
-//           as before
+//           wait for; 16 * STAGED + 8 * NUM_TEAM_SUMS + 8 * STREAMS * OWN_PAIRS + 4 * TEAMS + 12 * MAX_GROUPS + 28
+//           bytes of workgroup memory, with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value
+//           that is polled params.poll_limit times in vain ends the step: control[2] = 1, flags of the row =
+//           ROW_FAILED, K/V lengths as before
 // Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split. Quantised: the
 //           activation is off by less than 2^-15 of the greatest of eight, whose products with codes are exact. partials:
 //           as sample_partial, but of other parts, from which a draw may differ by rounding
@@ -229,6 +230,9 @@ fn router_weight(at: u32) -> f32 {
 var<workgroup> staged: array<vec4<f32>, STAGED>;
 var<workgroup> team_sums: array<vec2<f32>, NUM_TEAM_SUMS>;
 var<workgroup> team_values: array<f32, TEAMS>;
+// Of each stream the workgroup's own pairs of columns, each for the thread that finishes it: few threads do, and each has registers
+// for other things.
+var<workgroup> own_streams: array<vec2<f32>, STREAMS * OWN_PAIRS>;
 #if ROUTED
 // Parts of the routers' products, as [ROUTERS, TEAMS].
 var<workgroup> team_routers: array<f32, ROUTERS * TEAMS>;
@@ -500,17 +504,13 @@ fn draw_partial() {
     }
 }
 
-// From the token to its logits; false if results do not come. Streams of the pair of columns that is a thread's own stay in its
-// registers.
+// From the token to its logits; false if results do not come.
 fn run_layers() -> bool {
     let pair = pair_number(thread);
-    var own_hidden = vec2<f32>();
 #if ROUTED
-    var own_layer = vec2<f32>();
     var layer_tag = 0u;
 #endif
 #if TOKEN
-    var own_running = vec2<f32>();
     var running_tag = 0u;
 #endif
     var ahead: array<Unit_LAYER, 2u * LAYER_PREFETCH>;
@@ -518,8 +518,9 @@ fn run_layers() -> bool {
     var ahead_keys: array<KvUnit, KEYS>;
     var ahead_values: array<KvUnit, KEYS>;
     if has_pair_DOWN() {
-        own_hidden = embedded(rows[0].token, 2u * pair);
-        post_stream(0u, 2u * pair, own_hidden);
+        let embedding = embedded(rows[0].token, 2u * pair);
+        own_streams[thread] = embedding;
+        post_stream(0u, 2u * pair, embedding);
     }
     // All at once, for each is three loads that wait for each other.
     for (var group = thread; group < params.num_groups; group += WORKGROUP_SIZE) {
@@ -565,12 +566,10 @@ fn run_layers() -> bool {
             angle = rope[rows[0].position * (HEAD_DIM / 2u) + column % HEAD_DIM / 2u];
         }
         var input_tag = hidden_tag;
-        var residual = own_hidden;
         var router_at = NONE;
 #if ROUTED
         if steps[s].input == 2u {
             input_tag = layer_tag;
-            residual = own_layer;
         }
 #endif
 #if EXPERT
@@ -581,7 +580,6 @@ fn run_layers() -> bool {
 #if TOKEN
         if steps[s].input == 1u {
             input_tag = running_tag;
-            residual = own_running;
         }
         if begins && steps[s].recursion == 0u {
             router_at = 0u;
@@ -648,7 +646,7 @@ fn run_layers() -> bool {
         tag += 1u;
         var own_middle = vec2<f32>();
         if has_pair_O() {
-            own_middle = residual + product_O(thread);
+            own_middle = own_streams[steps[s].input * OWN_PAIRS + thread] + product_O(thread);
             post_stream(MIDDLE, column, own_middle);
         }
 
@@ -701,26 +699,24 @@ fn run_layers() -> bool {
 #if TOKEN
             output = u32(goes_on);
 #endif
-            if output == 0u {
-                y = own_hidden + select(routed.y, 1.0, params.additive != 0u) * y;
+            if output == 0u && has_pair_DOWN() {
+                y = own_streams[thread] + select(routed.y, 1.0, params.additive != 0u) * y;
             }
         }
         if output == 2u {
-            own_layer = y;
             layer_tag = tag;
         }
 #endif
 #if TOKEN
         if output == 1u {
-            own_running = y;
             running_tag = tag;
         }
 #endif
         if output == 0u {
-            own_hidden = y;
             hidden_tag = tag;
         }
         if has_pair_DOWN() {
+            own_streams[output * OWN_PAIRS + thread] = y;
             post_stream(output * HIDDEN_SIZE, column, y);
         }
         workgroupBarrier();

@@ -367,6 +367,16 @@ impl DecodeLayers {
         }
     }
 
+    /// Residual streams: hidden alone, or with routing running and layer too.
+    fn streams(&self) -> u32 {
+        if self.shape.routing == LayerRouting::Fixed { 1 } else { 3 }
+    }
+
+    /// Most pairs of a stream's columns that are a workgroup's own.
+    fn own_pairs(&self) -> u32 {
+        (self.shape.hidden_size / 2).div_ceil(self.num_workgroups)
+    }
+
     fn max_splits(&self) -> u32 {
         (self.num_workgroups / self.shape.attention.num_attention_heads).clamp(1, MAX_SPLITS)
     }
@@ -498,6 +508,8 @@ impl Kernel for DecodeLayers {
             .u32("STAGED", staged)
             .u32("STAGED_MERGED", self.merged_place(caps))
             .u32("NUM_TEAM_SUMS", team_sums)
+            .u32("STREAMS", self.streams())
+            .u32("OWN_PAIRS", self.own_pairs())
             .f32("MIN_TEMPERATURE", MIN_TEMPERATURE)
             .flag("SUBGROUP", true)
             .flag("ROUTED", shape.routing != LayerRouting::Fixed)
@@ -560,6 +572,7 @@ impl Kernel for DecodeLayers {
         let routing = self.routers().map_or(0, |routers| 8 + 4 * routers * teams);
         let is_scripted = matches!(self.shape.routing, LayerRouting::Expert { scripted: true, .. });
         let routing = routing + if is_scripted { 4 * self.max_groups() } else { 0 };
-        16 * staged + 8 * team_sums + 4 * teams + routing + BEST_BYTES + 12 * self.max_groups() + 12
+        let own_streams = 8 * self.streams() * self.own_pairs();
+        16 * staged + 8 * team_sums + own_streams + 4 * teams + routing + BEST_BYTES + 12 * self.max_groups() + 12
     }
 }
