@@ -78,7 +78,8 @@ impl Tensor {
     }
 
     /// The elements from number `first` on as a tensor of `shape`, in the same buffer; `None` where devices cannot bind it: at an
-    /// offset or of a size that is no multiple of [`DeviceCaps::storage_alignment`](crate::caps::DeviceCaps::storage_alignment).
+    /// offset or of a size that is no multiple of [`DeviceCaps::storage_alignment`](crate::caps::DeviceCaps::storage_alignment), or
+    /// in a texture.
     ///
     /// # Panics
     /// If the tensor has not so many elements, or a row would be cut.
@@ -90,7 +91,10 @@ impl Tensor {
         let offset = self.offset + (first / len * self.dtype.row_bytes(len)) as u64;
         let num_bytes = (elems / len * self.dtype.row_bytes(len)) as u64;
         let alignment = u64::from(gpu.caps().storage_alignment.max(32));
-        let is_aligned = offset.is_multiple_of(alignment) && num_bytes.is_multiple_of(alignment) && num_bytes > 0;
+        let can_bind = self.texels.is_none()
+            && offset.is_multiple_of(alignment)
+            && num_bytes.is_multiple_of(alignment)
+            && num_bytes > 0;
         let buffer = self.buffer.clone();
         let part = Self {
             buffer,
@@ -101,7 +105,7 @@ impl Tensor {
             shape: shape.to_vec(),
             dtype: self.dtype,
         };
-        is_aligned.then_some(part)
+        can_bind.then_some(part)
     }
 
     /// Allocates a tensor and fills it from host data.

@@ -134,6 +134,32 @@ pub(crate) struct LayerWeights {
     pub(crate) encoding: Option<Tensor>,
 }
 
+impl Shard {
+    /// Its rows from row `first` of the matrix on; `None` if it has no such row, or devices cannot bind them.
+    pub(crate) fn rows_from(&self, gpu: &Gpu, first: u32) -> Option<Tensor> {
+        let skipped = (first as usize).checked_sub(self.first_row).filter(|skipped| *skipped < self.num_rows)?;
+        if skipped == 0 {
+            return Some(self.tensor.clone());
+        }
+        let in_features = self.tensor.shape()[1];
+        self.tensor.part(gpu, self.tensor.label(), skipped * in_features, &[self.num_rows - skipped, in_features])
+    }
+}
+
+impl Matrix {
+    /// Whether devices can bind its rows from `row` on.
+    fn begins_at(&self, gpu: &Gpu, row: u32) -> bool {
+        self.shards.iter().any(|shard| shard.rows_from(gpu, row).is_some())
+    }
+}
+
+impl Projection {
+    /// Whether the product with its rows from `row` on can be computed alone.
+    pub(crate) fn begins_at(&self, gpu: &Gpu, row: u32) -> bool {
+        self.weight.begins_at(gpu, row) && self.adapter.as_ref().is_none_or(|adapter| adapter.b.begins_at(gpu, row))
+    }
+}
+
 impl LayerWeights {
     /// All its matrices.
     pub(crate) fn projections(&self) -> [&Projection; 4] {

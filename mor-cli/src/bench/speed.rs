@@ -393,7 +393,12 @@ fn share(session: &mut Session, test: Test, batch: usize, row: &Row, peaks: Peak
         }
         let shared = layout.num_layers() - layout.unshared_layers().len();
         let layers = layout.unshared_layers().len() as f64 + shared as f64 * row.mean_depth / recursions;
-        return Ok(Some(2.0 * config.layer_products() as f64 * layers * row.tokens_per_s / peaks.matrix_flop_per_s));
+        let mut products = layers * config.layer_products() as f64;
+        if layout.recursion(config.num_hidden_layers - 1).is_none() {
+            // Of the last layer a prompt's tokens need keys and values.
+            products -= (config.layer_products() - 2 * config.hidden_size * config.kv_dim()) as f64;
+        }
+        return Ok(Some(2.0 * products * row.tokens_per_s / peaks.matrix_flop_per_s));
     }
     let batching = session.model().batching();
     // Passes through the block that a token waits for.

@@ -329,6 +329,7 @@ mod tests {
                 ([5, 1, 72], DType::F32, KvTable::Pages, single),
                 ([4, 1, 136], DType::F16, KvTable::Pages, single),
                 ([2, 1, 256], DType::F32, KvTable::Pages, single),
+                ([2, 1, 256], DType::F16, KvTable::Pages, single),
             ] {
                 let [num_attention_heads, num_key_value_heads, head_dim] = heads;
                 let shape = AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table };

@@ -264,14 +264,15 @@ mod tests {
             0 => (Mode::Begin, Selection::Begin),
             1 => (Mode::Token, Selection::Token),
             2 => (Mode::Fixed, Selection::Fixed),
-            3 => (Mode::Sample, Selection::Sample),
+            3 | 10 => (Mode::Sample, Selection::Sample),
             _ => {
                 let (always, keep_all) = (case == 5, case == 6 || case == 8);
                 let selection = Selection::Expert { decision: &decision_gpu, threshold, always, keep_all };
                 (Mode::Expert(&decision, threshold, always, keep_all), selection)
             }
         };
-        let write = if case == 7 { None } else { Some(2) };
+        let reads_only = matches!(case, 7 | 10);
+        let write = if reads_only { None } else { Some(2) };
         let hybrid = match case {
             8 => Some(Some(3)),
             9 => Some(None),
@@ -282,7 +283,7 @@ mod tests {
             recursion: 1,
             num_groups: if has_kv { NUM_GROUPS } else { 0 },
             write,
-            read: if case == 7 { 1 } else { 2 },
+            read: if reads_only { 1 } else { 2 },
             max_pages,
             max_positions,
             hybrid,
@@ -339,7 +340,7 @@ mod tests {
         parity::on_every_profile(|gpu, _| {
             let mut rng = Rng::new("tokens_compact");
             for (num_rows, num_sequences) in [(1, 1), (7, 3), (33, 2), (255, 1), (256, 5), (257, 2), (8192, 40)] {
-                for case in 0..10 {
+                for case in 0..11 {
                     check(gpu, &mut rng, num_rows, num_sequences, case);
                 }
             }

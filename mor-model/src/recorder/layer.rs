@@ -26,12 +26,12 @@ pub(super) enum LayerEnd<'a> {
 }
 
 impl<'a> Recorder<'a> {
-    /// Layer `layer` over `rows` of the stream `input`.
+    /// Layer `layer` over `rows` of the stream `input`; those that store keys and values are `stores`.
     pub(super) fn record_layer(
         &self,
         plan: &mut PlanBuilder<'_>,
         layer: usize,
-        rows: &RowSet,
+        [rows, stores]: [&RowSet; 2],
         input: &Tensor,
         end: LayerEnd<'_>,
     ) -> Result<()> {
@@ -51,23 +51,24 @@ impl<'a> Recorder<'a> {
             ..Default::default()
         };
 
-        // Layers that read another recursion's cache have no use for k and v; in depth-wise batching, rows.
+        // Layers that read another recursion's cache have no use for k and v.
         let all_columns = q_dim + 2 * kv_dim;
-        let in_block = step.depthwise.is_some() && std::ptr::eq(rows, &step.recursions[0]);
-        let some_store = in_block && config.kv == KvStrategy::Sharing;
-        let qkv_columns = if place.write_group.is_some() && !some_store { 0..all_columns } else { 0..q_dim };
+        let stores_kv = place.write_group.is_some();
+        let stores_apart = stores_kv && !std::ptr::eq(rows, stores);
         let norm = |x| Input::Norm {
             x,
             weight: if std::ptr::eq(x, input) { &weights.input_layernorm } else { &weights.post_attention_layernorm },
         };
         let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache, delta: false };
         let behind_q = LinearParams { delta_start: step.q.shape()[0] as u32 * q_dim, ..base };
-        self.record_projection(plan, rows, norm(input), (&weights.qkv_proj, qkv_columns), qkv, behind_q)?;
-        if some_store {
-            let first = &self.depthwise().at;
-            let kv_columns = (&weights.qkv_proj, q_dim..all_columns);
-            self.record_projection(plan, first, norm(input), kv_columns, qkv, behind_q)?;
+        if stores_apart {
+            // Queries too, which those of `rows` replace, where a device cannot bind the rest of the weight.
+            let first = if weights.qkv_proj.begins_at(plan.gpu(), q_dim) { q_dim } else { 0 };
+            let kv_columns = (&weights.qkv_proj, first..all_columns);
+            self.record_projection(plan, stores, norm(input), kv_columns, qkv, behind_q)?;
         }
+        let qkv_columns = if stores_kv && !stores_apart { 0..all_columns } else { 0..q_dim };
+        self.record_projection(plan, rows, norm(input), (&weights.qkv_proj, qkv_columns), qkv, behind_q)?;
 
         let is_shared = self.model.layout().recursion(layer).is_some();
         let kv_table = if is_shared && config.kv == KvStrategy::Hybrid { KvTable::Slots } else { KvTable::Pages };
@@ -78,7 +79,7 @@ impl<'a> Recorder<'a> {
         self.record_projection(plan, rows, attended, all(&weights.o_proj), o, base)?;
 
         let mlp_dim = self.model.mlp_dim() as u32;
-        let mlp = self.halves().map_or(&step.mlp, |halves| &halves.mlp);
+        let mlp = self.halves(rows).map_or(&step.mlp, |halves| &halves.mlp);
         let swiglu = Epilogue::SwiGlu { out: mlp, delta: false };
         let behind_mlp =
             LinearParams { out_stride: mlp_dim, delta_start: step.mlp.shape()[0] as u32 * mlp_dim, ..base };
@@ -148,7 +149,7 @@ impl<'a> Recorder<'a> {
                 })
             }
             None => {
-                let half_output = self.halves().and_then(|halves| halves.attention.as_ref());
+                let half_output = self.halves(rows).and_then(|halves| halves.attention.as_ref());
                 let out = half_output.unwrap_or(&step.attention);
                 let bindings = AttentionPrefillBindings { rows, q, keys, values, kv_table, out };
                 let kernel = AttentionPrefill::new(

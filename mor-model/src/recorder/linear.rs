@@ -84,8 +84,7 @@ impl<'a> Recorder<'a> {
     /// The kernels for the product of `input` with `num_outputs` of the rows of `weight`.
     fn product(&self, rows: &RowSet, num_outputs: u32, weight: &Matrix, input: Input<'_>) -> Product {
         let num_rows = match self.phase {
-            // A prompt ends in one row.
-            Phase::Prefill if std::ptr::eq(rows, &self.step.sampled) => 1,
+            Phase::Prefill if self.is_sampled(rows) => self.expected_rows(rows),
             Phase::Prefill => self.expected_rows(rows).max(MAX_FEW_ROWS + 1),
             _ => self.step.capacity,
         };
@@ -94,17 +93,27 @@ impl<'a> Recorder<'a> {
         self.phase.product(self.model.gpu().caps(), self.model.precision(), num_rows, outputs, merges)
     }
 
-    /// How many of a prompt's rows `rows` are likely to be: all, or the share that a recursion is trained to take.
+    fn is_sampled(&self, rows: &RowSet) -> bool {
+        std::ptr::eq(rows, &self.step.sampled)
+    }
+
+    /// How many of a prompt's rows `rows` are likely to be: all, the share that a recursion is trained to take, or few that end
+    /// prompts.
     pub(super) fn expected_rows(&self, rows: &RowSet) -> usize {
         let step = self.step;
+        if self.is_sampled(rows) {
+            return step.logits.shape()[0].min(step.capacity).min(MAX_FEW_ROWS);
+        }
         let recursion = step.recursions.iter().position(|set| std::ptr::eq(set, rows));
         let capacity = recursion.filter(|_| step.depthwise.is_none()).and_then(|r| self.config().capacity.get(r));
         capacity.map_or(step.capacity, |share| (share * step.capacity as f64).ceil() as usize)
     }
 
-    /// The tensors in f16 between the kernels of prefill.
-    pub(super) fn halves(&self) -> Option<&'a HalfTensors> {
-        self.step.halves.as_ref().filter(|_| self.phase == Phase::Prefill)
+    /// The tensors in f16 between the kernels of prefill; those of few rows have none.
+    pub(super) fn halves(&self, rows: &RowSet) -> Option<&'a HalfTensors> {
+        let (caps, precision) = (self.model.gpu().caps(), self.model.precision());
+        let is_few = self.is_sampled(rows) && self.phase.is_few(caps, precision, self.expected_rows(rows), false);
+        self.step.halves.as_ref().filter(|_| self.phase == Phase::Prefill && !is_few)
     }
 
     /// Normalises `input` into the dense batch `y`, if a norm is to come first.
@@ -123,8 +132,8 @@ impl<'a> Recorder<'a> {
         Ok(Input::Compact { x: y })
     }
 
-    /// Records `input @ weight^T` over the rows `columns` of the weight, shard by shard; only the last shard of the
-    /// range may be used in part. Output column 0 is `params.first_output`.
+    /// Records `input @ weight^T` over the rows `columns` of the weight, shard by shard; it must be possible to begin at the first,
+    /// see [`Projection::begins_at`]. Output column 0 is `params.first_output`.
     pub(super) fn record_linear(
         &self,
         plan: &mut PlanBuilder<'_>,
@@ -137,18 +146,20 @@ impl<'a> Recorder<'a> {
         let in_features = weight.in_features as u32;
         let product = self.product(rows, columns.end - columns.start, weight, input);
         // The final hidden states, which the head reads, are a result in f32.
-        let halves = self.halves().filter(|_| !matches!(epilogue, Epilogue::Store { .. }));
+        let halves = self.halves(rows).filter(|_| !matches!(epilogue, Epilogue::Store { .. }));
         let normed = halves.map_or(&self.step.normed, |halves| &halves.normed);
         let x = match product {
             Product::ManyRows { norm_apart: true, .. } => self.record_norm(plan, rows, input, params.eps, normed)?,
             _ => input,
         };
         for shard in &weight.shards {
-            let first_row = shard.first_row as u32;
-            if !columns.contains(&first_row) {
+            let first_row = columns.start.max(shard.first_row as u32);
+            let end = columns.end.min((shard.first_row + shard.num_rows) as u32);
+            if first_row >= end {
                 continue;
             }
-            let num_outputs = (shard.num_rows as u32).min(columns.end - first_row);
+            let num_outputs = end - first_row;
+            let tensor = &shard.rows_from(plan.gpu(), first_row).expect("whoever cuts a weight asks before");
             let first_output = params.first_output + first_row;
             let params = LinearParams { num_outputs, first_output, in_features, ..params };
             let prologue = match x {
@@ -161,14 +172,14 @@ impl<'a> Recorder<'a> {
             };
             match product {
                 Product::FewRows { max_rows } => {
-                    let bindings = LinearDecodeBindings { rows, weight: &shard.tensor, prologue, epilogue };
+                    let bindings = LinearDecodeBindings { rows, weight: tensor, prologue, epilogue };
                     let kinds = (prologue.kind(), epilogue.kind());
                     let size = [num_outputs, in_features];
                     let kernel = LinearDecode::new(plan.gpu().caps(), size, weight.dtype, kinds.0, kinds.1, max_rows);
                     LinearDecode { single_row: self.step.capacity == 1, ..kernel }.record(plan, &bindings, &params)?;
                 }
                 Product::ManyRows { tile, .. } => {
-                    let bindings = LinearBindings { rows, weight: &shard.tensor, prologue, epilogue };
+                    let bindings = LinearBindings { rows, weight: tensor, prologue, epilogue };
                     let (prologue, epilogue) = (prologue.kind(), epilogue.kind());
                     Linear { in_features, weight_dtype: weight.dtype, prologue, epilogue, tile }
                         .record(plan, &bindings, &params)?;

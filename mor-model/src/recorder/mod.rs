@@ -78,14 +78,18 @@ impl MorModel {
         plan.part(PRELUDE);
         let stream = recorder.record_layers(plan, after_recursion)?;
         plan.part(CODA);
-        match logit_rows {
-            LogitRows::Sampled => {
-                recorder.record_set(plan, Selection::Sample, 0, &step.sampled, None)?;
-                recorder.record_head(plan, stream, &step.sampled)?;
-                recorder.record_draw(plan, &step.sampled)
-            }
-            LogitRows::All => recorder.record_head(plan, stream, &step.all),
+        if logit_rows == LogitRows::All {
+            let stream = recorder.record_last_layer(plan, &step.all, stream)?;
+            return recorder.record_head(plan, stream, &step.all);
         }
+        // Of a prompt's other rows nobody reads more than the last layer's keys and values. Other steps draw for every row.
+        let draws_for_few = phase == Phase::Prefill && recorder.has_unshared_last();
+        let group = draws_for_few.then_some(UNSHARED_GROUP);
+        recorder.record_set(plan, Selection::Sample, 0, &step.sampled, group)?;
+        let rows = if draws_for_few { &step.sampled } else { &step.all };
+        let stream = recorder.record_last_layer(plan, rows, stream)?;
+        recorder.record_head(plan, stream, &step.sampled)?;
+        recorder.record_draw(plan, &step.sampled)
     }
 
     /// Records a tick of depth-wise batching over the slots of `step`, which was made for it, with the kernels of `phase`:
@@ -124,23 +128,23 @@ impl<'a> Recorder<'a> {
         self.model.config()
     }
 
-    /// Embedding to the last layer; returns the stream that holds the result.
+    /// Embedding to the last layer but an unshared one; returns the stream that holds the result.
     fn record_layers(
         &self,
         plan: &mut PlanBuilder<'_>,
         after_recursion: &mut dyn FnMut(&mut PlanBuilder<'_>, usize),
     ) -> Result<&'a Tensor> {
         let (config, step) = (self.config(), self.step);
-        let last = config.num_hidden_layers - 1;
         let middle = config.sharing.is_middle();
+        let layers = 0..config.num_hidden_layers - usize::from(self.has_unshared_last());
         match config.mode {
             Mode::Vanilla => {
                 // A vanilla token takes its layers once: depth 1.
                 self.record_set(plan, Selection::Fixed, 0, &step.all, Some(UNSHARED_GROUP))?;
                 self.record_embedding(plan, &step.layer_out)?;
-                for l in 0..=last {
-                    plan.part(self.part_of(l));
-                    self.record_layer(plan, l, &step.all, &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
+                for l in layers {
+                    plan.part(if l == 0 { PRELUDE } else { BLOCK });
+                    self.record_layer(plan, l, [&step.all; 2], &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
                 }
                 Ok(&step.layer_out)
             }
@@ -150,10 +154,11 @@ impl<'a> Recorder<'a> {
                     self.record_set(plan, Selection::Fixed, r, set, Some(recursion_group(r as u32)))?;
                 }
                 self.record_embedding(plan, &step.layer_out)?;
-                for l in 0..=last {
-                    plan.part(self.part_of(l));
-                    let set = self.model.layout().recursion(l).map_or(&step.all, |r| &step.recursions[r as usize]);
-                    self.record_layer(plan, l, set, &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
+                for l in layers {
+                    let recursion = self.model.layout().recursion(l);
+                    plan.part(if recursion.is_some() { BLOCK } else { PRELUDE });
+                    let set = recursion.map_or(&step.all, |r| &step.recursions[r as usize]);
+                    self.record_layer(plan, l, [set; 2], &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
                 }
                 Ok(&step.layer_out)
             }
@@ -161,7 +166,7 @@ impl<'a> Recorder<'a> {
                 self.record_set(plan, Selection::Begin, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
                 if config.sharing == SharingStrategy::MiddleCycle {
                     self.record_embedding(plan, &step.layer_out)?;
-                    self.record_layer(plan, 0, &step.all, &step.layer_out, LayerEnd::Stream(&step.hidden))?;
+                    self.record_layer(plan, 0, [&step.all; 2], &step.layer_out, LayerEnd::Stream(&step.hidden))?;
                 } else {
                     self.record_embedding(plan, &step.hidden)?;
                 }
@@ -173,25 +178,25 @@ impl<'a> Recorder<'a> {
                     }
                     after_recursion(plan, r);
                 }
-                plan.part(CODA);
-                if config.sharing == SharingStrategy::MiddleCycle {
-                    self.record_layer(plan, last, &step.all, &step.hidden, LayerEnd::Stream(&step.layer_out))?;
-                    Ok(&step.layer_out)
-                } else {
-                    Ok(&step.hidden)
-                }
+                Ok(&step.hidden)
             }
         }
     }
 
-    /// The part that layer `l` belongs to.
-    fn part_of(&self, l: usize) -> &'static str {
-        match l {
-            _ if self.model.layout().recursion(l).is_some() => BLOCK,
-            0 => PRELUDE,
-            l if l + 1 == self.config().num_hidden_layers => CODA,
-            _ => BLOCK,
+    /// Whether the last layer is in no recursion: of vanilla models too.
+    fn has_unshared_last(&self) -> bool {
+        self.model.layout().recursion(self.config().num_hidden_layers - 1).is_none()
+    }
+
+    /// The last layer over `rows` of the stream `input`, and its keys and values of all, unless it is in a recursion; returns the
+    /// stream that holds the result.
+    fn record_last_layer(&self, plan: &mut PlanBuilder<'_>, rows: &RowSet, input: &'a Tensor) -> Result<&'a Tensor> {
+        if !self.has_unshared_last() {
+            return Ok(input);
         }
+        let (last, out) = (self.config().num_hidden_layers - 1, &self.step.layer_out);
+        self.record_layer(plan, last, [rows, &self.step.all], input, LayerEnd::Stream(out))?;
+        Ok(out)
     }
 
     fn record_recursion(&self, plan: &mut PlanBuilder<'_>, r: usize) -> Result<()> {
@@ -232,13 +237,16 @@ impl<'a> Recorder<'a> {
     fn record_block(&self, plan: &mut PlanBuilder<'_>, r: usize, set: &RowSet, mut input: &'a Tensor) -> Result<()> {
         let step = self.step;
         let layers = self.model.layout().block_layers(r as u32);
+        // In depth-wise batching some rows store, and the others read the first recursion's cache.
+        let some_store = step.depthwise.is_some() && self.config().kv == KvStrategy::Sharing;
+        let stores = if some_store { &self.depthwise().at } else { set };
         for (j, l) in layers.iter().enumerate() {
             let end = match self.config().mode {
                 _ if j + 1 < layers.len() => LayerEnd::Stream(&step.layer_out),
                 Mode::Expert | Mode::Token => LayerEnd::Block { gates: r },
                 Mode::Vanilla | Mode::Recursive => LayerEnd::Stream(&step.hidden),
             };
-            self.record_layer(plan, *l, set, input, end)?;
+            self.record_layer(plan, *l, [set, stores], input, end)?;
             input = &step.layer_out;
         }
         Ok(())
@@ -263,7 +271,7 @@ impl<'a> Recorder<'a> {
         let mut stream = &step.hidden;
         if middle {
             let last = config.num_hidden_layers - 1;
-            self.record_layer(plan, last, &step.sampled, stream, LayerEnd::Stream(&step.layer_out))?;
+            self.record_layer(plan, last, [&step.sampled; 2], stream, LayerEnd::Stream(&step.layer_out))?;
             stream = &step.layer_out;
         }
         self.record_head(plan, stream, &step.sampled)?;
@@ -275,7 +283,7 @@ impl<'a> Recorder<'a> {
             self.record_embedding(plan, &step.layer_out)?;
             let end =
                 if token { LayerEnd::Streams(&step.hidden, &step.running) } else { LayerEnd::Stream(&step.hidden) };
-            self.record_layer(plan, 0, all, &step.layer_out, end)?;
+            self.record_layer(plan, 0, [all; 2], &step.layer_out, end)?;
         } else {
             self.record_embedding(plan, &step.hidden)?;
             if token {

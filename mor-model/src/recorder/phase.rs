@@ -50,6 +50,13 @@ impl Phase {
         }
     }
 
+    /// Whether [`Product::FewRows`] serves up to `num_rows` rows.
+    pub(super) fn is_few(self, caps: &DeviceCaps, precision: Precision, num_rows: usize, merges: bool) -> bool {
+        let has_matrices = precision == Precision::F16 && caps.cooperative_matrices;
+        let most = if has_matrices && !merges { MAX_FEW_ROWS_BESIDE_MATRICES } else { MAX_FEW_ROWS };
+        self != Phase::Invariant && num_rows <= most
+    }
+
     /// The kernels for about `num_rows` rows, of up to [`MAX_FEW_ROWS`] no more than those, times `num_outputs` of the
     /// `weight_rows` rows of a weight; `merges` if the rows are merged from parts of attention. Products of halves, on cooperative
     /// matrices, are for models that are stored as such.
@@ -61,16 +68,15 @@ impl Phase {
         (num_outputs, weight_rows): (u32, u32),
         merges: bool,
     ) -> Product {
-        let half_products = precision == Precision::F16;
-        let has_matrices = half_products && caps.cooperative_matrices;
-        let max_few_rows = if has_matrices && !merges { MAX_FEW_ROWS_BESIDE_MATRICES } else { MAX_FEW_ROWS };
         let (num_rows, num_outputs) = match self {
             // Neither how many rows a step has room for nor which part of the weight it needs may choose the tile.
             Phase::Invariant => (INVARIANT_ROWS, weight_rows),
-            _ if num_rows <= max_few_rows => return Product::FewRows { max_rows: num_rows as u32 },
+            _ if self.is_few(caps, precision, num_rows, merges) => {
+                return Product::FewRows { max_rows: num_rows as u32 };
+            }
             _ => (num_rows as u32, num_outputs),
         };
-        let tile = LinearTile::for_shape(caps, num_rows, num_outputs, half_products);
+        let tile = LinearTile::for_shape(caps, num_rows, num_outputs, precision == Precision::F16);
         // Of the rows of a prompt, every tile of columns would read whole rows again to norm them.
         Product::ManyRows { tile, norm_apart: self == Phase::Prefill || !tile.fuses_norm() }
     }

@@ -51,6 +51,7 @@ impl Recorder<'_> {
         group: Option<usize>,
     ) -> Result<()> {
         let kv_layout = self.model.kv_layout();
+        let is_drawn = matches!(selection, Selection::Sample);
         // All layers over a set agree on their groups; any one of them tells.
         let layer = group.and_then(|group| {
             let of_group =
@@ -63,7 +64,8 @@ impl Recorder<'_> {
                 (group != Some(UNSHARED_GROUP)).then_some(Hybrid { slots, first_group })
             });
             KvGroups {
-                write: layer.write_group.map(|group| group as u32),
+                // Rows that are drawn for have stored theirs.
+                write: layer.write_group.filter(|_| !is_drawn).map(|group| group as u32),
                 read: layer.read_group as u32,
                 num_groups: kv_layout.num_groups() as u32,
                 lengths: &self.kv.lengths,

@@ -19,7 +19,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use mor_kernels::rows::PAGE_SIZE;
-use mor_model::KvLayout;
+use mor_model::{KvLayout, MAX_FEW_ROWS};
 
 use self::sequence::{Running, Sequence};
 pub(crate) use self::step::{Chunk, Progress, Start, Step};
@@ -34,9 +34,8 @@ pub(crate) type SequenceId = u64;
 /// Most rows of a prefill step while other sequences decode: a long prompt must not hold them up.
 pub(crate) const ROWS_BESIDE_DECODING: usize = 512;
 
-/// Most sequences whose first tokens a prefill step draws. It computes the logits of each with a matrix-vector product; for
-/// many, the ticks' product of all is the cheaper one.
-const MOST_FIRST_DRAWS: usize = 8;
+/// Most sequences whose first tokens a prefill step draws, as many as its kernels for the last rows of prompts are chosen for.
+const MOST_FIRST_DRAWS: usize = MAX_FEW_ROWS;
 
 /// Least rows of a prefill step that [`Scheduler::learn`] comes down to.
 pub(crate) const LEAST_ROWS: usize = 16;

@@ -89,7 +89,8 @@ impl Session {
         }
         let tokens = self.measured_prompt(context);
         let feeds = |begin: usize, end: usize| -> Vec<Feed<'_>> {
-            let feed = |sequence| Feed { sequence, position: begin, tokens: &tokens[begin..end], sample: false };
+            let feed =
+                |sequence| Feed { sequence, position: begin, tokens: &tokens[begin..end], sample: end == context };
             (0..num_sequences).map(feed).collect()
         };
         let last = context - chunk;
