@@ -179,9 +179,9 @@ pub(crate) fn most_prefill_rows(model: &MorModel, kv_bytes: u64, batch_invariant
 /// [`most_prefill_rows`] of a discrete GPU whose memory has room for so many: a power of two, as the sizes that plans are made for.
 fn rows_of_discrete(config: &MorConfig, has_matrices: bool, fits: u64) -> usize {
     /// Multiplications of a step, with and without cooperative matrices. The first are 2048 rows of a model of 1.7 billion
-    /// parameters, which take 28 ms on an H200 (`benches/runs/2026-11-29-nvidia-h200/prefill-small-tiles.txt`); on slower devices
-    /// the step is halved a few times, and no first one may take seconds.
-    const MOST_PRODUCTS: (u64, u64) = (3_500_000_000_000, 875_000_000_000);
+    /// parameters, of which 24 layers take 28 ms on an H200 (`benches/runs/2026-11-29-nvidia-h200/prefill-small-tiles.txt`), and
+    /// routed ones may have 26; on slower devices the step is halved a few times, and no first one may take seconds.
+    const MOST_PRODUCTS: (u64, u64) = (3_600_000_000_000, 900_000_000_000);
     let products = (config.num_hidden_layers * config.layer_products()) as u64;
     let most = if has_matrices { MOST_PRODUCTS.0 } else { MOST_PRODUCTS.1 };
     1 << (most / products).min(fits).max(ROWS_BESIDE_DECODING as u64).ilog2()
@@ -634,6 +634,9 @@ mod tests {
         assert_eq!(rows_of_discrete(&config("360m-vanilla"), false, u64::MAX), 2048);
         assert_eq!(rows_of_discrete(&config("1.7b-vanilla"), true, u64::MAX), 2048);
         assert_eq!(rows_of_discrete(&config("1.7b-vanilla"), false, u64::MAX), 512);
+        let mut with_unshared_layers = config("1.7b-vanilla");
+        with_unshared_layers.num_hidden_layers = 26;
+        assert_eq!(rows_of_discrete(&with_unshared_layers, true, u64::MAX), 2048);
         assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, 3000), 2048);
         assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, 0), ROWS_BESIDE_DECODING);
     }
