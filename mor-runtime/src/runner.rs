@@ -126,7 +126,7 @@ pub struct RunnerOptions {
     pub pages_in_class: Option<Vec<usize>>,
     /// Computes a token to the same bits whatever it shares its steps with: logits, routing, keys and values depend
     /// neither on other sequences nor on slots, chunks, or whether it came through prefill, decode steps or ticks. Costs
-    /// prefill its tiles of keys and few sequences their kernels of few rows and the splitting of keys. Without it, such
+    /// prefill its tiles of keys and a last layer of few rows, and few sequences their kernels of few rows and the splitting of keys. Without it, such
     /// circumstances change the order of sums, and results by rounding: see [`Runner::rounding`].
     pub batch_invariant: bool,
     /// Runs all layers of the decode steps of a single slot in one dispatch, whose workgroups wait for each other, where model and

@@ -85,11 +85,17 @@ fn decoding_is_measured_by_parts() {
         assert!(parts.iter().all(|part| busy(part).is_some()), "{profile:?}");
         assert!(profile.dispatches.iter().any(|time| time.dispatch.weight_bytes > 0), "{profile:?}");
     }
-    // A chunk and a part of one, over and over at the same place.
-    for (num_sequences, context) in [(1, 600), (3, 7)] {
+    // A chunk and a part of one, over and over at the same place; then more prompts than a step draws for.
+    for (num_sequences, context) in [(1, 600), (3, 7), (9, 3)] {
         let profile = session.profile_prefill(num_sequences, context).expect("the device works");
         assert_eq!(profile.parts.iter().map(|(name, _)| *name).collect::<Vec<_>>(), mor_model::PARTS);
         assert!(profile.dispatches.iter().all(|time| time.micros >= 0.0), "{profile:?}");
+        // The last layer attends for the rows that are drawn for alone, and stores keys and values of all.
+        let in_coda = profile.dispatches.iter().filter(|time| time.dispatch.part == "coda");
+        let occupied =
+            |kernel: &str| in_coda.clone().filter(|time| time.dispatch.kernel == kernel && time.occupied > 0.0).count();
+        assert_eq!(occupied("attention_prefill"), usize::from(num_sequences <= 8), "{profile:?}");
+        assert_eq!(occupied("linear"), 1, "{profile:?}");
     }
     session = session.with_batch(BatchOptions::default()).expect("the sizes are sound");
     assert_eq!(result(&run(&mut session, &request)), result(&before));

@@ -53,7 +53,8 @@ const CODA: &str = PARTS[2];
 
 impl MorModel {
     /// Records a step over the rows in `step.rows`: embedding, layers, routing, head, and for
-    /// [`LogitRows::Sampled`] the draw of the next token. `after_recursion` is called where a recursion's results
+    /// [`LogitRows::Sampled`] the draw of the next token; then a last layer in no recursion leaves a prompt's other rows at their keys
+    /// and values. `after_recursion` is called where a recursion's results
     /// are complete, to record copies of them; also for those that no token may take.
     ///
     /// # Errors

@@ -35,7 +35,7 @@ pub(crate) type SequenceId = u64;
 pub(crate) const ROWS_BESIDE_DECODING: usize = 512;
 
 /// Most sequences whose first tokens a prefill step draws, as many as its kernels for the last rows of prompts are chosen for.
-const MOST_FIRST_DRAWS: usize = MAX_FEW_ROWS;
+pub(crate) const MOST_FIRST_DRAWS: usize = MAX_FEW_ROWS;
 
 /// Least rows of a prefill step that [`Scheduler::learn`] comes down to.
 pub(crate) const LEAST_ROWS: usize = 16;

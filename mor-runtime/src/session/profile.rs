@@ -13,6 +13,7 @@ use super::Session;
 use crate::engine::most_prefill_rows;
 use crate::error::Result;
 use crate::runner::{Feed, Runner, RunnerOptions, Work};
+use crate::scheduler::MOST_FIRST_DRAWS;
 
 /// Where the time of a step goes; see [`Session::profile_decode`] and [`Session::profile_prefill`].
 #[non_exhaustive]
@@ -68,7 +69,8 @@ impl Session {
 
     /// Where the time of a prefill step goes that reads the same number of tokens of each of `num_sequences` sequences, the last
     /// of `context` tokens: as many as fit [`BatchOptions::prefill_rows`](crate::BatchOptions::prefill_rows), or as the device is
-    /// given at a time. Caches are made anew for it; sequences under way are lost.
+    /// given at a time. It draws the token after each prompt, as where nobody decodes yet: of up to eight. Caches are made anew for
+    /// it; sequences under way are lost.
     ///
     /// # Errors
     /// As [`Session::profile_decode`].
@@ -89,8 +91,8 @@ impl Session {
         }
         let tokens = self.measured_prompt(context);
         let feeds = |begin: usize, end: usize| -> Vec<Feed<'_>> {
-            let feed =
-                |sequence| Feed { sequence, position: begin, tokens: &tokens[begin..end], sample: end == context };
+            let sample = end == context && num_sequences <= MOST_FIRST_DRAWS;
+            let feed = |sequence| Feed { sequence, position: begin, tokens: &tokens[begin..end], sample };
             (0..num_sequences).map(feed).collect()
         };
         let last = context - chunk;
