@@ -21,7 +21,8 @@
 // Limits    D <= 256, COOPERATIVE: a multiple of 16; rows with one kv_table lie together and ascend in kv_len;
 //           BLOCK_Q <= ROW_PADDING
 // Numerics  f32 throughout; running maximum per row. COOPERATIVE: scaled queries and weights are rounded to f16, exact
-//           products, sums in f32 in the matrix unit's order, of each slice and then of all; a weight is at most 2^LAG
+//           products, sums in f32 in the matrix unit's order, of each slice and then of all; a weight is at most 2^LAG,
+//           and those of keys 2^(25 - BELOW) times lighter than a row's heaviest first key count in the sum of weights alone
 // Source    Dao 2023, FlashAttention-2 (arXiv 2307.08691)
 #if COOPERATIVE
 enable f16;
