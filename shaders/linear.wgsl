@@ -20,8 +20,8 @@
 //           SPLIT_K slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a
 //           slice's sums no more than the memory of the tiles; COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N
 //           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if
-//           that is at most 64 and the epilogue allows, SLICED if SPLIT_K > 1, X_F16 and OUT_F16 as x's producer and out's
-//           readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M,
+//           that is at most 64 and the epilogue allows, SLICED if SPLIT_K > 1, ROWS_EARLY if a thread has registers for its
+//           rows' entries while it multiplies, X_F16 and OUT_F16 as x's producer and out's readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M,
 //           SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED:
 //           WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV,
 //           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV: added
@@ -239,11 +239,14 @@ fn stage_w(n: u32, unit: u32, value: LoadUnit) {
 // Who holds which element of a matrix is the driver's secret: sums reach the epilogue through workgroup memory, one
 // fragment of each subgroup at a time.
 const RESULT: u32 = 256u;
-// Rows of a fragment that a lane has columns of.
-const LANE_ROWS: u32 = RESULT / WIDTH / SUBGROUP_WIDTH;
 const RESULTS: u32 = SPLIT_K * SLICE * RESULT;
 // Columns of a row of it are 16 / WIDTH.
 const ROW_COLUMNS: u32 = 16u / WIDTH;
+// Places of Columns in a fragment, and in one fragment of each subgroup of a slice.
+const PLACES: u32 = RESULT / WIDTH;
+const SLICE_PLACES: u32 = SLICE * PLACES;
+// How many of these are a thread's to add up and store.
+const OWN: u32 = (PLACES + SPLIT_K * SUBGROUP_WIDTH - 1u) / (SPLIT_K * SUBGROUP_WIDTH);
 #else
 fn tile_row(i: u32, columns: u32) -> u32 {
     return i / columns;
@@ -292,6 +295,41 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
 #endif
 #if COOPERATIVE
 
+// Row of the tile that place `at` lies in, of the fragments in row m of their subgroups.
+fn place_row(at: u32, m: u32) -> u32 {
+    return (at / PLACES / SUBGROUPS_N * FRAGMENTS_M + m) * 16u + at % PLACES / ROW_COLUMNS;
+}
+
+// Its first column, of those in column j.
+fn place_column(at: u32, j: u32) -> u32 {
+    return (at / PLACES % SUBGROUPS_N * FRAGMENTS_N + j) * 16u + at % ROW_COLUMNS * WIDTH;
+}
+
+// The places of a thread; the last one for those that are past the end.
+fn own_places(thread: u32, subgroup: u32, lane: u32) -> array<u32, OWN> {
+    var places: array<u32, OWN>;
+    for (var i = 0u; i < OWN; i++) {
+#if SLICED
+        places[i] = min(thread + i * THREADS, SLICE_PLACES - 1u);
+#else
+        places[i] = subgroup * PLACES + lane + i * SUBGROUP_WIDTH;
+#endif
+    }
+    return places;
+}
+
+// Entries of the rows of a thread's places, for all rows of fragments.
+fn own_entries(first_entry: u32, places: array<u32, OWN>) -> array<ActiveRow, FRAGMENTS_M * OWN> {
+    var own = places;
+    var entries: array<ActiveRow, FRAGMENTS_M * OWN>;
+    for (var m = 0u; m < FRAGMENTS_M; m++) {
+        for (var i = 0u; i < OWN; i++) {
+            entries[m * OWN + i] = active_rows[first_entry + place_row(own[i], m)];
+        }
+    }
+    return entries;
+}
+
 // operands of what begins at `column` of those bound here; of columns and rows past the end, nothing.
 fn operands_inside(i: u32, entry: ActiveRow, column: u32) -> Operands {
     var read = Operands();
@@ -337,6 +375,11 @@ fn main(
     for (var s = 0u; s < SUMS; s++) {
         sums[s] = 0.0;
     }
+#endif
+
+#if ROWS_EARLY
+    var places = own_places(thread, subgroup, lane);
+    var entries = own_entries(first_entry, places);
 #endif
 
 #if STAGED
@@ -518,48 +561,45 @@ fn main(
 #endif
 
 #if COOPERATIVE
-#repeat m FRAGMENTS_M
-#if !SLICED
-    // What a lane's rows need beside the product is on its way a fragment ahead.
-    let lane_row = first_m + m * 16u + lane / ROW_COLUMNS;
-    let lane_column = first_column + first_n + lane % ROW_COLUMNS * WIDTH;
-    var entries: array<ActiveRow, LANE_ROWS>;
-    var reads: array<Operands, LANE_ROWS>;
-    for (var i = 0u; i < LANE_ROWS; i++) {
-        let place = first_entry + lane_row + i * (16u / LANE_ROWS);
-        entries[i] = active_rows[place];
-        reads[i] = operands_inside(place, entries[i], lane_column);
-    }
+#if !ROWS_EARLY
+    var places = own_places(thread, subgroup, lane);
+    var entries = own_entries(first_entry, places);
 #endif
+    var reads: array<Operands, OWN>;
+    for (var i = 0u; i < OWN; i++) {
+        let column = first_column + place_column(places[i], 0u);
+        reads[i] = operands_inside(first_entry + place_row(places[i], 0u), entries[i], column);
+    }
+#repeat m FRAGMENTS_M
 #repeat j FRAGMENTS_N
-    let to = subgroup * (RESULT / WIDTH);
-    coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[to], ROW_COLUMNS);
+    coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[subgroup * PLACES], ROW_COLUMNS);
 #if SLICED
     workgroupBarrier();
-    for (var at = thread; at < SLICE * RESULT / WIDTH; at += THREADS) {
-        let fragment = at / (RESULT / WIDTH);
-        let in_fragment = at % (RESULT / WIDTH);
-        let tile_row = (fragment / SUBGROUPS_N * FRAGMENTS_M + m) * 16u + in_fragment / ROW_COLUMNS;
-        let column = first_column + (fragment % SUBGROUPS_N * FRAGMENTS_N + j) * 16u + at % ROW_COLUMNS * WIDTH;
-        let entry = active_rows[first_entry + tile_row];
-        let read = operands_inside(first_entry + tile_row, entry, column);
 #else
     subgroupBarrier();
-    for (var i = 0u; i < LANE_ROWS; i++) {
-        let fragment = subgroup;
-        let in_fragment = lane + i * SUBGROUP_WIDTH;
-        let tile_row = lane_row + i * (16u / LANE_ROWS);
-        let column = lane_column + j * 16u;
-        let entry = entries[i];
-        let read = reads[i];
-        if j + 1u < FRAGMENTS_N {
-            reads[i] = operands_inside(first_entry + tile_row, entry, column + 16u);
-        }
 #endif
-        if entry.row != NONE && column < params.num_outputs {
+    for (var i = 0u; i < OWN; i++) {
+        let at = places[i];
+        let tile_row = place_row(at, m);
+        let column = first_column + place_column(at, j);
+        let entry = entries[m * OWN + i];
+        let read = reads[i];
+        // What the next fragment needs is on its way meanwhile.
+        if m + 1u < FRAGMENTS_M || j + 1u < FRAGMENTS_N {
+            let next_m = min(m + (j + 1u) / FRAGMENTS_N, FRAGMENTS_M - 1u);
+            let place = first_entry + place_row(at, next_m);
+            let next_column = first_column + place_column(at, (j + 1u) % FRAGMENTS_N);
+            reads[i] = operands_inside(place, entries[next_m * OWN + i], next_column);
+        }
+#if SLICED
+        let is_own = thread + i * THREADS < SLICE_PLACES;
+#else
+        let is_own = true;
+#endif
+        if is_own && entry.row != NONE && column < params.num_outputs {
             var v = Columns();
             for (var s = 0u; s < SPLIT_K; s++) {
-                v += scratch[(s * SLICE + fragment) * (RESULT / WIDTH) + in_fragment];
+                v += scratch[s * SLICE_PLACES + at];
             }
 #if NORM
             v *= factors[tile_row];

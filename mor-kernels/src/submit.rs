@@ -29,19 +29,19 @@ impl<'g> Submission<'g> {
         self
     }
 
-    /// Appends all steps of `plan` and hands what there is to the device, piece by piece: one that idles begins with the
-    /// first steps while the others are still being recorded.
+    /// Appends all steps of `plan`, and hands what there is to the device piece by piece, all but the last piece: a device that
+    /// idles begins with the first steps while the others are still being recorded.
     pub fn plan_at_once(&mut self, plan: &Plan) -> &mut Self {
         const FIRST_PIECE: usize = 8;
         let (mut start, mut piece) = (0, FIRST_PIECE);
-        while start < plan.num_steps() {
-            let end = plan.num_steps().min(start + piece);
-            self.gpu.catch(|_, _| plan.encode(&mut self.encoder, start..end));
+        while plan.num_steps() - start > piece {
+            self.gpu.catch(|_, _| plan.encode(&mut self.encoder, start..start + piece));
             let next = Self::new(self.gpu);
             std::mem::replace(self, next).submit();
             // Each piece costs a submit, and the device is busy with all before it.
-            (start, piece) = (end, 3 * piece);
+            (start, piece) = (start + piece, 3 * piece);
         }
+        self.gpu.catch(|_, _| plan.encode(&mut self.encoder, start..plan.num_steps()));
         self
     }
 

@@ -18,6 +18,10 @@ const BROADCAST_LANES: u32 = 8;
 /// Rows, columns and depth of the matrices that a subgroup multiplies.
 const FRAGMENT: u32 = 16;
 
+/// Rows of a subgroup up to which a thread reads the entries of its own ones before it multiplies. For more it has no registers: gate
+/// and up of 1,365 rows of 360M take 82 us with tiles of 64 rows a subgroup, 87 so (`benches/runs/2026-11-29-nvidia-h200`).
+const MOST_EARLY_ROWS: u32 = 2 * FRAGMENT;
+
 /// Processors of an H200.
 const PROCESSORS: u32 = 132;
 /// Fields of [`LinearTile::Cooperative`] in their order, but for the last; about as many microseconds as a wave of one workgroup a
@@ -430,6 +434,7 @@ impl Kernel for Linear {
                     .u32("SPLIT_K", split_k)
                     .flag("QUADS", lane_columns == 4)
                     .flag("SLICED", split_k > 1)
+                    .flag("ROWS_EARLY", tile_m / subgroups_m <= MOST_EARLY_ROWS)
                     .flag("STAGED", true)
                     .flag("COOPERATIVE", true)
             }
