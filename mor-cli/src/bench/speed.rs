@@ -37,7 +37,7 @@ const LARGE: u64 = 100_000_000;
 pub(crate) struct SpeedArgs {
     #[command(flatten)]
     models: ModelArgs,
-    /// Tokens of the prompts to read, after which none is drawn; 0 leaves these tests out
+    /// Tokens of the prompts to read, up to the first token after them; 0 leaves these tests out
     #[arg(short = 'p', long = "prompt", value_name = "N,...", value_delimiter = ',', default_value = "512")]
     prompts: Vec<usize>,
     /// Tokens to generate; 0 leaves these tests out

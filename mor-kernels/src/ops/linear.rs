@@ -19,7 +19,8 @@ const BROADCAST_LANES: u32 = 8;
 const FRAGMENT: u32 = 16;
 
 /// Rows of a subgroup up to which a thread reads the entries of its own ones before it multiplies. For more it has no registers: gate
-/// and up of 1,365 rows of 360M take 82 us with tiles of 64 rows a subgroup, 87 so (`benches/runs/2026-11-29-nvidia-h200`).
+/// and up of 1,365 rows of 360M take 82 us with 64 rows a subgroup, and 87 so. Where a tile is one fragment of rows high, steps of 4
+/// to 16 sequences are 1 % faster without (`benches/runs/2026-11-29-nvidia-h200/linear-epilogues.txt`).
 const MOST_EARLY_ROWS: u32 = 2 * FRAGMENT;
 
 /// Processors of an H200.
@@ -434,7 +435,7 @@ impl Kernel for Linear {
                     .u32("SPLIT_K", split_k)
                     .flag("QUADS", lane_columns == 4)
                     .flag("SLICED", split_k > 1)
-                    .flag("ROWS_EARLY", tile_m / subgroups_m <= MOST_EARLY_ROWS)
+                    .flag("ROWS_EARLY", tile_m > FRAGMENT && tile_m / subgroups_m <= MOST_EARLY_ROWS)
                     .flag("STAGED", true)
                     .flag("COOPERATIVE", true)
             }
