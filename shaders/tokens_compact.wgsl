@@ -7,8 +7,9 @@
 //           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS]
 // Grid      (1, 1, 1): one workgroup, which goes through WORKGROUP_SIZE rows at a time, a thread a row
 // Spec      WORKGROUP_SIZE power of two: 4 * WORKGROUP_SIZE bytes of workgroup memory, KV: 4 more; BEGIN, EXPERT, TOKEN, FIXED or
-//           SAMPLE: which rows; KV: they store or read K/V; KV_SLOTS: the table lists keys, not pages (hybrid caches)
-// Limits    rows of a sequence are contiguous and ascend in position; params.num_rows <= T
+//           SAMPLE or ENDS: which rows; KV: they store or read K/V; KV_SLOTS: the table lists keys, not pages (hybrid caches)
+// Limits    rows of a sequence are contiguous and ascend in position; params.num_rows <= T; ENDS: a row to be sampled is the
+//           last of its sequence
 // Numerics  integers; a row is selected if its decision >= params.threshold (NaN does not pass)
 // Source    MoR, expert-choice and token-choice routing (arXiv 2507.10524)
 #import shared/rows
@@ -68,6 +69,8 @@ fn keep(r: u32, row: Row) -> u32 {
     return select(0u, 3u, depth[r] > params.recursion);
 #elif FIXED
     return 3u;
+#elif ENDS
+    return select(0u, 3u, (row.flags & ROW_SAMPLE) != 0u && depth[r] > params.recursion);
 #else
     return select(0u, 3u, (row.flags & ROW_SAMPLE) != 0u);
 #endif
@@ -138,12 +141,23 @@ fn main(@builtin(local_invocation_index) thread: u32) {
             entry.end = select(END_PASS, END_GATED, depth[r] == params.recursion + 1u);
 #elif FIXED
             entry.recursion = params.recursion;
+#elif ENDS
+            entry.recursion = params.recursion;
+            entry.end = END_GATED;
 #elif SAMPLE
             entry.recursion = depth[r];
 #endif
 #if KV
             entry.kv_table = (row.sequence * params.num_groups + params.read_group) * params.max_pages;
             entry.kv_len = row.position + 1u;
+#if ENDS
+#if KV_SLOTS
+            entry.kv_table = (row.sequence * params.num_groups + params.read_group) * params.max_positions;
+#else
+            // It attends to all that its sequence has stored by now.
+            entry.kv_len = kv_lengths[row.sequence * params.num_groups + params.read_group];
+#endif
+#endif
             if params.write_group != NONE {
                 let slot = stored + place - before;
                 entry.kv_slot = physical(row.sequence, params.write_group, slot);
@@ -165,6 +179,8 @@ fn main(@builtin(local_invocation_index) thread: u32) {
         }
 #elif SAMPLE
         // Reads depths only.
+#elif ENDS
+        // So does this.
 #elif TOKEN
         // The router has written the depth.
 #else

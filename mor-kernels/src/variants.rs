@@ -302,7 +302,7 @@ fn add_routers(list: &mut List) {
 
 fn add_tokens_compact(list: &mut List) {
     let most = list.caps.max_workgroup_size;
-    for mode in ["BEGIN", "EXPERT", "TOKEN", "FIXED", "SAMPLE"] {
+    for mode in ["BEGIN", "EXPERT", "TOKEN", "FIXED", "SAMPLE", "ENDS"] {
         for (kv, kv_slots) in [(false, false), (true, false), (true, true)] {
             for workgroup_size in [32, 64, 128, 256, 512, 1024].into_iter().filter(|size| *size <= most) {
                 list.add(&TokensCompact { mode, kv, kv_slots, workgroup_size });

@@ -30,6 +30,8 @@ pub enum Selection<'a> {
     Fixed,
     /// Rows to be sampled; their entries carry the depth as recursion.
     Sample,
+    /// Rows to be sampled that take this recursion, each the last of its sequence: they attend to all that this has stored.
+    Ends,
 }
 
 /// The K/V groups that the listed rows write and read, with the tensors that describe them.
@@ -136,6 +138,7 @@ impl TokensCompact {
             Selection::Token => "TOKEN",
             Selection::Fixed => "FIXED",
             Selection::Sample => "SAMPLE",
+            Selection::Ends => "ENDS",
         };
         let num_rows = b.active.capacity as u32;
         let hybrid = b.kv.and_then(|kv| kv.hybrid);
@@ -265,17 +268,18 @@ mod tests {
             1 => (Mode::Token, Selection::Token),
             2 => (Mode::Fixed, Selection::Fixed),
             3 | 10 => (Mode::Sample, Selection::Sample),
+            11 | 12 => (Mode::Ends, Selection::Ends),
             _ => {
                 let (always, keep_all) = (case == 5, case == 6 || case == 8);
                 let selection = Selection::Expert { decision: &decision_gpu, threshold, always, keep_all };
                 (Mode::Expert(&decision, threshold, always, keep_all), selection)
             }
         };
-        let reads_only = matches!(case, 7 | 10);
+        let reads_only = matches!(case, 7 | 10..);
         let write = if reads_only { None } else { Some(2) };
         let hybrid = match case {
             8 => Some(Some(3)),
-            9 => Some(None),
+            9 | 12 => Some(None),
             _ => None,
         };
         let has_kv = case != 3;
@@ -340,7 +344,7 @@ mod tests {
         parity::on_every_profile(|gpu, _| {
             let mut rng = Rng::new("tokens_compact");
             for (num_rows, num_sequences) in [(1, 1), (7, 3), (33, 2), (255, 1), (256, 5), (257, 2), (8192, 40)] {
-                for case in 0..11 {
+                for case in 0..13 {
                     check(gpu, &mut rng, num_rows, num_sequences, case);
                 }
             }

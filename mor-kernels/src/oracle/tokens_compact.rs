@@ -15,6 +15,8 @@ pub enum Mode<'a> {
     Fixed,
     /// Those flagged for sampling.
     Sample,
+    /// Those of them with a depth above the recursion.
+    Ends,
 }
 
 /// The state that the kernel reads and updates.
@@ -80,6 +82,10 @@ pub fn tokens_compact(rows: &[Row], mode: Mode<'_>, sizes: Sizes, state: &mut St
                 listed = row.flags & ROW_SAMPLE != 0;
                 recursion = depth;
             }
+            Mode::Ends => {
+                listed = row.flags & ROW_SAMPLE != 0 && depth > sizes.recursion;
+                end = END_GATED;
+            }
         }
         state.depth[r] = depth;
         let sequence = row.sequence as usize;
@@ -103,6 +109,13 @@ pub fn tokens_compact(rows: &[Row], mode: Mode<'_>, sizes: Sizes, state: &mut St
         if num_groups > 0 {
             entry.kv_len = row.position + 1;
             entry.kv_table = ((sequence * num_groups + sizes.read) * max_pages) as u32;
+            if matches!(mode, Mode::Ends) {
+                if sizes.hybrid.is_some() {
+                    entry.kv_table = ((sequence * num_groups + sizes.read) * max_positions) as u32;
+                } else {
+                    entry.kv_len = state.lengths[sequence * num_groups + sizes.read];
+                }
+            }
             if let Some(write) = sizes.write {
                 let slot = state.lengths[sequence * num_groups + write];
                 state.lengths[sequence * num_groups + write] += 1;

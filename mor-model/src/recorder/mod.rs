@@ -53,7 +53,7 @@ const CODA: &str = PARTS[2];
 
 impl MorModel {
     /// Records a step over the rows in `step.rows`: embedding, layers, routing, head, and for
-    /// [`LogitRows::Sampled`] the draw of the next token; then a last layer in no recursion leaves a prompt's other rows at their keys
+    /// [`LogitRows::Sampled`] the draw of the next token; then the last layer leaves a prompt's other rows at their keys
     /// and values. `after_recursion` is called where a recursion's results
     /// are complete, to record copies of them; also for those that no token may take.
     ///
@@ -69,7 +69,9 @@ impl MorModel {
         after_recursion: &mut dyn FnMut(&mut PlanBuilder<'_>, usize),
     ) -> Result<()> {
         let (phase, routing, logit_rows) = how;
-        let recorder = Recorder { model: self, step, kv, sample, phase, routing };
+        // Of a prompt's other rows nobody reads more than the last layer's keys and values. Other steps draw for every row.
+        let draws_for_few = phase == Phase::Prefill && logit_rows == LogitRows::Sampled;
+        let recorder = Recorder { model: self, step, kv, sample, phase, routing, draws_for_few };
         if let Some(layers) = &step.layers {
             plan.part(BLOCK);
             let (sampled, partials) = layers.record(plan, self, step, kv, sample)?;
@@ -83,9 +85,7 @@ impl MorModel {
             let stream = recorder.record_last_layer(plan, &step.all, stream)?;
             return recorder.record_head(plan, stream, &step.all);
         }
-        // Of a prompt's other rows nobody reads more than the last layer's keys and values. Other steps draw for every row.
-        let draws_for_few = phase == Phase::Prefill && recorder.has_unshared_last();
-        let group = draws_for_few.then_some(UNSHARED_GROUP);
+        let group = (draws_for_few && recorder.has_unshared_last()).then_some(UNSHARED_GROUP);
         recorder.record_set(plan, Selection::Sample, 0, &step.sampled, group)?;
         let rows = if draws_for_few { &step.sampled } else { &step.all };
         let stream = recorder.record_last_layer(plan, rows, stream)?;
@@ -110,7 +110,8 @@ impl MorModel {
         sample: &SampleTensors,
         phase: Phase,
     ) -> Result<()> {
-        Recorder { model: self, step, kv, sample, phase, routing: Routing::Causal }.record_tick(plan)
+        let (routing, draws_for_few) = (Routing::Causal, false);
+        Recorder { model: self, step, kv, sample, phase, routing, draws_for_few }.record_tick(plan)
     }
 }
 
@@ -122,6 +123,8 @@ struct Recorder<'a> {
     sample: &'a SampleTensors,
     phase: Phase,
     routing: Routing,
+    /// The results of the step are the tokens drawn for a few of its rows.
+    draws_for_few: bool,
 }
 
 impl<'a> Recorder<'a> {
@@ -159,7 +162,8 @@ impl<'a> Recorder<'a> {
                     let recursion = self.model.layout().recursion(l);
                     plan.part(if recursion.is_some() { BLOCK } else { PRELUDE });
                     let set = recursion.map_or(&step.all, |r| &step.recursions[r as usize]);
-                    self.record_layer(plan, l, [set; 2], &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
+                    let rows = self.record_ends(plan, l, set)?;
+                    self.record_layer(plan, l, [rows, set], &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
                 }
                 Ok(&step.layer_out)
             }
@@ -198,6 +202,22 @@ impl<'a> Recorder<'a> {
         let (last, out) = (self.config().num_hidden_layers - 1, &self.step.layer_out);
         self.record_layer(plan, last, [rows, &self.step.all], input, LayerEnd::Stream(out))?;
         Ok(out)
+    }
+
+    /// The rows over which layer `l` of a recursion runs, whose keys and values are stored for all of `set`: of the last layer of all,
+    /// those that are drawn for where these are few.
+    fn record_ends<'s>(&'s self, plan: &mut PlanBuilder<'_>, l: usize, set: &'s RowSet) -> Result<&'s RowSet> {
+        let (step, recursion) = (self.step, self.model.layout().recursion(l));
+        let is_last = |r: &u32| {
+            *r as usize + 1 == self.model.max_depth() && self.model.layout().block_layers(*r).last() == Some(&l)
+        };
+        match recursion.filter(is_last).filter(|_| self.draws_for_few && !self.has_unshared_last()) {
+            None => Ok(set),
+            Some(r) => {
+                self.record_set(plan, Selection::Ends, r as usize, &step.sampled, Some(recursion_group(r)))?;
+                Ok(&step.sampled)
+            }
+        }
     }
 
     fn record_recursion(&self, plan: &mut PlanBuilder<'_>, r: usize) -> Result<()> {
@@ -247,7 +267,8 @@ impl<'a> Recorder<'a> {
                 Mode::Expert | Mode::Token => LayerEnd::Block { gates: r },
                 Mode::Vanilla | Mode::Recursive => LayerEnd::Stream(&step.hidden),
             };
-            self.record_layer(plan, *l, [set, stores], input, end)?;
+            let rows = self.record_ends(plan, *l, set)?;
+            self.record_layer(plan, *l, [rows, stores], input, end)?;
             input = &step.layer_out;
         }
         Ok(())

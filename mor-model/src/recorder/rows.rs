@@ -51,7 +51,7 @@ impl Recorder<'_> {
         group: Option<usize>,
     ) -> Result<()> {
         let kv_layout = self.model.kv_layout();
-        let is_drawn = matches!(selection, Selection::Sample);
+        let is_drawn = matches!(selection, Selection::Sample | Selection::Ends);
         // All layers over a set agree on their groups; any one of them tells.
         let layer = group.and_then(|group| {
             let of_group =
@@ -60,7 +60,7 @@ impl Recorder<'_> {
         });
         let kv = layer.map(|layer| {
             let hybrid = self.kv.slots.as_ref().and_then(|slots| {
-                let first_group = (group == Some(recursion_group(0))).then(|| recursion_group(0) as u32);
+                let first_group = (!is_drawn && group == Some(recursion_group(0))).then(|| recursion_group(0) as u32);
                 (group != Some(UNSHARED_GROUP)).then_some(Hybrid { slots, first_group })
             });
             KvGroups {
