@@ -3,7 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
+use mor_kernels::timing::DispatchTime;
 use mor_kernels::{KernelError, parity};
+use mor_model::{Dtype, MorConfig};
 use mor_runtime::{
     BatchOptions, Batching, Event, FinishReason, GenerateRequest, GpuOptions, ModelSource, Precision, Routing,
     RuntimeError, SamplingParams, ScriptedRouter, Session, SessionOptions, Summary,
@@ -14,9 +16,13 @@ fn folder() -> PathBuf {
 }
 
 fn session() -> Session {
+    session_of(ModelSource::Folder(folder()))
+}
+
+fn session_of(source: ModelSource) -> Session {
     let gpu = GpuOptions { device: parity::device(), ..GpuOptions::default() };
     let options = SessionOptions { gpu, precision: Some(Precision::F32), ..SessionOptions::default() };
-    Session::load(ModelSource::Folder(folder()), options).expect("the model loads")
+    Session::load(source, options).expect("the model loads")
 }
 
 fn request(session: &Session, prompt: &str, max_new_tokens: usize) -> GenerateRequest {
@@ -99,6 +105,37 @@ fn decoding_is_measured_by_parts() {
     }
     session = session.with_batch(BatchOptions::default()).expect("the sizes are sound");
     assert_eq!(result(&run(&mut session, &request)), result(&before));
+}
+
+/// Of the last layer of all a prompt's other rows need keys and values alone, whether a recursion repeats that layer or not.
+#[test]
+fn the_last_layer_attends_for_the_ends_of_prompts() {
+    for sharing in ["cycle", "sequence", "middle_cycle", "middle_sequence"] {
+        let mor = format!(r#"{{"mode": "recursive", "sharing": "{sharing}", "num_recursion": 2}}"#);
+        let config = format!(
+            r#"{{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 0.00001,
+                "rope_theta": 10000.0, "tie_word_embeddings": true, "bos_token_id": 0, "eos_token_id": 0, "mor": {mor}}}"#
+        );
+        let config = MorConfig::from_json_str(&config, sharing).expect("sound");
+        let mut session = session_of(ModelSource::Random { config, seed: 3, dtype: Dtype::F32 });
+        let batch = BatchOptions { max_sequences: 9, ..BatchOptions::default() };
+        session = session.with_batch(batch).expect("the sizes are sound");
+        session.prepare_decode(20).expect("the caches fit");
+        // A step draws for eight prompts at most.
+        for (num_sequences, attending) in [(2, 6), (9, 5)] {
+            let profile = match session.profile_prefill(num_sequences, 5) {
+                Err(RuntimeError::Kernel(KernelError::Limit { .. })) => {
+                    eprintln!("skipped: no timestamps");
+                    return;
+                }
+                profile => profile.expect("the device works"),
+            };
+            let occupied = |time: &&DispatchTime| time.dispatch.kernel == "attention_prefill" && time.occupied > 0.0;
+            let found = profile.dispatches.iter().filter(occupied).count();
+            assert_eq!(found, attending, "{sharing}, {num_sequences} prompts: {profile:?}");
+        }
+    }
 }
 
 #[test]

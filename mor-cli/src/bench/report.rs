@@ -394,6 +394,7 @@ mod tests {
             tokens_per_s,
             first_token: Duration::from_millis(millis),
             mean_depth: 2.0,
+            full_depth: 0.5,
             dispatches_per_token: 3.0,
             longest_submit: Duration::from_millis(millis),
         };

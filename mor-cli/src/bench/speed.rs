@@ -241,7 +241,7 @@ fn measure(args: &SpeedArgs, model: &Model, device: DeviceSelector, tests: &[Tes
             row.take(&samples);
             row.compile_ms = (gpu.compile_time() - compiled_before).as_secs_f64() * 1e3;
             if let Some(peaks) = peaks {
-                row.share = share(&mut session, test, batch, &row, peaks)?;
+                row.share = share(&mut session, test, batch, (&row, &samples), peaks)?;
             }
             note(&format!("{}, {batch} at a time: {:.1} tokens/s", row.test, row.tokens_per_s));
             rows.push(row);
@@ -311,6 +311,8 @@ pub(super) struct Sample {
     pub(super) first_token: Duration,
     /// Of the tokens that were timed.
     pub(super) mean_depth: f64,
+    /// The part of these that took the last recursion.
+    pub(super) full_depth: f64,
     pub(super) dispatches_per_token: f64,
     pub(super) longest_submit: Duration,
 }
@@ -371,11 +373,15 @@ fn once(session: &mut Session, test: Test, batch: usize, request: &GenerateReque
     let tokens =
         if test.is_generation() { statistics.new_tokens as f64 } else { (batch * (test.prompt + test.new)) as f64 };
     let depths = answers.iter().flat_map(|answer| answer.depths.iter().skip(test.context).take(test.prompt + test.new));
-    let (sum, count) = depths.fold((0.0, 0.0), |(sum, count), depth| (sum + f64::from(*depth), count + 1.0));
+    let last = session.config().num_recursions as u32;
+    let (sum, count, full) = depths.fold((0.0, 0.0, 0.0), |(sum, count, full), depth| {
+        (sum + f64::from(*depth), count + 1.0, full + f64::from(u8::from(*depth >= last)))
+    });
     Ok(Sample {
         tokens_per_s: tokens / statistics.elapsed.as_secs_f64().max(1e-9),
         first_token: first_tokens / batch as u32,
         mean_depth: sum / f64::max(count, 1.0),
+        full_depth: full / f64::max(count, 1.0),
         dispatches_per_token: statistics.dispatches as f64 / tokens.max(1.0),
         longest_submit: statistics.longest_submit,
     })
@@ -384,7 +390,13 @@ fn once(session: &mut Session, test: Test, batch: usize, request: &GenerateReque
 /// Part of a peak that a row reaches: of the read bandwidth by the weights that a generation reads, of the matrix rate by the
 /// projections of a prompt. Keys, values and attention are left out. `None` for rows that are both, and for batches whose
 /// tokens share weights in a way that is not known.
-fn share(session: &mut Session, test: Test, batch: usize, row: &Row, peaks: Peaks) -> anyhow::Result<Option<f64>> {
+fn share(
+    session: &mut Session,
+    test: Test,
+    batch: usize,
+    (row, samples): (&Row, &[Sample]),
+    peaks: Peaks,
+) -> anyhow::Result<Option<f64>> {
     let (config, layout) = (session.config().clone(), session.model().layout().clone());
     let recursions = config.num_recursions as f64;
     if !test.is_generation() {
@@ -394,10 +406,12 @@ fn share(session: &mut Session, test: Test, batch: usize, row: &Row, peaks: Peak
         let shared = layout.num_layers() - layout.unshared_layers().len();
         let layers = layout.unshared_layers().len() as f64 + shared as f64 * row.mean_depth / recursions;
         let mut products = layers * config.layer_products() as f64;
-        if layout.recursion(config.num_hidden_layers - 1).is_none() {
-            // Of the last layer a prompt's tokens need keys and values.
-            products -= (config.layer_products() - 2 * config.hidden_size * config.kv_dim()) as f64;
-        }
+        // Of the last layer a prompt's tokens need keys and values.
+        let reach_last = match layout.recursion(config.num_hidden_layers - 1) {
+            None => 1.0,
+            Some(_) => samples.iter().map(|sample| sample.full_depth).sum::<f64>() / samples.len() as f64,
+        };
+        products -= reach_last * (config.layer_products() - 2 * config.hidden_size * config.kv_dim()) as f64;
         return Ok(Some(2.0 * products * row.tokens_per_s / peaks.matrix_flop_per_s));
     }
     let batching = session.model().batching();
