@@ -21,11 +21,12 @@
 //           slice's sums no more than the memory of the tiles; COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N
 //           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if
 //           that is at most 64 and the epilogue allows, SLICED if SPLIT_K > 1, ROWS_EARLY if a thread has registers for its
-//           rows' entries while it multiplies, X_F16 and OUT_F16 as x's producer and out's readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M,
-//           SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED:
-//           WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV,
-//           BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV: added
-//           to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
+//           rows' entries while it multiplies, X_F16 and OUT_F16 as x's producer and out's readers have it; NORM, of
+//           STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST: TILE_M
+//           and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of
+//           GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue;
+//           KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends:
+//           multiplied with what the layer adds up to
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
 //           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and

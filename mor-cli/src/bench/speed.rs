@@ -373,7 +373,7 @@ fn once(session: &mut Session, test: Test, batch: usize, request: &GenerateReque
     let tokens =
         if test.is_generation() { statistics.new_tokens as f64 } else { (batch * (test.prompt + test.new)) as f64 };
     let depths = answers.iter().flat_map(|answer| answer.depths.iter().skip(test.context).take(test.prompt + test.new));
-    let last = session.config().num_recursions as u32;
+    let last = session.model().max_depth() as u32;
     let (sum, count, full) = depths.fold((0.0, 0.0, 0.0), |(sum, count, full), depth| {
         (sum + f64::from(*depth), count + 1.0, full + f64::from(u8::from(*depth >= last)))
     });
