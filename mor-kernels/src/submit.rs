@@ -36,13 +36,18 @@ impl<'g> Submission<'g> {
         let (mut start, mut piece) = (0, FIRST_PIECE);
         while plan.num_steps() - start > piece {
             self.gpu.catch(|_, _| plan.encode(&mut self.encoder, start..start + piece));
-            let next = Self::new(self.gpu);
-            std::mem::replace(self, next).submit();
+            self.hand_over();
             // Each piece costs a submit, and the device is busy with all before it.
             (start, piece) = (start + piece, 3 * piece);
         }
         self.gpu.catch(|_, _| plan.encode(&mut self.encoder, start..plan.num_steps()));
         self
+    }
+
+    /// Hands what there is to the device and goes on with nothing.
+    pub fn hand_over(&mut self) {
+        let next = Self::new(self.gpu);
+        std::mem::replace(self, next).submit();
     }
 
     /// Appends a copy between tensors, in bytes.

@@ -371,6 +371,10 @@ impl Runner {
         if let Some((plan, tensors)) = &prefill {
             submission.plan_at_once(plan);
             depths = Some(submission.read(&tensors.depth, 0, 4 * fed as u64)?);
+            if work.ticks > 0 {
+                // The device is not to wait for these to be recorded.
+                submission.hand_over();
+            }
         }
         for _ in 0..work.ticks {
             submission.plan(decode.as_ref().expect("recorded above"));

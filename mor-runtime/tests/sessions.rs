@@ -1,5 +1,5 @@
 //! How a session behaves over time: generations after one another, dropped ones, limits, stops, seeds, prompts of
-//! several chunks. On the trained expert-choice model, in f32.
+//! several chunks. On the trained expert-choice model and, where layers are counted, on random ones, in f32.
 
 use std::path::{Path, PathBuf};
 
