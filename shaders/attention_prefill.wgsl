@@ -5,10 +5,9 @@
 //           of a row's first keys; should a later one be too far above it, all keys are gone through again. Small tiles let
 //           a processor have 16 subgroups at a time; the longest rows take as long as their tiles one after the other, so
 //           KEY_SLICES parts of a workgroup take turns at them
-// Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32; out [n, H, D] f32, or
-//           f16 (OUT_F16); counts u32, the first is n; row-major, D a multiple of 8
-// Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 out write;
-//           7 counts read
+// Shapes    active_rows [n], whose last entry holds n; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32;
+//           out [n, H, D] f32, or f16 (OUT_F16); row-major, D a multiple of 8
+// Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 out write
 // Grid      (H, ceil(n / BLOCK_Q), 1) workgroups; a thread has 4 rows, and of each tile 4 keys, then every
 //           COLUMNS-th unit of 8 elements; COOPERATIVE: SUBGROUP_WIDTH / 16 lanes of a slice have a row, at most 4
 // Spec      COLUMNS power of two; BLOCK_Q rows and BLOCK_K = 4 * COLUMNS keys a tile; WORKGROUP_SIZE = BLOCK_Q / 4 * COLUMNS;
@@ -48,7 +47,6 @@ struct Params {
 #else
 @group(0) @binding(6) var<storage, read_write> out: array<mat2x4<f32>>;
 #endif
-@group(0) @binding(7) var<storage, read> counts: array<u32>;
 
 const LOWEST: f32 = -3.4028234e38;
 
@@ -124,7 +122,7 @@ fn main(
     let head = workgroup.x;
     let kv_head = head / GROUP_SIZE;
     // The last rows have the most keys: they begin first, and short ones fill the gaps at the end.
-    let num_active = counts[0];
+    let num_active = active_rows[arrayLength(&active_rows) - 1u].row;
     let num_blocks = (num_active + BLOCK_Q - 1u) / BLOCK_Q;
     if workgroup.y >= num_blocks {
         return;
@@ -433,7 +431,7 @@ fn main(
     let head = workgroup.x;
     let kv_head = head / GROUP_SIZE;
     // The last rows have the most keys: they begin first, and short ones fill the gaps at the end.
-    let num_active = counts[0];
+    let num_active = active_rows[arrayLength(&active_rows) - 1u].row;
     let num_blocks = (num_active + BLOCK_Q - 1u) / BLOCK_Q;
     if workgroup.y >= num_blocks {
         return;

@@ -6,7 +6,7 @@
 //           tick; counts, K/V slots and grids stay on the device
 // Shapes    S slots; rows, next_rows [S]; state [S] of (passes through the block, recursions that counted);
 //           decision [S] f32; target_depth [S] u32; kv_lengths [S, groups]; pages [S, groups, max_pages];
-//           active_out [S + ROW_PADDING]; dispatch [4 + 3 * MAX_GRIDS]; kv_slots [S, groups, max_positions]
+//           active_out [S + ROW_PADDING + 1]; dispatch [4 + 3 * MAX_GRIDS]; kv_slots [S, groups, max_positions]
 // Bindings  0 params uniform; 1 grids uniform; 2 recursions uniform [RECURSIONS]; 3 rows write; 4 state write;
 //           5 active_out write; 6 dispatch write; 7 decision read [EXPERT]; 7 target_depth read [TOKEN];
 //           7 next_rows write [ENTER]; 8 pages read [KV]; 9 kv_lengths write [KV_LENGTHS]; 10 kv_slots write [KV_SLOTS]
@@ -226,9 +226,9 @@ fn main(@builtin(local_invocation_index) thread: u32) {
         active_out[total + i] = ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, NONE, END_NOTHING);
     }
     if thread == 0u {
-        dispatch[0] = total;
+        active_out[arrayLength(&active_out) - 1u].row = total;
         // Rows listed since the host cleared it: work done, to be checked against depths.
-        dispatch[1] += total;
+        dispatch[0] += total;
     }
     for (var g = thread; g < grids.count; g += WORKGROUP_SIZE) {
         let grid = grids.entries[g];

@@ -2,7 +2,7 @@
 // Math      active = [r : keep(r)] ascending; slot of the j-th kept row of a sequence = kv_lengths + j
 // Why       counts stay on the device: the list and the indirect grids are all that later kernels need
 // Shapes    rows [T]; decision [T] f32; depth [T]; kv_lengths [sequences, groups]; pages [sequences, groups, max_pages];
-//           active_out [T + ROW_PADDING]; dispatch [4 + 3 * MAX_GRIDS]; slots [sequences, groups, max_positions]
+//           active_out [T + ROW_PADDING + 1]; dispatch [4 + 3 * MAX_GRIDS]; slots [sequences, groups, max_positions]
 // Bindings  0 params uniform; 1 grids uniform; 2 rows read; 3 depth write; 4 active_out write; 5 dispatch write;
 //           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS]
 // Grid      (1, 1, 1): one workgroup, which goes through WORKGROUP_SIZE rows at a time, a thread a row
@@ -205,9 +205,9 @@ fn main(@builtin(local_invocation_index) thread: u32) {
         active_out[total + i] = ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, NONE, END_NOTHING);
     }
     if thread == 0u {
-        dispatch[0] = total;
+        active_out[arrayLength(&active_out) - 1u].row = total;
         // Rows listed since the host cleared it: work done, to be checked against depths.
-        dispatch[1] += total;
+        dispatch[0] += total;
     }
     for (var g = thread; g < grids.count; g += WORKGROUP_SIZE) {
         let grid = grids.entries[g];

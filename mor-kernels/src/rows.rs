@@ -103,13 +103,14 @@ pub enum KvTable {
 /// A list of active rows on the device with the grids its length asks for.
 ///
 /// # Shapes
-/// `active` is `[T + ROW_PADDING]` of [`ActiveRow`]; `dispatch` is `[count, 0, 0, 0]` followed by one
-/// `(x, y, z)` per entry of the plan's grid table.
+/// `active` is `[T + ROW_PADDING + 1]` of [`ActiveRow`], of which the last one's `row` is the number of active rows; `dispatch`
+/// is `[rows listed so far, 0, 0, 0]` followed by one `(x, y, z)` per entry of the plan's grid table. Kernels over the rows do
+/// not bind `dispatch`: a buffer that grids alone come from stays in one state, and the device waits for no change of it.
 #[derive(Clone, Debug)]
 pub struct RowSet {
     /// The list.
     pub active: Tensor,
-    /// Count and indirect workgroup counts.
+    /// Rows listed so far, and indirect workgroup counts.
     pub dispatch: Tensor,
     /// Most rows the list can hold.
     pub capacity: usize,
@@ -123,7 +124,7 @@ impl RowSet {
     /// # Errors
     /// [`KernelError::OutOfMemory`](crate::KernelError::OutOfMemory).
     pub fn new(gpu: &Gpu, label: &str, capacity: usize) -> Result<Self> {
-        let entries = capacity + ROW_PADDING as usize;
+        let entries = capacity + ROW_PADDING as usize + 1;
         let words = size_of::<ActiveRow>() / 4;
         Ok(Self {
             active: Tensor::zeros(gpu, &format!("{label}.active"), DType::U32, &[entries, words])?,
@@ -151,7 +152,7 @@ impl RowSet {
     }
 
     /// Allocates a set holding `rows`, padded with [`ActiveRow::ABSENT`]: for tests and benches of kernels
-    /// that read a set. Its `dispatch` holds the count only; use fixed grids with it.
+    /// that read a set. Its `dispatch` is empty; use fixed grids with it.
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`](crate::KernelError::OutOfMemory).
@@ -159,8 +160,8 @@ impl RowSet {
         let set = Self::new(gpu, label, rows.len())?;
         let mut padded = rows.to_vec();
         padded.resize(rows.len() + ROW_PADDING as usize, ActiveRow::ABSENT);
+        padded.push(ActiveRow { row: rows.len() as u32, ..ActiveRow::ABSENT });
         gpu.write(&set.active, 0, bytemuck::cast_slice(&padded));
-        gpu.write(&set.dispatch, 0, bytemuck::bytes_of(&[rows.len() as u32, 0, 0, 0]));
         Ok(set)
     }
 }

@@ -418,7 +418,7 @@ impl Runner {
         let mut rows = vec![0; model.config().num_recursions];
         for tensors in [Some(&self.decode_tensors), self.prefill_tensors.as_ref()].into_iter().flatten() {
             for (rows, set) in rows.iter_mut().zip(&tensors.recursions) {
-                *rows += u64::from(model.gpu().read::<u32>(&set.dispatch)?[1]);
+                *rows += u64::from(model.gpu().read::<u32>(&set.dispatch)?[0]);
             }
         }
         if let Some(layers) = self.decode_tensors.layers.as_ref().or(self.given_up.as_ref()) {

@@ -254,7 +254,6 @@ impl Kernel for AttentionPrefill {
             Binding::read(4, b.values),
             Binding::read(5, b.kv_table),
             Binding::write(6, b.out),
-            Binding::read(7, &b.rows.dispatch),
         ]
     }
 
