@@ -86,7 +86,7 @@ impl Evaluator {
                 }
             }
         };
-        let how = (Phase::Prefill, routing, LogitRows::All);
+        let how = (Phase::Prefill { num_splits: 1 }, routing, LogitRows::All);
         model.record_step(&mut plan, &tensors, &kv.tensors, &sample, how, &mut copy_streams)?;
         if capture == Capture::Nll {
             let bindings =

@@ -288,9 +288,10 @@ impl Runner {
         }
     }
 
-    /// Splits the keys of every decode step into this many parts (a power of two up to
-    /// [`AttentionDecode::MAX_SPLITS`]) whatever the context's length; `None` lets the length decide. More than
-    /// [`MAX_FEW_ROWS`] slots split nothing, nor does a batch-invariant runner. The result does not depend on it: for tests and measurements.
+    /// Splits the keys of every decode step recorded from now on, and of the rows that end prompts, into this many parts (a power
+    /// of two up to [`AttentionDecode::MAX_SPLITS`]) whatever the context's length; `None` lets the length decide. More than
+    /// [`MAX_FEW_ROWS`] decoding slots split nothing, nor does a batch-invariant runner. The result does not depend on it: for tests
+    /// and measurements.
     pub fn set_key_splits(&mut self, key_splits: Option<u32>) {
         self.key_splits = key_splits.map(|splits| splits.next_power_of_two().clamp(1, AttentionDecode::MAX_SPLITS));
     }
@@ -436,14 +437,11 @@ impl Runner {
     pub fn decode_plan(&mut self, model: &MorModel, num_slots: usize, max_context: usize) -> Result<Arc<Plan>> {
         // Few sizes, so that few plans exist.
         let num_slots = num_slots.next_power_of_two().min(self.num_slots());
-        let num_splits = match self.key_splits {
-            _ if num_slots > MAX_FEW_ROWS || self.batch_invariant || self.is_persistent() => 1,
-            Some(splits) => splits.min(self.decode_tensors.max_key_splits(num_slots)),
-            None => {
-                let (shape, caps) = (model.attention_shape(), model.gpu().caps());
-                let splits = AttentionDecode::suggest_splits(&shape, num_slots as u32, max_context as u32, caps);
-                splits.min(self.decode_tensors.max_key_splits(num_slots))
+        let num_splits = match num_slots {
+            ..=MAX_FEW_ROWS if !self.batch_invariant && !self.is_persistent() => {
+                self.num_splits(model, num_slots, max_context).min(self.decode_tensors.max_key_splits(num_slots))
             }
+            _ => 1,
         };
         if let Some(plan) = self.decode.get(&(num_slots, num_splits)) {
             return Ok(Arc::clone(plan));
@@ -517,6 +515,13 @@ impl Runner {
         plan.finish()
     }
 
+    /// Parts for each of `num_rows` rows of up to `num_keys` keys.
+    fn num_splits(&self, model: &MorModel, num_rows: usize, num_keys: usize) -> u32 {
+        let (shape, caps) = (model.attention_shape(), model.gpu().caps());
+        let suggested = || AttentionDecode::suggest_splits(&shape, num_rows as u32, num_keys as u32, caps);
+        self.key_splits.unwrap_or_else(suggested)
+    }
+
     /// The plan of a prefill step of `num_rows` rows, and the tensors it works in.
     fn prefill_plan(&mut self, model: &MorModel, num_rows: usize) -> Result<(Arc<Plan>, StepTensors)> {
         let tensors = self.prefill_tensors(model, num_rows)?;
@@ -545,7 +550,11 @@ impl Runner {
     }
 
     fn record_prefill(&self, model: &MorModel, tensors: &StepTensors, plan: &mut PlanBuilder<'_>) -> Result<()> {
-        let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Prefill };
+        // Prompts may end in a row a slot, of few of them most likely, with about as many keys as there are rows.
+        let most = self.num_slots().min(tensors.capacity);
+        let num_splits = self.num_splits(model, most.min(MAX_FEW_ROWS), tensors.capacity);
+        let num_splits = num_splits.min(tensors.max_key_splits(most));
+        let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Prefill { num_splits } };
         let how = (phase, Routing::Causal, LogitRows::Sampled);
         model.record_step(plan, tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})
     }

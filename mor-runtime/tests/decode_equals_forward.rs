@@ -4,10 +4,14 @@
 mod common;
 
 use common::batch::{Tally, check_at_depths, check_case};
-use common::{TinyModel, llama_config};
+use common::{TinyModel, VOCAB, llama_config};
 use mor_kernels::gpu::{Gpu, GpuOptions};
-use mor_kernels::parity;
-use mor_model::{DepthControl, Dtype};
+use mor_kernels::ops::GpuSampling;
+use mor_kernels::parity::{self, Rng};
+use mor_model::golden::GoldenTensors;
+use mor_model::{DepthControl, Dtype, Precision, Routing};
+use mor_runtime::Session;
+use mor_runtime::runner::{Feed, Runner, RunnerOptions, Work};
 use serde_json::{Value, json};
 
 /// Runs all cases of a mode. Sizes, element types and key splits take turns, since they multiply with nothing here.
@@ -182,6 +186,47 @@ fn sample_config(mor: Value, (num_heads, kv_heads): (usize, usize)) -> Value {
     let mut config = llama_config(if middle { 8 } else { 6 }, num_heads, kv_heads);
     config["mor"] = mor;
     config
+}
+
+/// The row that ends a prompt attends by itself in the last layer; into how many parts its keys are split, page by page, changes
+/// no more than rounding.
+#[test]
+fn prompts_end_alike_however_keys_are_split() {
+    let mut rng = Rng::new("prompts that end with split keys");
+    let tokens: Vec<u32> = (0..150).map(|_| rng.below(VOCAB) as u32).collect();
+    for mor in sample() {
+        let what = mor.to_string();
+        let model = TinyModel::random(sample_config(mor, (4, 2)), &mut rng);
+        let checkpoint = model.checkpoint(Dtype::F32).expect("the tiny model is sound");
+        let mut session =
+            Session::on_gpu(parity::gpu().clone(), &checkpoint, Precision::F32).expect("the tiny model fits");
+        let forward = session.forward(std::slice::from_ref(&tokens), Routing::Causal).expect("runs");
+        let expected = &forward.sequences[0].logits[(tokens.len() - 1) * VOCAB..];
+        for num_splits in [1, 2, 8] {
+            let options = RunnerOptions {
+                num_slots: 1,
+                max_positions: tokens.len(),
+                prefill_rows: tokens.len(),
+                batching: None,
+                pages_in_class: None,
+                batch_invariant: false,
+                persistent: false,
+            };
+            let mut runner = Runner::new(session.model(), &options).expect("fits");
+            runner.set_key_splits(Some(num_splits));
+            let sampling = GpuSampling { limit: tokens.len() as u32, ..GpuSampling::default() };
+            runner.start(session.model(), 0, &sampling, [], None);
+            let feeds = [Feed { sequence: 0, position: 0, tokens: &tokens, sample: true }];
+            let work = Work { feeds: &feeds, ..Work::default() };
+            runner.submit(session.model(), &work).expect("runs").wait().expect("reads");
+            let logits = runner.logits(session.model(), false).expect("reads");
+            let found = &logits.iter().find(|(slot, _)| *slot == 0).expect("the prompt has ended").1;
+            for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+                let close = GoldenTensors::close(*found, *expected);
+                assert!(close, "{what}, {num_splits} splits: logit {i} is {found}, expected {expected}");
+            }
+        }
+    }
 }
 
 /// Also with run-time checks in the shaders, without subgroups, and within WebGPU's default limits.

@@ -124,11 +124,11 @@ impl<'a> Recorder<'a> {
             KvTable::Slots => self.kv.slots.as_ref().expect("hybrid caches have a slot table"),
         };
         let q = &step.q;
-        match self.phase.key_splits() {
+        match self.phase.key_splits(self.is_sampled(rows)) {
             Some(num_splits) => {
                 let stats = (num_splits > 1).then_some(&step.attention_stats);
                 let bindings = AttentionDecodeBindings {
-                    rows,
+                    rows: &rows.limited_to(self.most_rows(rows)),
                     q,
                     keys,
                     values,

@@ -84,8 +84,8 @@ impl<'a> Recorder<'a> {
     /// The kernels for the product of `input` with `num_outputs` of the rows of `weight`.
     fn product(&self, rows: &RowSet, num_outputs: u32, weight: &Matrix, input: Input<'_>) -> Product {
         let num_rows = match self.phase {
-            Phase::Prefill if self.is_sampled(rows) => self.expected_rows(rows),
-            Phase::Prefill => self.expected_rows(rows).max(MAX_FEW_ROWS + 1),
+            Phase::Prefill { .. } if self.is_sampled(rows) => self.expected_rows(rows),
+            Phase::Prefill { .. } => self.expected_rows(rows).max(MAX_FEW_ROWS + 1),
             _ => self.step.capacity,
         };
         let outputs = (num_outputs, weight.num_rows as u32);
@@ -93,8 +93,13 @@ impl<'a> Recorder<'a> {
         self.phase.product(self.model.gpu().caps(), self.model.precision(), num_rows, outputs, merges)
     }
 
-    fn is_sampled(&self, rows: &RowSet) -> bool {
+    pub(super) fn is_sampled(&self, rows: &RowSet) -> bool {
         std::ptr::eq(rows, &self.step.sampled)
+    }
+
+    /// How many `rows` may be at most.
+    pub(super) fn most_rows(&self, rows: &RowSet) -> usize {
+        if self.is_sampled(rows) { self.step.logits.shape()[0].min(self.step.capacity) } else { self.step.capacity }
     }
 
     /// How many of a prompt's rows `rows` are likely to be: all, the share that a recursion is trained to take, or few that end
@@ -102,7 +107,7 @@ impl<'a> Recorder<'a> {
     pub(super) fn expected_rows(&self, rows: &RowSet) -> usize {
         let step = self.step;
         if self.is_sampled(rows) {
-            return step.logits.shape()[0].min(step.capacity).min(MAX_FEW_ROWS);
+            return self.most_rows(rows).min(MAX_FEW_ROWS);
         }
         let recursion = step.recursions.iter().position(|set| std::ptr::eq(set, rows));
         let capacity = recursion.filter(|_| step.depthwise.is_none()).and_then(|r| self.config().capacity.get(r));
@@ -113,7 +118,7 @@ impl<'a> Recorder<'a> {
     pub(super) fn halves(&self, rows: &RowSet) -> Option<&'a HalfTensors> {
         let (caps, precision) = (self.model.gpu().caps(), self.model.precision());
         let is_few = self.is_sampled(rows) && self.phase.is_few(caps, precision, self.expected_rows(rows), false);
-        self.step.halves.as_ref().filter(|_| self.phase == Phase::Prefill && !is_few)
+        self.step.halves.as_ref().filter(|_| self.phase.is_prefill() && !is_few)
     }
 
     /// Normalises `input` into the dense batch `y`, if a norm is to come first.

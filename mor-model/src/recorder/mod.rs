@@ -70,7 +70,7 @@ impl MorModel {
     ) -> Result<()> {
         let (phase, routing, logit_rows) = how;
         // Of a prompt's other rows nobody reads more than the last layer's keys and values. Other steps draw for every row.
-        let draws_for_few = phase == Phase::Prefill && logit_rows == LogitRows::Sampled;
+        let draws_for_few = phase.is_prefill() && logit_rows == LogitRows::Sampled;
         let recorder = Recorder { model: self, step, kv, sample, phase, routing, draws_for_few };
         if let Some(layers) = &step.layers {
             plan.part(BLOCK);

@@ -25,7 +25,11 @@ pub enum Phase {
         num_splits: u32,
     },
     /// Many rows.
-    Prefill,
+    Prefill {
+        /// Parts of the keys of those that end prompts, from 1 on: a workgroup a head would go through them one tile after
+        /// the other.
+        num_splits: u32,
+    },
     /// Few or many rows of either kind, computed alike: every sum has an order of its own, which no other row and no
     /// number of rows changes.
     Invariant,
@@ -41,13 +45,19 @@ pub(super) enum Product {
 }
 
 impl Phase {
-    /// Parts into which `AttentionDecode` splits the keys; `None` where `AttentionPrefill` serves.
-    pub(super) fn key_splits(self) -> Option<u32> {
+    /// Parts into which `AttentionDecode` splits the keys of rows, which may be those that `are_sampled`; `None` where
+    /// `AttentionPrefill` serves.
+    pub(super) fn key_splits(self, are_sampled: bool) -> Option<u32> {
         match self {
             Phase::Decode { num_splits } => Some(num_splits),
             Phase::Invariant => Some(1),
-            Phase::Prefill => None,
+            Phase::Prefill { num_splits } => are_sampled.then_some(num_splits),
         }
+    }
+
+    /// Whether this is a [`Phase::Prefill`].
+    pub(super) fn is_prefill(self) -> bool {
+        matches!(self, Phase::Prefill { .. })
     }
 
     /// Whether [`Product::FewRows`] serves up to `num_rows` rows.
@@ -78,7 +88,7 @@ impl Phase {
         };
         let tile = LinearTile::for_shape(caps, num_rows, num_outputs, precision == Precision::F16);
         // Of the rows of a prompt, every tile of columns would read whole rows again to norm them.
-        Product::ManyRows { tile, norm_apart: self == Phase::Prefill || !tile.fuses_norm() }
+        Product::ManyRows { tile, norm_apart: self.is_prefill() || !tile.fuses_norm() }
     }
 }
 
