@@ -206,7 +206,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     }
     if thread == 0u {
         active_out[arrayLength(&active_out) - 1u].row = total;
-        // Rows listed since the host cleared it: work done, to be checked against depths.
+        // Rows listed so far: work done, to be checked against depths.
         dispatch[0] += total;
     }
     for (var g = thread; g < grids.count; g += WORKGROUP_SIZE) {
