@@ -202,8 +202,8 @@ fn epilogues(prologue: PrologueKind) -> impl Iterator<Item = EpilogueKind> {
 fn add_linear(list: &mut List) {
     use PrologueKind as P;
     let mut tiles = Vec::new();
-    for max_rows in [1, 8, 16, 32, 64, 128, 256, 512, 4096] {
-        for num_outputs in [34, 64, 960, 4096, 49152] {
+    for max_rows in [1, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1366, 1536, 2048, 4096] {
+        for num_outputs in [34, 960, 1600, 2048, 4096, 5120, 49152] {
             for half_products in [false, true] {
                 let tile = LinearTile::for_shape(&list.caps, max_rows, num_outputs, half_products);
                 if !tiles.contains(&tile) {

@@ -162,8 +162,8 @@ impl Runner {
 
     /// Rows that prefill plans are made for, besides the most: the tiles that suit one suit the rows down to the one before. Sizes
     /// beside these were measured to win a few percent or lose them, and each compiles tiles of its own
-    /// (`benches/runs/2026-11-29-nvidia-h200/prefill-sizes.txt`).
-    const PREFILL_SIZES: [usize; 12] = [32, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096];
+    /// (`benches/runs/2026-11-29-nvidia-h200/prefill-sizes-tiles-by-rows.txt`).
+    const PREFILL_SIZES: [usize; 14] = [32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1536, 2048, 4096];
 
     /// How far a logit may lie from what it is in another batch, relative to the largest of its row, unless the runner is
     /// batch-invariant.

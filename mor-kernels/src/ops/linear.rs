@@ -25,32 +25,38 @@ const MOST_EARLY_ROWS: u32 = 2 * FRAGMENT;
 
 /// Processors of an H200.
 const PROCESSORS: u32 = 132;
-/// Fields of [`LinearTile::Cooperative`] in their order, but for the last; about as many microseconds as a wave of one workgroup a
-/// processor of an H200 takes with 960 inputs, and one of two where so many share a processor: NVIDIA's driver gives it 48 KiB of
-/// workgroup memory in all, which the first takes to the byte (`benches/runs/2026-11-28-nvidia-h200/linear-tiles.txt`; epilogues
-/// differ by some).
-const LARGE_TILES: [([u32; 7], u32, Option<u32>); 8] = [
-    ([128, 128, 32, 2, 2, 1, 1], 26, Some(40)),
-    ([128, 160, 32, 4, 2, 1, 1], 29, None),
-    ([128, 128, 64, 4, 2, 1, 1], 21, None),
-    ([128, 96, 32, 2, 2, 1, 1], 24, Some(33)),
-    ([64, 160, 64, 4, 2, 1, 1], 18, None),
-    ([64, 80, 128, 4, 1, 2, 1], 12, None),
-    ([64, 64, 128, 2, 2, 2, 1], 11, None),
-    ([64, 64, 64, 2, 2, 1, 1], 13, Some(16)),
+/// Fields of [`LinearTile::Cooperative`] in their order, but for the last, and about as many microseconds as a product with 960 inputs
+/// takes an H200 of which every processor has one such tile, and two. Two take much less than twice as long where both fit: NVIDIA's
+/// driver gives a processor 48 KiB of workgroup memory in all. Fitted to layers of 360M of 16 to 2,048 rows, within 2 to 8 %; of 79
+/// tiles those are here that together served layers of 135M, 360M and 1.7B best
+/// (`benches/runs/2026-11-29-nvidia-h200/linear-tiles-by-rows.txt`).
+const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 21] = [
+    ([128, 128, 32, 2, 2, 1, 1], [27.0, 34.9]),
+    ([128, 128, 64, 4, 2, 1, 1], [21.1, 37.4]),
+    ([128, 96, 32, 2, 2, 1, 1], [25.0, 30.3]),
+    ([128, 96, 64, 4, 2, 1, 1], [17.7, 30.9]),
+    ([96, 128, 32, 2, 2, 1, 1], [25.3, 30.3]),
+    ([96, 128, 64, 2, 4, 1, 1], [17.7, 31.1]),
+    ([96, 96, 32, 2, 2, 1, 1], [22.8, 25.7]),
+    ([64, 96, 64, 2, 2, 2, 1], [14.3, 22.5]),
+    ([64, 80, 128, 4, 1, 2, 1], [12.1, 20.6]),
+    ([64, 64, 128, 2, 2, 2, 1], [10.5, 16.9]),
+    ([64, 64, 64, 2, 2, 1, 1], [13.2, 15.3]),
+    ([64, 48, 128, 4, 1, 2, 1], [9.7, 15.5]),
+    ([64, 32, 128, 2, 1, 4, 2], [8.7, 13.4]),
+    ([48, 96, 128, 1, 2, 4, 1], [12.6, 20.2]),
+    ([48, 64, 128, 1, 2, 4, 1], [10.4, 16.6]),
+    ([32, 64, 64, 1, 2, 2, 1], [11.4, 11.5]),
+    ([32, 48, 128, 2, 1, 4, 1], [8.5, 12.5]),
+    ([32, 32, 256, 1, 2, 4, 1], [6.5, 9.6]),
+    ([16, 32, 128, 1, 2, 4, 4], [6.9, 7.2]),
+    ([16, 32, 256, 1, 1, 8, 2], [5.6, 8.2]),
+    ([16, 16, 512, 1, 1, 8, 1], [4.9, 6.0]),
 ];
-/// Tiles for outputs that would be fewer of the smallest of [`LARGE_TILES`] than [`ENOUGH_LARGE`], with the workgroups that an output
-/// must have to be worth the tile, which is to say the GPU filled: measured on an H200 and an H100, see `benches/runs`.
-const SMALL_TILES: [([u32; 7], u32); 5] = [
-    ([32, 64, 64, 1, 2, 2, 1], 96),
-    ([32, 32, 256, 1, 2, 4, 1], 96),
-    ([16, 32, 128, 1, 2, 4, 4], 160),
-    ([16, 32, 256, 1, 1, 8, 2], 96),
-    ([16, 16, 512, 1, 1, 8, 1], 0),
-];
-/// See [`SMALL_TILES`].
-const ENOUGH_LARGE: u32 = 96;
-/// As [`SMALL_TILES`], for [`LinearTile::Staged`]. Tiles that WebGPU's default limits exclude have a smaller one
+/// Microseconds of these that a dispatch takes whatever its tiles.
+const DISPATCH_MICROS: f32 = 2.0;
+/// Fields of [`LinearTile::Staged`] in their order, with the workgroups that an output must have to be worth the tile, which is to
+/// say the GPU filled: measured on an H200 and an H100, see `benches/runs`. Tiles that WebGPU's default limits exclude have a smaller one
 /// after them.
 const STAGED_TILES: [([u32; 7], u32); 9] = [
     ([128, 64, 16, 8, 8, 1, 1], 600),
@@ -187,29 +193,24 @@ impl LinearTile {
                 && tile.is_valid(caps)
                 && tile.storage_bytes(true) <= caps.max_workgroup_storage_bytes
         };
-        let has_matrices = half_products && caps.cooperative_matrices;
-        let wide = num_outputs.is_multiple_of(4) && subgroup_width(caps) <= FRAGMENT * FRAGMENT / 4;
-        let cooperative = |tile| cooperative_tile(tile, if wide { 4 } else { 2 });
-        let large = LARGE_TILES.map(|(tile, one, two)| (cooperative(tile), one, two));
-        let [.., (smallest, ..)] = large;
-        if has_matrices && fits(smallest) && workgroups(smallest) >= ENOUGH_LARGE {
-            let micros = |(tile, one, two): (LinearTile, u32, Option<u32>)| {
-                let slots = if two.is_some() { 2 * PROCESSORS } else { PROCESSORS };
-                let (full, rest) = (workgroups(tile) / slots, workgroups(tile) % slots);
-                // What is left over after full waves may be few enough to have a processor each.
-                let last = match rest {
-                    0 => 0,
-                    1..=PROCESSORS => one,
-                    _ => two.unwrap_or(one),
-                };
-                full * two.unwrap_or(one) + last
+        if half_products && caps.cooperative_matrices {
+            let wide = num_outputs.is_multiple_of(4) && subgroup_width(caps) <= FRAGMENT * FRAGMENT / 4;
+            // Processors take workgroups two at a time, the last of them perhaps one.
+            let micros = |tile, [one, two]: [f32; 2]| {
+                let each = workgroups(tile).div_ceil(PROCESSORS);
+                (each / 2) as f32 * (two - DISPATCH_MICROS) + (each % 2) as f32 * (one - DISPATCH_MICROS)
             };
-            let best = large.into_iter().filter(|&(tile, ..)| fits(tile)).min_by_key(|&large| micros(large));
-            return best.map_or(smallest, |(tile, ..)| tile);
+            let best = COOPERATIVE_TILES
+                .map(|(tile, times)| (cooperative_tile(tile, if wide { 4 } else { 2 }), times))
+                .into_iter()
+                .filter(|&(tile, _)| fits(tile))
+                .map(|(tile, times)| (tile, micros(tile, times)))
+                .min_by(|(_, a), (_, b)| a.total_cmp(b));
+            if let Some((tile, _)) = best {
+                return tile;
+            }
         }
-        let small = SMALL_TILES.iter().filter(|_| has_matrices).map(|&(tile, enough)| (cooperative(tile), enough));
-        small
-            .chain(staged_tiles())
+        staged_tiles()
             .find(|&(tile, enough)| workgroups(tile) >= enough && fits(tile))
             .expect("the last tile fits every device within WebGPU's limits")
             .0

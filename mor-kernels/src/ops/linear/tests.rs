@@ -13,8 +13,8 @@ fn tiles(gpu: &Gpu) -> Vec<LinearTile> {
         println!("\"{}\" has no cooperative matrices: their tiles are not run", gpu.summary().name);
     }
     let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, 64, 64, false);
-    let cooperative = LARGE_TILES.map(|(tile, ..)| tile).into_iter().chain(SMALL_TILES.map(|(tile, _)| tile));
-    let cooperative = cooperative.map(|tile| cooperative_tile(tile, 2)).filter(|_| gpu.caps().cooperative_matrices);
+    let cooperative = COOPERATIVE_TILES.iter().filter(|_| gpu.caps().cooperative_matrices);
+    let cooperative = cooperative.map(|&(tile, _)| cooperative_tile(tile, 2));
     let fits = |tile: &LinearTile| tile.storage_bytes(true) <= gpu.caps().max_workgroup_storage_bytes;
     let others = staged_tiles().map(|(tile, _)| tile).chain(cooperative);
     std::iter::once(on_cpu).chain(others.filter(|tile| tile.is_valid(gpu.caps()) && fits(tile))).collect()
@@ -43,6 +43,28 @@ fn product(tile: LinearTile, x: &[f32], w: &[f32], in_features: usize) -> Vec<f3
         LinearTile::Cooperative { .. } => linear(&halves(x), &halves(w), in_features),
         _ => linear(x, w, in_features),
     }
+}
+
+#[test]
+fn every_cooperative_tile_suits_some_shape() {
+    let gpu = parity::gpu();
+    let caps = DeviceCaps {
+        is_cpu: false,
+        cooperative_matrices: true,
+        subgroup_sizes: Some((32, 32)),
+        max_workgroup_size: 1024,
+        max_workgroup_storage_bytes: 48 << 10,
+        ..gpu.caps().clone()
+    };
+    let mut unused: Vec<_> = COOPERATIVE_TILES.iter().map(|&(tile, _)| cooperative_tile(tile, 4)).collect();
+    for num_rows in (16..=2048).step_by(16) {
+        for num_outputs in [576, 960, 1600, 2048, 3072, 5120, 6144, 16384] {
+            let tile = LinearTile::for_shape(&caps, num_rows, num_outputs, true);
+            assert!(tile.size()[0] <= num_rows, "{tile:?} for {num_rows} rows");
+            unused.retain(|other| *other != tile);
+        }
+    }
+    assert!(unused.is_empty(), "never chosen: {unused:?}");
 }
 
 #[test]
