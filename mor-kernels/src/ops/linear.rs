@@ -27,9 +27,9 @@ const MOST_EARLY_ROWS: u32 = 2 * FRAGMENT;
 const PROCESSORS: u32 = 132;
 /// Fields of [`LinearTile::Cooperative`] in their order, but for the last, and about as many microseconds as a product with 960 inputs
 /// takes an H200 of which every processor has one such tile, and two. Two take much less than twice as long where both fit: NVIDIA's
-/// driver gives a processor 48 KiB of workgroup memory in all. Fitted to layers of 360M of 16 to 2,048 rows, within 2 to 8 %; of 79
-/// tiles those are here that together served layers of 135M, 360M and 1.7B best
-/// (`benches/runs/2026-11-29-nvidia-h200/linear-tiles-by-rows.txt`).
+/// driver gives a processor 48 KiB of workgroup memory in all. Fitted to the products of 360M with so many inputs, of 16 to 2,048 rows;
+/// they differ from it by 2 to 8 %, in the root mean square. Of 79 tiles those are here that together served layers of 135M, 360M and
+/// 1.7B best (`benches/runs/2026-11-29-nvidia-h200/linear-tiles-by-rows.txt`).
 const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 21] = [
     ([128, 128, 32, 2, 2, 1, 1], [27.0, 34.9]),
     ([128, 128, 64, 4, 2, 1, 1], [21.1, 37.4]),
@@ -172,8 +172,9 @@ fn subgroup_width(caps: &DeviceCaps) -> u32 {
 }
 
 impl LinearTile {
-    /// The tile for about `num_rows` rows and `num_outputs` columns on a device with `caps`. `half_products` allows
-    /// activations and weights to be rounded to f16, where the device has cooperative matrices.
+    /// The tile for about `num_rows` rows and `num_outputs` columns on a device with `caps`: of those that multiply cooperative
+    /// matrices the one that is expected to end first, of others the largest that fills a GPU. `half_products` allows activations and
+    /// weights to be rounded to f16, where the device has cooperative matrices.
     pub fn for_shape(caps: &DeviceCaps, num_rows: u32, num_outputs: u32, half_products: bool) -> Self {
         if caps.is_cpu {
             return match caps.subgroup_sizes {
@@ -195,7 +196,7 @@ impl LinearTile {
         };
         if half_products && caps.cooperative_matrices {
             let wide = num_outputs.is_multiple_of(4) && subgroup_width(caps) <= FRAGMENT * FRAGMENT / 4;
-            // Processors take workgroups two at a time, the last of them perhaps one.
+            // A processor takes its workgroups two at a time, the last perhaps alone.
             let micros = |tile, [one, two]: [f32; 2]| {
                 let each = workgroups(tile).div_ceil(PROCESSORS);
                 (each / 2) as f32 * (two - DISPATCH_MICROS) + (each % 2) as f32 * (one - DISPATCH_MICROS)

@@ -47,21 +47,24 @@ fn product(tile: LinearTile, x: &[f32], w: &[f32], in_features: usize) -> Vec<f3
 
 #[test]
 fn every_cooperative_tile_suits_some_shape() {
-    let gpu = parity::gpu();
-    let caps = DeviceCaps {
-        is_cpu: false,
-        cooperative_matrices: true,
-        subgroup_sizes: Some((32, 32)),
-        max_workgroup_size: 1024,
-        max_workgroup_storage_bytes: 48 << 10,
-        ..gpu.caps().clone()
-    };
     let mut unused: Vec<_> = COOPERATIVE_TILES.iter().map(|&(tile, _)| cooperative_tile(tile, 4)).collect();
-    for num_rows in (16..=2048).step_by(16) {
-        for num_outputs in [576, 960, 1600, 2048, 3072, 5120, 6144, 16384] {
-            let tile = LinearTile::for_shape(&caps, num_rows, num_outputs, true);
-            assert!(tile.size()[0] <= num_rows, "{tile:?} for {num_rows} rows");
-            unused.retain(|other| *other != tile);
+    // Devices with less memory, with wider subgroups, and with memory for no such tile get one all the same.
+    for (width, kib, max_threads) in [(32, 48, 1024), (32, 32, 1024), (64, 64, 1024), (32, 32, 256), (32, 16, 256)] {
+        let caps = DeviceCaps {
+            is_cpu: false,
+            cooperative_matrices: true,
+            subgroup_sizes: Some((width, width)),
+            max_workgroup_size: max_threads,
+            max_workgroup_storage_bytes: kib << 10,
+            ..parity::gpu().caps().clone()
+        };
+        for num_rows in (16..=2048).step_by(16) {
+            for num_outputs in [34, 576, 960, 1600, 2048, 3072, 5120, 6144, 16384] {
+                let tile = LinearTile::for_shape(&caps, num_rows, num_outputs, true);
+                assert!(tile.size()[0] <= num_rows, "{tile:?} for {num_rows} rows");
+                assert!(tile.is_valid(&caps) && tile.storage_bytes(true) <= kib << 10, "{tile:?} on {caps:?}");
+                unused.retain(|other| *other != tile);
+            }
         }
     }
     assert!(unused.is_empty(), "never chosen: {unused:?}");
