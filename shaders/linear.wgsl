@@ -79,11 +79,11 @@ fn unpack(u: LoadUnit) -> mat2x4<f32> {
 }
 
 // What depends on all that was loaded.
-fn bits_of(u: LoadUnit) -> vec4<f32> {
+fn bits_of(u: LoadUnit) -> vec4<u32> {
 #if WEIGHT_Q8
-    return vec4<f32>(vec4<u32>(u.codes, u.parameters, 0u));
+    return vec4<u32>(u.codes, u.parameters, 0u);
 #else
-    return vec4<f32>(vec4<u32>(u.codes, u.parameters, 0u, 0u));
+    return vec4<u32>(u.codes, u.parameters, 0u, 0u);
 #endif
 }
 #else
@@ -104,16 +104,16 @@ fn unpack(u: LoadUnit) -> mat2x4<f32> {
 }
 
 #if WEIGHT_F16
-fn bits_of(u: LoadUnit) -> vec4<f32> {
-    return vec4<f32>(u);
+fn bits_of(u: LoadUnit) -> vec4<u32> {
+    return u;
 }
 #elif WEIGHT_BF16
-fn bits_of(u: LoadUnit) -> vec4<f32> {
-    return vec4<f32>(u);
+fn bits_of(u: LoadUnit) -> vec4<u32> {
+    return u;
 }
 #else
-fn bits_of(u: LoadUnit) -> vec4<f32> {
-    return u[0] + u[1];
+fn bits_of(u: LoadUnit) -> vec4<u32> {
+    return bitcast<vec4<u32>>(u[0]) ^ bitcast<vec4<u32>>(u[1]);
 }
 #endif
 #endif
@@ -197,10 +197,11 @@ fn source_row(first: u32, i: u32) -> u32 {
 
 #if STAGED
 const X_COLUMNS: u32 = TILE_K / X_UNIT;
+const TILE_UNITS: u32 = TILE_K / 8u;
 const X_LOADS: u32 = TILE_M * X_COLUMNS / THREADS;
-const W_LOADS: u32 = TILE_N * TILE_K / 8u / THREADS;
+const W_LOADS: u32 = TILE_N * TILE_UNITS / THREADS;
 // First unit of the last tiles.
-const LAST: u32 = (UNITS - 1u) / (TILE_K / 8u) * (TILE_K / 8u);
+const LAST: u32 = (UNITS - 1u) / TILE_UNITS * TILE_UNITS;
 
 // 16 bytes of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
 #if COOPERATIVE
@@ -406,69 +407,52 @@ fn main(
     }
 #endif
 #repeat a AHEAD
-    if a * TILE_K < IN_FEATURES {
+    {
+        let unit = min(a * TILE_UNITS, LAST);
         for (var l = 0u; l < X_LOADS; l++) {
-            x_ahead[a * X_LOADS + l] = load_x(x_from[l], a * X_COLUMNS + (thread + l * THREADS) % X_COLUMNS);
+            x_ahead[a * X_LOADS + l] = load_x(x_from[l], unit * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS);
         }
         for (var l = 0u; l < W_LOADS; l++) {
-            w_ahead[a * W_LOADS + l] = load_w(w_from[l], a * (TILE_K / 8u) + (thread + l * THREADS) % (TILE_K / 8u));
+            w_ahead[a * W_LOADS + l] = load_w(w_from[l], unit + (thread + l * THREADS) % TILE_UNITS);
         }
 #if NORM
-        norm_ahead[a] = load_norm_weight(a * (TILE_K / 4u) + column);
+        norm_ahead[a] = load_norm_weight(unit * 2u + column);
 #endif
     }
 #endrepeat
-    for (var base = 0u; base < UNITS; base += AHEAD * (TILE_K / 8u)) {
-#repeat a AHEAD
-        if a > 0u && base + a * (TILE_K / 8u) >= UNITS {
-            break;
-        }
-        for (var l = 0u; l < X_LOADS; l++) {
-            let at = thread + l * THREADS;
-            let value = x_ahead[a * X_LOADS + l];
+    for (var l = 0u; l < X_LOADS; l++) {
+        let at = thread + l * THREADS;
+        let value = x_ahead[l];
 #if NORM
-            square[l] += dot(value, value);
-            stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[a]);
+        square[l] += dot(value, value);
+        stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[0]);
 #else
-            stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
+        stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
 #endif
-        }
-        for (var l = 0u; l < W_LOADS; l++) {
-            let at = thread + l * THREADS;
-            stage_w(tile_row(at, TILE_K / 8u), at % (TILE_K / 8u), w_ahead[a * W_LOADS + l]);
-        }
-        workgroupBarrier();
+    }
+    for (var l = 0u; l < W_LOADS; l++) {
+        let at = thread + l * THREADS;
+        stage_w(tile_row(at, TILE_UNITS), at % TILE_UNITS, w_ahead[l]);
+    }
+    workgroupBarrier();
+    // AHEAD * TILE_UNITS, which compilers cannot know: they would write the loop out many times over, and instructions that
+    // no product since has run take long to arrive.
+    let turn = AHEAD * TILE_UNITS + (params.in_features - IN_FEATURES);
+    var base = 0u;
+    loop {
+#repeat a AHEAD
         // The last tiles are loaded once more in place of those past the end.
-        let next = min(base + (a + AHEAD) * (TILE_K / 8u), LAST);
+        let next = min(base + (a + AHEAD) * TILE_UNITS, LAST);
         for (var l = 0u; l < X_LOADS; l++) {
             let c = next * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS;
             x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);
         }
         for (var l = 0u; l < W_LOADS; l++) {
-            w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % (TILE_K / 8u));
+            w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % TILE_UNITS);
         }
 #if NORM
         norm_ahead[a] = load_norm_weight(next * 2u + column);
 #endif
-        // This branch is never taken, which no compiler can know: one that did would move the loads to where their values
-        // are used, and the products would not hide how long they take. What it needs must not be what staging computes of
-        // them, or that is computed at once; and without a loop it is a few instructions that are skipped one by one. Either
-        // way all would wait for the loads here.
-        if next == params.in_features {
-            var all = vec4<f32>();
-            for (var l = 0u; l < X_LOADS; l++) {
-                all += vec4<f32>(x_ahead[a * X_LOADS + l]);
-            }
-            for (var l = 0u; l < W_LOADS; l++) {
-                all += bits_of(w_ahead[a * W_LOADS + l]);
-            }
-#if NORM
-            all += norm_ahead[a];
-#endif
-            for (var i = 0u; i < next; i++) {
-                tiles[i] = TileUnit(all);
-            }
-        }
 #if COOPERATIVE
 #repeat step STEPS
         let c = (slice * STEPS + step) * 4u;
@@ -501,9 +485,48 @@ fn main(
             }
         }
 #endif
-        // The next step overwrites the tiles.
+        // The next tiles overwrite these.
         workgroupBarrier();
+        for (var l = 0u; l < X_LOADS; l++) {
+            let at = thread + l * THREADS;
+            let value = x_ahead[(a + 1u) % AHEAD * X_LOADS + l];
+#if NORM
+            // The last tiles, staged once more, count once.
+            square[l] += select(0.0, dot(value, value), base + (a + 1u) * TILE_UNITS < UNITS);
+            stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[(a + 1u) % AHEAD]);
+#else
+            stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
+#endif
+        }
+        for (var l = 0u; l < W_LOADS; l++) {
+            let at = thread + l * THREADS;
+            stage_w(tile_row(at, TILE_UNITS), at % TILE_UNITS, w_ahead[(a + 1u) % AHEAD * W_LOADS + l]);
+        }
+        workgroupBarrier();
+        // This branch is never taken, which no compiler can know either: one that did would move the loads to where their
+        // values are used, and the products would not hide how long they take. What it needs must not be what staging
+        // computes of them, or that is computed at once; and without a loop it is a few instructions that are skipped one
+        // by one. Either way all would wait for the loads here.
+        if base == params.in_features {
+            var all = vec4<u32>();
+            for (var l = 0u; l < X_LOADS; l++) {
+                all ^= bitcast<vec4<u32>>(x_ahead[a * X_LOADS + l]);
+            }
+            for (var l = 0u; l < W_LOADS; l++) {
+                all ^= bits_of(w_ahead[a * W_LOADS + l]);
+            }
+#if NORM
+            all ^= bitcast<vec4<u32>>(norm_ahead[a]);
+#endif
+            for (var i = 0u; i < base; i += turn) {
+                tiles[i] = TileUnit(vec4<f32>(all));
+            }
+        }
+        if base + (a + 1u) * TILE_UNITS >= UNITS {
+            break;
+        }
 #endrepeat
+        base += turn;
     }
 #if NORM
     for (var l = 0u; l < X_LOADS; l++) {
