@@ -78,6 +78,8 @@ const KV_UNITS: u32 = BLOCK_K * HEAD_UNITS;
 const SLICE_SUBGROUPS: u32 = BLOCK_Q / 16u;
 const SLICE: u32 = SLICE_SUBGROUPS * SUBGROUP_WIDTH;
 const KV_STEPS: u32 = (KV_UNITS + SLICE - 1u) / SLICE;
+// Keys that all slices go through at a time.
+const TURN_KEYS: u32 = KEY_SLICES * BLOCK_K;
 // Units of a fragment of queries that a lane stages.
 const QUERY_STEPS: u32 = (32u + SUBGROUP_WIDTH - 1u) / SUBGROUP_WIDTH;
 // Scores are powers of 2. The first keys have weights of at most 2^-BELOW, later ones up to 2^LAG, which halves hold as
@@ -100,13 +102,26 @@ struct Ahead {
     values: array<KvUnit, KV_STEPS>,
 }
 
-// Units of the tile at `tile` that are thread `thread`'s of a slice; keys past the end repeat the last one and get no weight.
-fn load_tile(table: u32, kv_head: u32, tile: u32, run_len: u32, thread: u32) -> Ahead {
+// Unit of a tile that is thread `thread`'s of a slice.
+fn own_unit(thread: u32, step: u32) -> u32 {
+    return min(thread + step * SLICE, KV_UNITS - 1u);
+}
+
+// Slots of those of the tile at `tile`; keys past the end repeat the last one and get no weight.
+fn tile_slots(table: u32, tile: u32, run_len: u32, thread: u32) -> array<u32, KV_STEPS> {
+    var slots: array<u32, KV_STEPS>;
+    for (var step = 0u; step < KV_STEPS; step++) {
+        slots[step] = kv_slot(table, min(tile + own_unit(thread, step) / HEAD_UNITS, run_len - 1u));
+    }
+    return slots;
+}
+
+// What lies there.
+fn load_tile(slots: array<u32, KV_STEPS>, kv_head: u32, thread: u32) -> Ahead {
+    var from_slots = slots;
     var ahead: Ahead;
     for (var step = 0u; step < KV_STEPS; step++) {
-        let i = min(thread + step * SLICE, KV_UNITS - 1u);
-        let slot = kv_slot(table, min(tile + i / HEAD_UNITS, run_len - 1u));
-        let at = (slot * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + i % HEAD_UNITS;
+        let at = (from_slots[step] * NUM_KEY_VALUE_HEADS + kv_head) * HEAD_UNITS + own_unit(thread, step) % HEAD_UNITS;
         ahead.keys[step] = keys[at];
         ahead.values[step] = values[at];
     }
@@ -195,8 +210,10 @@ fn main(
             }
             run = run_end;
 
-            var ahead = load_tile(table, kv_head, slice * BLOCK_K, run_len, in_slice);
-            for (var first_tile = 0u; first_tile < run_len; first_tile += KEY_SLICES * BLOCK_K) {
+            var ahead = load_tile(tile_slots(table, slice * BLOCK_K, run_len, in_slice), kv_head, in_slice);
+            // Nobody waits for the slots of the next tile: they are there before it is loaded.
+            var slots = tile_slots(table, slice * BLOCK_K + TURN_KEYS, run_len, in_slice);
+            for (var first_tile = 0u; first_tile < run_len; first_tile += TURN_KEYS) {
                 // Past the end for some slices, whose keys then have no weight.
                 let tile = first_tile + slice * BLOCK_K;
                 for (var step = 0u; step < KV_STEPS; step++) {
@@ -212,8 +229,9 @@ fn main(
                     }
                 }
                 workgroupBarrier();
-                if first_tile + KEY_SLICES * BLOCK_K < run_len {
-                    ahead = load_tile(table, kv_head, tile + KEY_SLICES * BLOCK_K, run_len, in_slice);
+                if first_tile + TURN_KEYS < run_len {
+                    ahead = load_tile(slots, kv_head, in_slice);
+                    slots = tile_slots(table, tile + 2u * TURN_KEYS, run_len, in_slice);
                 }
 
                 var products = coop_mat16x16<f32, C>();

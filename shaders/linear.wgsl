@@ -332,13 +332,19 @@ fn own_entries(first_entry: u32, places: array<u32, OWN>) -> array<ActiveRow, FR
     return entries;
 }
 
-// operands of what begins at `column` of those bound here; of columns and rows past the end, nothing.
+// operands of what begins at `column` of those bound here; of columns and rows past the end, nothing or anything.
 fn operands_inside(i: u32, entry: ActiveRow, column: u32) -> Operands {
+#if QKV
+    // Without a branch compilers see that angles lie at the same columns of all rows.
+    return operands(i, entry, params.first_output + column);
+#else
+    // In a branch of their own loads are not moved to where they are needed.
     var read = Operands();
     if entry.row != NONE && column < params.num_outputs {
         read = operands(i, entry, params.first_output + column);
     }
     return read;
+#endif
 }
 #endif
 

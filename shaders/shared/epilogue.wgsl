@@ -207,14 +207,17 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, product: Columns, read: Operands) 
     }
 #endif
 #if QKV
+    let is_value = o >= params.q_dim + params.kv_dim;
+    let turned = select(rotate(v, read.beside), v, is_value);
     if o < params.q_dim {
-        out[(i * params.q_dim + o) / WIDTH] = rotate(v, read.beside);
+        out[(i * params.q_dim + o) / WIDTH] = turned;
     } else if entry.kv_slot != NONE {
         let at = (entry.kv_slot * params.kv_dim + o - params.q_dim) / WIDTH;
-        if o < params.q_dim + params.kv_dim {
-            k_cache[at] = pack_kv(rotate(v, read.beside));
+        let packed = pack_kv(turned);
+        if is_value {
+            v_cache[at - params.kv_dim / WIDTH] = packed;
         } else {
-            v_cache[at - params.kv_dim / WIDTH] = pack_kv(v);
+            k_cache[at] = packed;
         }
     }
 #endif
