@@ -200,8 +200,13 @@ const X_COLUMNS: u32 = TILE_K / X_UNIT;
 const TILE_UNITS: u32 = TILE_K / 8u;
 const X_LOADS: u32 = TILE_M * X_COLUMNS / THREADS;
 const W_LOADS: u32 = TILE_N * TILE_UNITS / THREADS;
-// First unit of the last tiles.
-const LAST: u32 = (UNITS - 1u) / TILE_UNITS * TILE_UNITS;
+// A unit past the end of what is bound, most likely: its load moves nothing.
+const NOWHERE: u32 = 1u << 26u;
+
+// First unit of the tiles at `unit`. Past the end there are none, and nobody multiplies what is loaded in their place.
+fn tile_unit(unit: u32) -> u32 {
+    return select(NOWHERE, unit, unit < UNITS);
+}
 
 // 16 bytes of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
 #if COOPERATIVE
@@ -414,7 +419,7 @@ fn main(
 #endif
 #repeat a AHEAD
     {
-        let unit = min(a * TILE_UNITS, LAST);
+        let unit = tile_unit(a * TILE_UNITS);
         for (var l = 0u; l < X_LOADS; l++) {
             x_ahead[a * X_LOADS + l] = load_x(x_from[l], unit * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS);
         }
@@ -447,8 +452,7 @@ fn main(
     var base = 0u;
     loop {
 #repeat a AHEAD
-        // The last tiles are loaded once more in place of those past the end.
-        let next = min(base + (a + AHEAD) * TILE_UNITS, LAST);
+        let next = tile_unit(base + (a + AHEAD) * TILE_UNITS);
         for (var l = 0u; l < X_LOADS; l++) {
             let c = next * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS;
             x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);
@@ -497,7 +501,7 @@ fn main(
             let at = thread + l * THREADS;
             let value = x_ahead[(a + 1u) % AHEAD * X_LOADS + l];
 #if NORM
-            // The last tiles, staged once more, count once.
+            // What is staged past the end counts for nothing.
             square[l] += select(0.0, dot(value, value), base + (a + 1u) * TILE_UNITS < UNITS);
             stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[(a + 1u) % AHEAD]);
 #else
