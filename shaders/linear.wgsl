@@ -16,7 +16,7 @@
 //           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments
 //           of 16x16 each
 // Spec      IN_FEATURES multiple of 8; TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K
-//           multiple of 8, tiles of x and w whole numbers of vec4s and units for every thread, AHEAD tiles in flight,
+//           multiple of 8, tiles of x and w whole numbers of vec4s and units for every thread, AHEAD tiles on their way,
 //           SPLIT_K slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a
 //           slice's sums no more than the memory of the tiles; COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N
 //           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if
@@ -447,7 +447,7 @@ fn main(
     }
     workgroupBarrier();
     // AHEAD * TILE_UNITS, which compilers cannot know: they would write the loop out many times over, and instructions that
-    // no product since has run take long to arrive.
+    // ran a layer ago take long to arrive.
     let turn = AHEAD * TILE_UNITS + (params.in_features - IN_FEATURES);
     var base = 0u;
     loop {
@@ -495,7 +495,8 @@ fn main(
             }
         }
 #endif
-        // The next tiles overwrite these.
+        // The next tiles overwrite these. What follows the last ones is staged for nothing: a way out here would part the
+        // products from the loads that run beside them.
         workgroupBarrier();
         for (var l = 0u; l < X_LOADS; l++) {
             let at = thread + l * THREADS;

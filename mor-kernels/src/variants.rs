@@ -203,7 +203,7 @@ fn add_linear(list: &mut List) {
     use PrologueKind as P;
     let mut tiles = Vec::new();
     for max_rows in [1, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1366, 1536, 2048, 4096] {
-        for num_outputs in [34, 960, 1600, 2048, 4096, 5120, 49152] {
+        for num_outputs in [34, 960, 1600, 2048, 3072, 4096, 5120, 49152] {
             for half_products in [false, true] {
                 let tile = LinearTile::for_shape(&list.caps, max_rows, num_outputs, half_products);
                 if !tiles.contains(&tile) {

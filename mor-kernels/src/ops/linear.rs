@@ -28,29 +28,30 @@ const PROCESSORS: u32 = 132;
 /// Fields of [`LinearTile::Cooperative`] in their order, but for the last, and about as many microseconds as a product with 960 inputs
 /// takes an H200 of which every processor has one such tile, and two. Two take much less than twice as long where both fit: NVIDIA's
 /// driver gives a processor 48 KiB of workgroup memory in all. Fitted to the products of 360M with so many inputs, of 16 to 2,048 rows;
-/// they differ from it by 2 to 8 %, in the root mean square. Of 79 tiles those are here that together served layers of 135M, 360M and
-/// 1.7B best (`benches/runs/2026-11-29-nvidia-h200/linear-tiles-by-rows.txt`).
+/// they differ from it by 2 to 7 %, in the root mean square. Of 98 tiles those are here that together served layers of 135M, 360M and
+/// 1.7B best (`benches/runs/2026-11-29-nvidia-h200/linear-short-loops-tiles.txt`), but more than two stages ahead, whose code is longer,
+/// of small ones alone.
 const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 21] = [
     ([128, 128, 32, 2, 2, 1, 2], [29.3, 34.5]),
     ([128, 128, 64, 4, 2, 1, 2], [20.7, 37.8]),
     ([96, 160, 32, 2, 2, 1, 2], [28.5, 33.7]),
-    ([128, 96, 32, 2, 2, 1, 3], [24.5, 29.9]),
-    ([128, 96, 64, 4, 2, 1, 3], [18.3, 32.4]),
-    ([96, 128, 64, 2, 2, 2, 3], [18.6, 32.8]),
-    ([96, 96, 32, 2, 2, 1, 3], [22.2, 26.1]),
-    ([96, 96, 64, 2, 2, 2, 3], [16.7, 28.2]),
-    ([64, 96, 64, 2, 2, 2, 3], [14.4, 23.9]),
+    ([96, 128, 32, 2, 2, 1, 2], [25.8, 29.5]),
+    ([96, 128, 64, 2, 4, 1, 2], [18.5, 32.2]),
+    ([96, 96, 32, 2, 2, 1, 2], [23.5, 26.1]),
+    ([96, 96, 64, 3, 2, 1, 2], [17.1, 29.0]),
+    ([64, 96, 64, 4, 2, 1, 2], [14.6, 24.0]),
     ([64, 80, 128, 4, 1, 2, 2], [13.2, 22.5]),
+    ([48, 96, 128, 1, 2, 4, 2], [13.0, 21.6]),
     ([64, 64, 64, 2, 2, 1, 2], [13.5, 15.2]),
     ([64, 64, 128, 2, 2, 2, 2], [11.1, 18.4]),
-    ([64, 48, 128, 4, 1, 2, 3], [10.4, 17.4]),
-    ([48, 64, 128, 1, 2, 4, 3], [10.9, 18.2]),
+    ([64, 48, 128, 4, 1, 2, 2], [10.5, 17.2]),
+    ([48, 64, 128, 1, 2, 4, 2], [11.3, 17.7]),
     ([64, 32, 128, 2, 1, 4, 3], [9.2, 14.7]),
-    ([32, 64, 64, 1, 2, 2, 4], [10.5, 11.9]),
-    ([32, 48, 128, 1, 1, 8, 4], [8.7, 13.9]),
+    ([32, 64, 64, 1, 2, 2, 3], [10.8, 11.8]),
+    ([32, 48, 128, 2, 1, 4, 3], [8.8, 13.5]),
     ([32, 32, 256, 1, 2, 4, 3], [6.9, 11.2]),
     ([16, 32, 128, 1, 2, 4, 3], [6.8, 7.3]),
-    ([16, 32, 256, 1, 1, 8, 4], [6.3, 9.3]),
+    ([16, 32, 256, 1, 1, 8, 3], [6.3, 9.6]),
     ([16, 16, 512, 1, 1, 8, 3], [5.7, 7.5]),
 ];
 /// Microseconds of these that a dispatch takes whatever its tiles.
@@ -106,7 +107,8 @@ pub enum LinearTile {
         thread_n: u32,
         /// Slices of the staged inputs, each multiplied by threads of its own.
         split_k: u32,
-        /// Stages whose loads are in flight.
+        /// Stages that are loaded before they are multiplied, each into registers of its own; with 1 nothing hides loads but other
+        /// workgroups.
         ahead: u32,
     },
     /// Tiles of x and w go through workgroup memory as f16; cooperative matrices, sums in f32.
@@ -123,7 +125,8 @@ pub enum LinearTile {
         subgroups_n: u32,
         /// Slices of the staged inputs, each multiplied by subgroups of its own.
         split_k: u32,
-        /// Stages whose loads are in flight.
+        /// Stages that are loaded before they are multiplied, each into registers of its own; with 1 nothing hides loads but other
+        /// workgroups.
         ahead: u32,
         /// Columns of a row that a lane stores at a time: 2, or 4 where all numbers of columns are multiples of 4.
         lane_columns: u32,
