@@ -17,16 +17,16 @@
 //           of 16x16 each
 // Spec      IN_FEATURES multiple of 8; TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K
 //           multiple of 8, tiles of x and w whole numbers of vec4s and units for every thread, AHEAD tiles on their way,
-//           SPLIT_K slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a
-//           slice's sums no more than the memory of the tiles; COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N
-//           fragments of each subgroup, STEPS * 16 = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if
-//           that is at most 64 and the epilogue allows, SLICED if SPLIT_K > 1, ROWS_EARLY if a thread has registers for its
-//           rows' entries while it multiplies, X_F16 and OUT_F16 as x's producer and out's readers have it; NORM, of
-//           STAGED: TILE_K / 4 divides the number of threads; otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST: TILE_M
-//           and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of
-//           GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue;
-//           KV_F16: QKV into f16 caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends:
-//           multiplied with what the layer adds up to
+//           WRITTEN_OUT if compilers may write the loop over them out, SPLIT_K slices of TILE_K in whole vec4s, if there
+//           are several THREAD_M * THREAD_N a multiple of 4 and a slice's sums no more than the memory of the tiles;
+//           COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N fragments of each subgroup, STEPS * 16 = TILE_K /
+//           SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if that is at most 64 and the epilogue allows, SLICED
+//           if SPLIT_K > 1, ROWS_EARLY if a thread has registers for its rows' entries while it multiplies, X_F16 and
+//           OUT_F16 as x's producer and out's readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads;
+//           otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or
+//           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
+//           SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU
+//           and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
 //           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
@@ -353,6 +353,62 @@ fn operands_inside(i: u32, entry: ActiveRow, column: u32) -> Operands {
 }
 #endif
 
+// Loads the tiles from $UNIT on into registers of set a.
+#block LOAD UNIT
+    let next = tile_unit($UNIT);
+    for (var l = 0u; l < X_LOADS; l++) {
+        let c = next * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS;
+        x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);
+    }
+    for (var l = 0u; l < W_LOADS; l++) {
+        w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % TILE_UNITS);
+    }
+#if NORM
+    norm_ahead[a] = load_norm_weight(next * 2u + column);
+#endif
+#endblock
+
+// Stages those of set $SET, of the tiles at `staged`.
+#block STAGE SET
+    for (var l = 0u; l < X_LOADS; l++) {
+        let at = thread + l * THREADS;
+        let value = x_ahead[($SET) * X_LOADS + l];
+#if NORM
+        square[l] += select(0.0, dot(value, value), staged < UNITS);
+        stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[$SET]);
+#else
+        stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
+#endif
+    }
+    for (var l = 0u; l < W_LOADS; l++) {
+        let at = thread + l * THREADS;
+        stage_w(tile_row(at, TILE_UNITS), at % TILE_UNITS, w_ahead[($SET) * W_LOADS + l]);
+    }
+#endblock
+
+// Has the loads of set $SET begin before this.
+#block HOLD SET
+    // This branch is never taken, which no compiler can know either: one that did would move the loads to where their
+    // values are used, and the products would not hide how long they take. What it needs must not be what staging
+    // computes of them, or that is computed at once; and without a loop it is a few instructions that are skipped one
+    // by one. Either way all would wait for the loads here.
+    if base == params.in_features {
+        var all = vec4<u32>();
+        for (var l = 0u; l < X_LOADS; l++) {
+            all ^= bitcast<vec4<u32>>(x_ahead[$SET * X_LOADS + l]);
+        }
+        for (var l = 0u; l < W_LOADS; l++) {
+            all ^= bits_of(w_ahead[$SET * W_LOADS + l]);
+        }
+#if NORM
+        all ^= bitcast<vec4<u32>>(norm_ahead[$SET]);
+#endif
+        for (var i = 0u; i < params.in_features; i += params.num_outputs) {
+            tiles[i] = TileUnit(vec4<f32>(all));
+        }
+    }
+#endblock
+
 @compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -418,50 +474,29 @@ fn main(
     }
 #endif
 #repeat a AHEAD
-    {
-        let unit = tile_unit(a * TILE_UNITS);
-        for (var l = 0u; l < X_LOADS; l++) {
-            x_ahead[a * X_LOADS + l] = load_x(x_from[l], unit * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS);
-        }
-        for (var l = 0u; l < W_LOADS; l++) {
-            w_ahead[a * W_LOADS + l] = load_w(w_from[l], unit + (thread + l * THREADS) % TILE_UNITS);
-        }
-#if NORM
-        norm_ahead[a] = load_norm_weight(unit * 2u + column);
-#endif
-    }
+#use LOAD a * TILE_UNITS
 #endrepeat
-    for (var l = 0u; l < X_LOADS; l++) {
-        let at = thread + l * THREADS;
-        let value = x_ahead[l];
-#if NORM
-        square[l] += dot(value, value);
-        stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[0]);
+#if WRITTEN_OUT
+    let turn = AHEAD * TILE_UNITS;
 #else
-        stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
-#endif
-    }
-    for (var l = 0u; l < W_LOADS; l++) {
-        let at = thread + l * THREADS;
-        stage_w(tile_row(at, TILE_UNITS), at % TILE_UNITS, w_ahead[l]);
-    }
+    let staged = 0u;
+#use STAGE 0u
     workgroupBarrier();
-    // AHEAD * TILE_UNITS, which compilers cannot know: they would write the loop out many times over, and instructions that
-    // ran a layer ago take long to arrive.
+    // No compiler knows this difference: they would write the loop out many times over, and instructions that ran a layer
+    // ago take long to arrive.
     let turn = AHEAD * TILE_UNITS + (params.in_features - IN_FEATURES);
+#endif
     var base = 0u;
     loop {
 #repeat a AHEAD
-        let next = tile_unit(base + (a + AHEAD) * TILE_UNITS);
-        for (var l = 0u; l < X_LOADS; l++) {
-            let c = next * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS;
-            x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);
-        }
-        for (var l = 0u; l < W_LOADS; l++) {
-            w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % TILE_UNITS);
-        }
-#if NORM
-        norm_ahead[a] = load_norm_weight(next * 2u + column);
+#if WRITTEN_OUT
+        let staged = base + a * TILE_UNITS;
+#use STAGE a
+        workgroupBarrier();
+#endif
+#use LOAD base + (a + AHEAD) * TILE_UNITS
+#if WRITTEN_OUT
+#use HOLD a
 #endif
 #if COOPERATIVE
 #repeat step STEPS
@@ -495,44 +530,16 @@ fn main(
             }
         }
 #endif
-        // The next tiles overwrite these. What follows the last ones is staged for nothing: a way out here would part the
-        // products from the loads that run beside them.
+        // The next tiles overwrite these.
         workgroupBarrier();
-        for (var l = 0u; l < X_LOADS; l++) {
-            let at = thread + l * THREADS;
-            let value = x_ahead[(a + 1u) % AHEAD * X_LOADS + l];
-#if NORM
-            // What is staged past the end counts for nothing.
-            square[l] += select(0.0, dot(value, value), base + (a + 1u) * TILE_UNITS < UNITS);
-            stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[(a + 1u) % AHEAD]);
-#else
-            stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
-#endif
-        }
-        for (var l = 0u; l < W_LOADS; l++) {
-            let at = thread + l * THREADS;
-            stage_w(tile_row(at, TILE_UNITS), at % TILE_UNITS, w_ahead[(a + 1u) % AHEAD * W_LOADS + l]);
-        }
+#if !WRITTEN_OUT
+        // What follows the last tiles is staged for nothing: a way out before would part the products from the loads that
+        // run beside them.
+        let staged = base + (a + 1u) * TILE_UNITS;
+#use STAGE (a + 1u) % AHEAD
         workgroupBarrier();
-        // This branch is never taken, which no compiler can know either: one that did would move the loads to where their
-        // values are used, and the products would not hide how long they take. What it needs must not be what staging
-        // computes of them, or that is computed at once; and without a loop it is a few instructions that are skipped one
-        // by one. Either way all would wait for the loads here.
-        if base == params.in_features {
-            var all = vec4<u32>();
-            for (var l = 0u; l < X_LOADS; l++) {
-                all ^= bitcast<vec4<u32>>(x_ahead[a * X_LOADS + l]);
-            }
-            for (var l = 0u; l < W_LOADS; l++) {
-                all ^= bits_of(w_ahead[a * W_LOADS + l]);
-            }
-#if NORM
-            all ^= bitcast<vec4<u32>>(norm_ahead[a]);
+#use HOLD a
 #endif
-            for (var i = 0u; i < base; i += turn) {
-                tiles[i] = TileUnit(vec4<f32>(all));
-            }
-        }
         if base + (a + 1u) * TILE_UNITS >= UNITS {
             break;
         }

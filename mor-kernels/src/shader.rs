@@ -7,6 +7,8 @@
 //! * `#for P in A B` to `#endfor` is written once for each name, with `$P` replaced by it, within words and directives too; they
 //!   nest. `#for P T in A:X B:Y` replaces several. Functions that are called from one place are inlined, whatever the driver's
 //!   compiler thinks of their size.
+//! * `#block NAME P` to `#endblock` is left out there and written wherever `#use NAME VALUE` stands further down, with `$P` replaced
+//!   by VALUE: lines that stand at several places of a function and must not depend on what a compiler inlines.
 //! * `enable NAME;` moves to the top, where WGSL wants it.
 //! * Every constant of the specialisation becomes a `const` at the top, so a number that Rust and WGSL
 //!   both need is written in Rust only.
@@ -98,12 +100,11 @@ fn block_len<'a>(lines: impl Iterator<Item = &'a str>, word: &str) -> Option<usi
     })
 }
 
-/// Appends numbered `lines` of the shader `name` to `out`, those of `#for` as often as they ask for.
-fn write_for_each<'a>(
-    name: &str,
-    lines: &[(usize, Cow<'a, str>)],
-    out: &mut Vec<(usize, Cow<'a, str>)>,
-) -> Result<(), String> {
+/// A line of a source and its number there, from 1 on.
+type NumberedLine<'a> = (usize, Cow<'a, str>);
+
+/// Appends `lines` of the shader `name` to `out`, those of `#for` as often as they ask for.
+fn write_for_each<'a>(name: &str, lines: &[NumberedLine<'a>], out: &mut Vec<NumberedLine<'a>>) -> Result<(), String> {
     let mut rest = lines;
     while let [(number, line), after @ ..] = rest {
         let directive = line.trim();
@@ -125,7 +126,7 @@ fn write_for_each<'a>(
             if each.len() != placeholders.len() {
                 return Err(format!("{}: {names} is not {} names", at(), placeholders.len()));
             }
-            let replaced = |(number, line): &(usize, Cow<'a, str>)| {
+            let replaced = |(number, line): &NumberedLine<'a>| {
                 let names = placeholders.iter().zip(&each);
                 let line = names.fold(line.clone(), |line, (placeholder, name)| {
                     if line.contains(placeholder) { line.replace(placeholder, name).into() } else { line }
@@ -137,6 +138,48 @@ fn write_for_each<'a>(
         rest = &rest[len + 1..];
     }
     Ok(())
+}
+
+/// What stands between `#block` and `#endblock`.
+struct Block<'a> {
+    name: String,
+    placeholder: String,
+    lines: Vec<NumberedLine<'a>>,
+}
+
+/// `lines` of the shader `name` with those of each `#block` where it is used.
+fn write_blocks<'a>(name: &str, lines: Vec<NumberedLine<'a>>) -> Result<Vec<NumberedLine<'a>>, String> {
+    let mut blocks: Vec<Block<'_>> = Vec::new();
+    let mut open: Option<Block<'_>> = None;
+    let mut out = Vec::new();
+    for (number, line) in lines {
+        let directive = line.trim();
+        let at = || format!("{name}.wgsl:{number}: {directive}");
+        if let Some(header) = directive.strip_prefix("#block ") {
+            let (block, parameter) = header.split_once(' ').ok_or_else(|| format!("{} has no parameter", at()))?;
+            if let Some(outer) = open {
+                return Err(format!("{} inside #block {}", at(), outer.name));
+            }
+            open = Some(Block { name: block.to_owned(), placeholder: format!("${parameter}"), lines: Vec::new() });
+        } else if directive == "#endblock" {
+            blocks.push(open.take().ok_or_else(|| format!("{} without #block", at()))?);
+        } else if let Some(block) = &mut open {
+            block.lines.push((number, line));
+        } else if let Some(used) = directive.strip_prefix("#use ") {
+            let (used, value) = used.split_once(' ').ok_or_else(|| format!("{} has no value", at()))?;
+            let block = blocks.iter().find(|block| block.name == used);
+            let block = block.ok_or_else(|| format!("{} names no #block above", at()))?;
+            out.extend(
+                block.lines.iter().map(|(number, line)| (*number, line.replace(&block.placeholder, value).into())),
+            );
+        } else {
+            out.push((number, line));
+        }
+    }
+    match open {
+        None => Ok(out),
+        Some(block) => Err(format!("{name}.wgsl: #block {} without #endblock", block.name)),
+    }
 }
 
 /// Copies `lines` of the shader `name` to `out`, those of `#repeat` as often as they ask for.
@@ -187,7 +230,7 @@ fn expand(
     let numbered: Vec<_> = text.lines().enumerate().map(|(index, line)| (index + 1, line.into())).collect();
     let mut lines = Vec::new();
     write_for_each(name, &numbered, &mut lines)?;
-    for (number, line) in lines {
+    for (number, line) in write_blocks(name, lines)? {
         let at = || format!("{name}.wgsl:{number}");
         let directive = line.trim_start();
         let kept = open.iter().all(|(kept, _)| *kept);
@@ -246,6 +289,8 @@ mod tests {
         assert_eq!(specialised(source), Ok(format!("const N: u32 = 2u;\n{}", blocks.concat())));
         let source = "#for P T in QKV:ON HEAD:OFF\n#if $T\n$P();\n#else\nno_$P();\n#endif\n#endfor";
         assert_eq!(specialised(source).as_deref(), Ok("const N: u32 = 2u;\nQKV();\nno_HEAD();\n"));
+        let source = "#block ADD I\nsum += a[$I];\n#if OFF\nb($I);\n#endif\n#endblock\n#use ADD 0u\n#use ADD i + 1u";
+        assert_eq!(specialised(source).as_deref(), Ok("const N: u32 = 2u;\nsum += a[0u];\nsum += a[i + 1u];\n"));
         for (source, message) in [
             ("#if ON", "mine.wgsl: #if without #endif"),
             ("\n#endif", "mine.wgsl:2: #endif without #if"),
@@ -260,6 +305,13 @@ mod tests {
             ("#for P\n#endfor", "mine.wgsl:1: #for P has no names"),
             ("#for P T in A:B C\n#endfor", "mine.wgsl:1: #for P T in A:B C: C is not 2 names"),
             ("#for P in A\n\n#define $P\n#endfor", "mine.wgsl:3: unknown directive #define A"),
+            ("#block A", "mine.wgsl:1: #block A has no parameter"),
+            ("#block A P\n", "mine.wgsl: #block A without #endblock"),
+            ("#block A P\n#block B P", "mine.wgsl:2: #block B P inside #block A"),
+            ("#endblock", "mine.wgsl:1: #endblock without #block"),
+            ("#use A", "mine.wgsl:1: #use A has no value"),
+            ("#use A 1u", "mine.wgsl:1: #use A 1u names no #block above"),
+            ("#block A P\n\n#define $P\n#endblock\n#use A X", "mine.wgsl:3: unknown directive #define X"),
             ("#repeat i\n#endrepeat", "mine: #repeat i has no count"),
             ("#repeat i M\n#endrepeat", "mine: #repeat i M counts to no constant of the specialisation"),
         ] {

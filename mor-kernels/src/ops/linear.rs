@@ -23,15 +23,21 @@ const FRAGMENT: u32 = 16;
 /// to 16 sequences are 1 % faster without (`benches/runs/2026-11-29-nvidia-h200/linear-epilogues.txt`).
 const MOST_EARLY_ROWS: u32 = 2 * FRAGMENT;
 
+/// Rows of a tile from which on the loop over inputs is kept short, rather than written out by compilers: instructions that ran a layer
+/// ago have to be fetched again, and prompts of 2,047 tokens take 2 to 4 % less so. Small tiles have few turns, of which one more is
+/// staged for nothing: batches of 32 sequences decode 6 % slower with all loops short
+/// (`benches/runs/2026-11-29-nvidia-h200/steps-short-loops.txt`, `prefill-short-loops.txt`).
+const SHORT_LOOP_ROWS: u32 = 64;
+
 /// Processors of an H200.
 const PROCESSORS: u32 = 132;
 /// Fields of [`LinearTile::Cooperative`] in their order, but for the last, and about as many microseconds as a product with 960 inputs
 /// takes an H200 of which every processor has one such tile, and two. Two take much less than twice as long where both fit: NVIDIA's
 /// driver gives a processor 48 KiB of workgroup memory in all. Fitted to the products of 360M with so many inputs, of 16 to 2,048 rows;
-/// they differ from it by 2 to 7 %, in the root mean square. Of 98 tiles those are here that together served layers of 135M, 360M and
-/// 1.7B best (`benches/runs/2026-11-29-nvidia-h200/linear-short-loops-tiles.txt`), but more than two stages ahead, whose code is longer,
-/// of small ones alone.
-const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 21] = [
+/// they differ from it by 2 to 8 %, in the root mean square. Those are here that together served layers of 135M, 360M and 1.7B best: of
+/// [`SHORT_LOOP_ROWS`] rows and more of 98 tiles and numbers of stages (`benches/runs/2026-11-29-nvidia-h200/linear-short-loops-tiles.txt`),
+/// of fewer of 79 (`linear-tiles-by-rows.txt` beside it).
+const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 20] = [
     ([128, 128, 32, 2, 2, 1, 2], [29.3, 34.5]),
     ([128, 128, 64, 4, 2, 1, 2], [20.7, 37.8]),
     ([96, 160, 32, 2, 2, 1, 2], [28.5, 33.7]),
@@ -41,18 +47,17 @@ const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 21] = [
     ([96, 96, 64, 3, 2, 1, 2], [17.1, 29.0]),
     ([64, 96, 64, 4, 2, 1, 2], [14.6, 24.0]),
     ([64, 80, 128, 4, 1, 2, 2], [13.2, 22.5]),
-    ([48, 96, 128, 1, 2, 4, 2], [13.0, 21.6]),
     ([64, 64, 64, 2, 2, 1, 2], [13.5, 15.2]),
     ([64, 64, 128, 2, 2, 2, 2], [11.1, 18.4]),
     ([64, 48, 128, 4, 1, 2, 2], [10.5, 17.2]),
-    ([48, 64, 128, 1, 2, 4, 2], [11.3, 17.7]),
     ([64, 32, 128, 2, 1, 4, 3], [9.2, 14.7]),
-    ([32, 64, 64, 1, 2, 2, 3], [10.8, 11.8]),
-    ([32, 48, 128, 2, 1, 4, 3], [8.8, 13.5]),
-    ([32, 32, 256, 1, 2, 4, 3], [6.9, 11.2]),
-    ([16, 32, 128, 1, 2, 4, 3], [6.8, 7.3]),
-    ([16, 32, 256, 1, 1, 8, 3], [6.3, 9.6]),
-    ([16, 16, 512, 1, 1, 8, 3], [5.7, 7.5]),
+    ([48, 96, 128, 1, 2, 4, 1], [12.6, 20.2]),
+    ([32, 64, 64, 1, 2, 2, 1], [11.4, 11.5]),
+    ([32, 48, 128, 2, 1, 4, 1], [8.5, 12.5]),
+    ([32, 32, 256, 1, 2, 4, 1], [6.5, 9.6]),
+    ([16, 32, 128, 1, 2, 4, 4], [6.9, 7.2]),
+    ([16, 32, 256, 1, 1, 8, 2], [5.6, 8.2]),
+    ([16, 16, 512, 1, 1, 8, 1], [4.9, 6.0]),
 ];
 /// Microseconds of these that a dispatch takes whatever its tiles.
 const DISPATCH_MICROS: f32 = 2.0;
@@ -64,11 +69,11 @@ const STAGED_TILES: [([u32; 7], u32); 9] = [
     ([64, 64, 32, 8, 4, 2, 2], 200),
     ([64, 64, 16, 8, 4, 1, 2], 200),
     ([64, 32, 32, 8, 4, 2, 2], 160),
-    ([32, 32, 64, 4, 4, 4, 3], 120),
-    ([32, 32, 32, 4, 4, 2, 3], 120),
-    ([16, 32, 64, 4, 2, 4, 3], 160),
-    ([16, 32, 128, 4, 2, 8, 3], 0),
-    ([16, 32, 64, 4, 2, 4, 3], 0),
+    ([32, 32, 64, 4, 4, 4, 2], 120),
+    ([32, 32, 32, 4, 4, 2, 2], 120),
+    ([16, 32, 64, 4, 2, 4, 2], 160),
+    ([16, 32, 128, 4, 2, 8, 2], 0),
+    ([16, 32, 64, 4, 2, 4, 2], 0),
 ];
 
 /// `y = f(x) W^T`, weights and activations each read once for a tile of the output.
@@ -428,7 +433,8 @@ impl Kernel for Linear {
                 .u32("THREAD_M", thread_m)
                 .u32("THREAD_N", thread_n)
                 .u32("SPLIT_K", split_k)
-                .flag("STAGED", true),
+                .flag("STAGED", true)
+                .flag("WRITTEN_OUT", tile_m < SHORT_LOOP_ROWS),
             LinearTile::Cooperative { tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns, .. } => {
                 definitions
                     .u32("TILE_K", tile_k)
@@ -442,6 +448,7 @@ impl Kernel for Linear {
                     .flag("SLICED", split_k > 1)
                     .flag("ROWS_EARLY", tile_m > FRAGMENT && tile_m / subgroups_m <= MOST_EARLY_ROWS)
                     .flag("STAGED", true)
+                    .flag("WRITTEN_OUT", tile_m < SHORT_LOOP_ROWS)
                     .flag("COOPERATIVE", true)
             }
             LinearTile::Direct { thread_n, .. } => definitions
