@@ -200,13 +200,8 @@ const X_COLUMNS: u32 = TILE_K / X_UNIT;
 const TILE_UNITS: u32 = TILE_K / 8u;
 const X_LOADS: u32 = TILE_M * X_COLUMNS / THREADS;
 const W_LOADS: u32 = TILE_N * TILE_UNITS / THREADS;
-// A unit past the end of what is bound, most likely: its load moves nothing.
-const NOWHERE: u32 = 1u << 26u;
-
-// First unit of the tiles at `unit`. Past the end there are none, and nobody multiplies what is loaded in their place.
-fn tile_unit(unit: u32) -> u32 {
-    return select(NOWHERE, unit, unit < UNITS);
-}
+// First unit of the last tiles.
+const LAST: u32 = (UNITS - 1u) / TILE_UNITS * TILE_UNITS;
 
 // 16 bytes of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
 #if COOPERATIVE
@@ -337,25 +332,28 @@ fn own_entries(first_entry: u32, places: array<u32, OWN>) -> array<ActiveRow, FR
     return entries;
 }
 
-// operands of what begins at `column` of those bound here; of columns and rows past the end, nothing or anything.
+// operands of what begins at `column` of those bound here; of columns and rows past the end, nothing that counts.
 fn operands_inside(i: u32, entry: ActiveRow, column: u32) -> Operands {
+    // In a branch of their own, loads are not moved to where they are needed.
+    var is_read = entry.row != NONE && column < params.num_outputs;
 #if QKV
-    // Without a branch compilers see that angles lie at the same columns of all rows.
-    return operands(i, entry, params.first_output + column);
-#else
-    // In a branch of their own loads are not moved to where they are needed.
+#if !DELTA
+    // Angles exist for every entry and column, and without a branch compilers see that they lie at the same columns of all
+    // rows.
+    is_read = true;
+#endif
+#endif
     var read = Operands();
-    if entry.row != NONE && column < params.num_outputs {
+    if is_read {
         read = operands(i, entry, params.first_output + column);
     }
     return read;
-#endif
 }
 #endif
 
-// Loads the tiles from $UNIT on into registers of set a.
+// Loads the tiles from $UNIT on into registers of set a; the last ones in place of those past the end.
 #block LOAD UNIT
-    let next = tile_unit($UNIT);
+    let next = min($UNIT, LAST);
     for (var l = 0u; l < X_LOADS; l++) {
         let c = next * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS;
         x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);

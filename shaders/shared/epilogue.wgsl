@@ -109,7 +109,8 @@ struct Operands {
     encoding: Columns,
 }
 
-// `i` place in the row list, `entry` = active_rows[i], not one past its end; `o` first column, of the whole output.
+// `i` place in the row list, `entry` = active_rows[i], not one past its end; `o` first column, of the whole output. QKV without DELTA:
+// any entry and column.
 fn operands(i: u32, entry: ActiveRow, o: u32) -> Operands {
     var read = Operands();
 #if RESIDUAL
