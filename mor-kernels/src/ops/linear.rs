@@ -112,8 +112,7 @@ pub enum LinearTile {
         thread_n: u32,
         /// Slices of the staged inputs, each multiplied by threads of its own.
         split_k: u32,
-        /// Stages that are loaded before they are multiplied, each into registers of its own; with 1 nothing hides loads but other
-        /// workgroups.
+        /// Stages whose loads are on their way, each to registers of its own. Tiles of 64 rows and more hide none with 1.
         ahead: u32,
     },
     /// Tiles of x and w go through workgroup memory as f16; cooperative matrices, sums in f32.
@@ -130,8 +129,7 @@ pub enum LinearTile {
         subgroups_n: u32,
         /// Slices of the staged inputs, each multiplied by subgroups of its own.
         split_k: u32,
-        /// Stages that are loaded before they are multiplied, each into registers of its own; with 1 nothing hides loads but other
-        /// workgroups.
+        /// Stages whose loads are on their way, each to registers of its own. Tiles of 64 rows and more hide none with 1.
         ahead: u32,
         /// Columns of a row that a lane stores at a time: 2, or 4 where all numbers of columns are multiples of 4.
         lane_columns: u32,
