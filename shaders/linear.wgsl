@@ -457,7 +457,7 @@ fn main(
     }
     var w_from: array<u32, W_LOADS>;
     for (var l = 0u; l < W_LOADS; l++) {
-        let n = tile_row(thread + l * THREADS, TILE_K / 8u);
+        let n = tile_row(thread + l * THREADS, TILE_UNITS);
         w_from[l] = row_start(min(first_column + n, last_column));
     }
     var x_ahead: array<XUnit, AHEAD * X_LOADS>;
