@@ -1,17 +1,21 @@
 // linear: y = x W^T for many rows, with RMSNorm before it and an epilogue after it.
 // Math      y[i, o] = sum_k f(x)[i, k] * w[o, k]; f: identity, or RMSNorm of row r = active_rows[i].row; then
-//           shared/epilogue.wgsl
+//           shared/epilogue.wgsl. A norm between two products may be both's: the first, of rows out[r], leaves next_x[i] =
+//           next_weight * out[r] and next_squares[p, i], what the squares of part p of the row add up to; the second
+//           divides y[i] by the root mean square
 // Why       every value fetched is used many times. STAGED: a workgroup shares tiles of x and w in workgroup memory,
 //           the next tiles in flight while these are multiplied, and SPLIT_K parts of it multiply a slice of K each,
 //           which fills a GPU whose output has few tiles; COOPERATIVE: matrix units multiply. Otherwise, for software
 //           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads one
 //           row of x for all
-// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32, compact f16 (X_F16); w [O, K] units of 8
+// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32, compact f16 (X_F16); next_x [n, O] f16;
+//           next_squares, x_squares [parts, n] f32, parts part_stride apart; w [O, K] units of 8
 //           or quantised rows; norm_weight [K] f32; outputs as the epilogue says; row-major
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
-//           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
+//           5 x_squares read [SCALED]; 6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
-//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED]
+//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED];
+//           10 next_weight read [NEXT_NORM]; 11 next_x write [NEXT_NORM]; 12 next_squares write [NEXT_NORM]
 // Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output. A slice's threads own
 //           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments
 //           of 16x16 each
@@ -25,13 +29,15 @@
 //           OUT_F16 as x's producer and out's readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads;
 //           otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or
 //           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
-//           SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; DELTA, of SWIGLU
+//           SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; SCALED, of
+//           COOPERATIVE and X_F16: another kernel has begun the norm, and left squares in PARTS parts; NEXT_NORM, of
+//           COOPERATIVE: RESIDUAL begins the next one, LANES = 16 / columns of a lane; DELTA, of SWIGLU
 //           and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
 //           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
 //           4 * TILE_M more
-// Numerics  f32; sums in ascending k, slices added in ascending order. NORM: the product of x * norm_weight is divided
+// Numerics  f32; sums in ascending k, slices added in ascending order. NORM, SCALED: the product of x * norm_weight is divided
 //           by the root mean square. COOPERATIVE: x, or x * norm_weight, and w are rounded to f16, infinite above
 //           65504; exact products, sums in f32 in the matrix unit's order
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
@@ -42,6 +48,9 @@ enable wgpu_cooperative_matrix;
 #import shared/rows
 #import shared/weights
 #import shared/quantized_units
+#if NEXT_NORM
+#import shared/lanes
+#endif
 
 struct Params {
     num_outputs: u32,
@@ -55,6 +64,7 @@ struct Params {
     scale: f32,
     in_features: u32,
     delta_start: u32,
+    part_stride: u32,
 }
 
 #if QUANTISED
@@ -139,6 +149,15 @@ alias Inner = f16;
 alias Inner = f32;
 #endif
 #import shared/epilogue
+#if SCALED
+// Sums of squares of the rows of x, in PARTS parts.
+@group(0) @binding(5) var<storage, read> x_squares: array<f32>;
+#endif
+#if NEXT_NORM
+@group(0) @binding(10) var<storage, read> next_weight: array<Columns>;
+@group(0) @binding(11) var<storage, read_write> next_x: array<HalfColumns>;
+@group(0) @binding(12) var<storage, read_write> next_squares: array<f32>;
+#endif
 
 const UNITS: u32 = IN_FEATURES / 8u;
 const X_UNITS: u32 = IN_FEATURES / X_UNIT;
@@ -148,6 +167,8 @@ const SUBGROUPS_N: u32 = TILE_N / (FRAGMENTS_N * 16u);
 // Subgroups of a slice.
 const SLICE: u32 = SUBGROUPS_M * SUBGROUPS_N;
 const THREADS: u32 = SLICE * SPLIT_K * SUBGROUP_WIDTH;
+// Rows whose squares a thread adds up.
+const THREAD_ROWS: u32 = (TILE_M + THREADS - 1u) / THREADS;
 #else
 const THREADS_M: u32 = TILE_M / THREAD_M;
 const THREADS_N: u32 = TILE_N / THREAD_N;
@@ -308,11 +329,11 @@ fn place_column(at: u32, j: u32) -> u32 {
 }
 
 // The places of a thread; the last one for those that are past the end.
-fn own_places(thread: u32, subgroup: u32, lane: u32) -> array<u32, OWN> {
+fn own_places(subgroup: u32, lane: u32) -> array<u32, OWN> {
     var places: array<u32, OWN>;
     for (var i = 0u; i < OWN; i++) {
 #if SLICED
-        places[i] = min(thread + i * THREADS, SLICE_PLACES - 1u);
+        places[i] = min(subgroup * SUBGROUP_WIDTH + lane + i * THREADS, SLICE_PLACES - 1u);
 #else
         places[i] = subgroup * PLACES + lane + i * SUBGROUP_WIDTH;
 #endif
@@ -445,7 +466,7 @@ fn main(
 #endif
 
 #if ROWS_EARLY
-    var places = own_places(thread, subgroup, lane);
+    var places = own_places(subgroup, lane);
     var entries = own_entries(first_entry, places);
 #endif
 
@@ -471,9 +492,31 @@ fn main(
         square[l] = 0.0;
     }
 #endif
+#if SCALED
+    // First of all: behind the tiles they would hold up the tiles.
+    var parts: array<f32, THREAD_ROWS * PARTS>;
+    for (var r = 0u; r < THREAD_ROWS; r++) {
+        for (var part = 0u; part < PARTS; part++) {
+            parts[r * PARTS + part] = x_squares[part * params.part_stride + first_entry + min(thread + r * THREADS, TILE_M - 1u)];
+        }
+    }
+#endif
 #repeat a AHEAD
 #use LOAD a * TILE_UNITS
 #endrepeat
+#if SCALED
+    // The factors of the tile's rows, for whoever stores them.
+    for (var r = 0u; r < THREAD_ROWS; r++) {
+        var sum = 0.0;
+        for (var part = 0u; part < PARTS; part++) {
+            sum += parts[r * PARTS + part];
+        }
+        let m = thread + r * THREADS;
+        if m < TILE_M {
+            scratch[m / WIDTH][m % WIDTH] = inverseSqrt(sum / f32(IN_FEATURES) + params.eps);
+        }
+    }
+#endif
 #if WRITTEN_OUT
     let turn = AHEAD * TILE_UNITS;
 #else
@@ -602,8 +645,22 @@ fn main(
 
 #if COOPERATIVE
 #if !ROWS_EARLY
-    var places = own_places(thread, subgroup, lane);
+    var places = own_places(subgroup, lane);
     var entries = own_entries(first_entry, places);
+#endif
+#if SCALED
+    var own_factors: array<f32, FRAGMENTS_M * OWN>;
+    for (var m = 0u; m < FRAGMENTS_M; m++) {
+        for (var i = 0u; i < OWN; i++) {
+            let row = place_row(places[i], m);
+            own_factors[m * OWN + i] = scratch[row / WIDTH][row % WIDTH];
+        }
+    }
+    // The results overwrite them.
+    workgroupBarrier();
+#endif
+#if NEXT_NORM
+    var square: array<f32, OWN>;
 #endif
     var reads: array<Operands, OWN>;
     for (var i = 0u; i < OWN; i++) {
@@ -611,6 +668,11 @@ fn main(
         reads[i] = operands_inside(first_entry + place_row(places[i], 0u), entries[i], column);
     }
 #repeat m FRAGMENTS_M
+#if NEXT_NORM
+    for (var i = 0u; i < OWN; i++) {
+        square[i] = 0.0;
+    }
+#endif
 #repeat j FRAGMENTS_N
     coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[subgroup * PLACES], ROW_COLUMNS);
 #if SLICED
@@ -632,7 +694,7 @@ fn main(
             reads[i] = operands_inside(place, entries[next_m * OWN + i], next_column);
         }
 #if SLICED
-        let is_own = thread + i * THREADS < SLICE_PLACES;
+        let is_own = subgroup * SUBGROUP_WIDTH + lane + i * THREADS < SLICE_PLACES;
 #else
         let is_own = true;
 #endif
@@ -644,7 +706,15 @@ fn main(
 #if NORM
             v *= factors[tile_row];
 #endif
+#if SCALED
+            v *= own_factors[m * OWN + i];
+#endif
             epilogue(first_entry + tile_row, entry, params.first_output + column, v, read);
+#if NEXT_NORM
+            let y = layer_output(v, read);
+            next_x[((first_entry + tile_row) * params.out_stride + column) / WIDTH] = pack_halves(y * next_weight[column / WIDTH]);
+            square[i] += dot(y, y);
+#endif
         }
     }
     // The next fragment overwrites the results.
@@ -654,6 +724,22 @@ fn main(
     subgroupBarrier();
 #endif
 #endrepeat
+#if NEXT_NORM
+    for (var i = 0u; i < OWN; i++) {
+        // Lanes next to each other have columns next to each other.
+        let sum = lane_sum(square[i]);
+        let at = places[i];
+#if SLICED
+        let is_own = subgroup * SUBGROUP_WIDTH + lane + i * THREADS < SLICE_PLACES;
+#else
+        let is_own = true;
+#endif
+        if is_own && at % ROW_COLUMNS == 0u && entries[m * OWN + i].row != NONE {
+            let part = workgroup.x * SUBGROUPS_N + at / PLACES % SUBGROUPS_N;
+            next_squares[part * params.part_stride + first_entry + place_row(at, m)] = sum;
+        }
+    }
+#endif
 #endrepeat
 #else
 #if STAGED

@@ -53,6 +53,7 @@ struct Params {
     scale: f32,
     in_features: u32,
     delta_start: u32,
+    part_stride: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;

@@ -31,6 +31,9 @@ pub struct LinearParams {
     pub in_features: u32,
     /// Element of the output tensor where what is added to the product starts; even (SwiGLU and QKV with `delta`).
     pub delta_start: u32,
+    /// Elements from one part of squares to the next ([`Epilogue::Scaled`], and [`Prologue::Scaled`](crate::ops::Prologue::Scaled)
+    /// after it).
+    pub part_stride: u32,
 }
 
 /// Where a linear kernel's results go, with the tensors it takes. See `shaders/shared/epilogue.wgsl`.
@@ -54,6 +57,22 @@ pub enum Epilogue<'a> {
         out: &'a Tensor,
         /// A second stream that gets the same values, if any.
         copy: Option<&'a Tensor>,
+    },
+    /// `out = residual + y`, between streams, and for the norm that reads the same rows next what
+    /// [`Prologue::Scaled`](crate::ops::Prologue::Scaled) takes. Of [`Linear`](crate::ops::Linear) where it multiplies halves, all
+    /// columns at once.
+    Scaled {
+        /// `[T, out_stride]` f32.
+        residual: &'a Tensor,
+        /// `[T, out_stride]` f32; another tensor than `residual`.
+        out: &'a Tensor,
+        /// `[out_stride]` f32, the norm's.
+        next_weight: &'a Tensor,
+        /// `[n, out_stride]` f16: `next_weight * out`, compact.
+        next_x: &'a Tensor,
+        /// `[num_parts, n]` f32, see [`LinearTile::num_norm_parts`](crate::ops::LinearTile::num_norm_parts): sums of squares of parts of the
+        /// rows of `out`, compact.
+        next_squares: &'a Tensor,
     },
     /// `out = encoding * (residual + y)`, between streams: the end of a recursion's last layer.
     Encoded {
@@ -122,6 +141,8 @@ pub enum EpilogueKind {
     Residual,
     /// [`Epilogue::Residual`] into two streams.
     ResidualCopy,
+    /// [`Epilogue::Scaled`].
+    Scaled,
     /// [`Epilogue::Encoded`].
     Encoded,
     /// [`Epilogue::SwiGlu`].
@@ -149,7 +170,7 @@ pub enum EpilogueKind {
 }
 
 impl EpilogueKind {
-    /// Every kind but [`EpilogueKind::SwiGluF16`], which few kernels have: for tests that translate all specialisations.
+    /// Every kind but [`EpilogueKind::Scaled`] and [`EpilogueKind::SwiGluF16`], which few kernels have: for tests that translate all specialisations.
     pub const ALL: [Self; 15] = [
         Self::Store,
         Self::Gelu,
@@ -183,7 +204,7 @@ impl EpilogueKind {
         let name = match self {
             Self::Store => "STORE",
             Self::Gelu => "GELU",
-            Self::Residual | Self::ResidualCopy | Self::Encoded => "RESIDUAL",
+            Self::Residual | Self::ResidualCopy | Self::Scaled | Self::Encoded => "RESIDUAL",
             Self::SwiGlu | Self::SwiGluF16 | Self::SwiGluDelta => "SWIGLU",
             Self::QkvF32 | Self::QkvF16 | Self::QkvF32Delta | Self::QkvF16Delta => "QKV",
             Self::BlockEndExpert | Self::BlockEndExpertEncoded => "BLOCK_END_EXPERT",
@@ -192,6 +213,7 @@ impl EpilogueKind {
         definitions
             .flag(name, true)
             .flag("RESIDUAL_COPY", self == Self::ResidualCopy)
+            .flag("NEXT_NORM", self == Self::Scaled)
             .flag("OUT_F16", self == Self::SwiGluF16)
             .flag("KV_F16", matches!(self, Self::QkvF16 | Self::QkvF16Delta))
             .flag("DELTA", self.has_delta())
@@ -207,6 +229,7 @@ impl<'a> Epilogue<'a> {
             Epilogue::Gelu { .. } => EpilogueKind::Gelu,
             Epilogue::Residual { copy: None, .. } => EpilogueKind::Residual,
             Epilogue::Residual { .. } => EpilogueKind::ResidualCopy,
+            Epilogue::Scaled { .. } => EpilogueKind::Scaled,
             Epilogue::Encoded { .. } => EpilogueKind::Encoded,
             Epilogue::SwiGlu { delta: false, out } if out.dtype() == DType::F16 => EpilogueKind::SwiGluF16,
             Epilogue::SwiGlu { delta: false, .. } => EpilogueKind::SwiGlu,
@@ -235,6 +258,13 @@ impl<'a> Epilogue<'a> {
                 bindings.extend(copy.map(|copy| Binding::write(7, copy)));
                 bindings
             }
+            Epilogue::Scaled { residual, out, next_weight, next_x, next_squares } => vec![
+                Binding::write(4, out),
+                Binding::read(6, residual),
+                Binding::read(10, next_weight),
+                Binding::write(11, next_x),
+                Binding::write(12, next_squares),
+            ],
             Epilogue::Encoded { residual, out, encoding } => {
                 vec![Binding::write(4, out), Binding::read(6, residual), Binding::read(9, encoding)]
             }

@@ -365,7 +365,7 @@ impl EpilogueCase {
             E::SwiGlu | E::SwiGluF16 | E::SwiGluDelta => (num_active, num_columns / 2),
             E::QkvF32 | E::QkvF16 | E::QkvF32Delta | E::QkvF16Delta => (num_active, Self::Q_DIM),
             E::Residual | E::ResidualCopy | E::BlockEndExpert | E::BlockEndToken => (num_rows, num_columns),
-            E::Encoded | E::BlockEndExpertEncoded | E::BlockEndTokenEncoded => (num_rows, num_columns),
+            E::Scaled | E::Encoded | E::BlockEndExpertEncoded | E::BlockEndTokenEncoded => (num_rows, num_columns),
         };
         // What is added lies behind what is written, with a gap.
         let delta_start = out_rows * out_stride + 8;
@@ -435,6 +435,7 @@ impl EpilogueCase {
             EpilogueKind::Gelu => Epilogue::Gelu { out },
             EpilogueKind::Residual => Epilogue::Residual { residual, out, copy: None },
             EpilogueKind::ResidualCopy => Epilogue::Residual { residual, out, copy: Some(running) },
+            EpilogueKind::Scaled => unreachable!("what norms share has a test of its own"),
             EpilogueKind::Encoded => Epilogue::Encoded { residual, out, encoding: &self.encoding },
             EpilogueKind::SwiGlu | EpilogueKind::SwiGluF16 | EpilogueKind::SwiGluDelta => {
                 Epilogue::SwiGlu { out, delta }

@@ -231,8 +231,14 @@ fn add_linear(list: &mut List) {
             }
         }
         if tile.multiplies_halves() {
-            for (prologue, epilogue) in [(P::CompactF16, EpilogueKind::Residual), (P::Compact, EpilogueKind::SwiGluF16)]
-            {
+            let scaled = P::Scaled { num_parts: 16 };
+            for (prologue, epilogue) in [
+                (P::CompactF16, EpilogueKind::Residual),
+                (P::CompactF16, EpilogueKind::Scaled),
+                (P::Compact, EpilogueKind::SwiGluF16),
+                (scaled, EpilogueKind::SwiGluF16),
+                (scaled, EpilogueKind::QkvF16),
+            ] {
                 for weight_dtype in WEIGHT_DTYPES {
                     list.add(&Linear { in_features: 960, weight_dtype, prologue, epilogue, tile });
                 }

@@ -2,7 +2,7 @@
 //! model needs.
 
 use mor_kernels::ops::{AttentionDecode, AttentionPrefill, SamplePartial, SlotRecursion};
-use mor_kernels::rows::{NONE, PAGE_SIZE, RowSet};
+use mor_kernels::rows::{NONE, PAGE_SIZE, ROW_PADDING, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::{Gpu, Result};
 
@@ -101,8 +101,10 @@ pub struct StepTensors {
 /// What the projections of prefill read, where they would round it to f16 in any case: half the bytes, the same products.
 #[derive(Clone, Debug)]
 pub(crate) struct HalfTensors {
-    /// As [`StepTensors::normed`], of layers.
+    /// As [`StepTensors::normed`], of layers; or rows that are multiplied with a norm's weight, and only that.
     pub(crate) normed: Tensor,
+    /// What is left to do of the latter: parts of their squares.
+    pub(crate) squares: Tensor,
     /// `[n, q columns]`, if attention can write it so.
     pub(crate) attention: Option<Tensor>,
     /// `[n, inner columns]`.
@@ -238,8 +240,12 @@ impl MorModel {
         }
         let halves = |label, columns: usize| Tensor::zeros(gpu, label, DType::F16, &[capacity, columns]);
         let attention = AttentionPrefill::new(self.attention_shape(), 1, true).can_write_halves(caps);
+        let columns = self.config().hidden_size;
+        // The most parts that a tile leaves.
+        let squares = [columns / 16 + 8, capacity + ROW_PADDING as usize];
         Ok(Some(HalfTensors {
-            normed: halves("normed.half", self.config().hidden_size)?,
+            normed: halves("normed.half", columns)?,
+            squares: Tensor::zeros(gpu, "squares", DType::F32, &squares)?,
             attention: attention.then(|| halves("attention.half", self.q_dim())).transpose()?,
             mlp: halves("mlp.half", self.mlp_dim())?,
         }))

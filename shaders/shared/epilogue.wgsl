@@ -25,10 +25,19 @@
 alias Columns = vec4<f32>;
 const WIDTH: u32 = 4u;
 alias InnerColumns = vec2<Inner>;
+// Columns in f16.
+alias HalfColumns = vec2<u32>;
+fn pack_halves(v: Columns) -> HalfColumns {
+    return vec2<u32>(pack2x16float(v.xy), pack2x16float(v.zw));
+}
 #else
 alias Columns = vec2<f32>;
 const WIDTH: u32 = 2u;
 alias InnerColumns = Inner;
+alias HalfColumns = u32;
+fn pack_halves(v: Columns) -> HalfColumns {
+    return pack2x16float(v);
+}
 #endif
 
 #if SWIGLU
@@ -56,20 +65,15 @@ alias InnerColumns = Inner;
 #endif
 #if QKV
 @group(0) @binding(6) var<storage, read> rope: array<Columns>;
-#if !KV_F16
+#if KV_F16
+alias KvColumns = HalfColumns;
+fn pack_kv(v: Columns) -> KvColumns {
+    return pack_halves(v);
+}
+#else
 alias KvColumns = Columns;
 fn pack_kv(v: Columns) -> KvColumns {
     return v;
-}
-#elif QUADS
-alias KvColumns = vec2<u32>;
-fn pack_kv(v: Columns) -> KvColumns {
-    return vec2<u32>(pack2x16float(v.xy), pack2x16float(v.zw));
-}
-#else
-alias KvColumns = u32;
-fn pack_kv(v: Columns) -> KvColumns {
-    return pack2x16float(v);
 }
 #endif
 @group(0) @binding(7) var<storage, read_write> k_cache: array<KvColumns>;

@@ -233,6 +233,15 @@ impl LinearTile {
         matches!(self, LinearTile::Cooperative { .. })
     }
 
+    /// Parts in which [`Epilogue::Scaled`] leaves the sums of squares of rows of `num_outputs` columns, one for each subgroup that
+    /// shares them: no more than `num_outputs / 16 + 8`. `None` if the tile has no such end.
+    pub fn num_norm_parts(self, num_outputs: u32) -> Option<u32> {
+        match self {
+            LinearTile::Cooperative { tile_n, subgroups_n, .. } => Some(num_outputs.div_ceil(tile_n) * subgroups_n),
+            _ => None,
+        }
+    }
+
     /// Whether each lane of a subgroup loads one row of x and broadcasts it: there must be as many rows as lanes,
     /// and no lane may be missing.
     fn broadcasts(self, caps: &DeviceCaps) -> bool {
@@ -391,7 +400,10 @@ impl Linear {
         match prologue {
             PrologueKind::Compact | PrologueKind::Stream => {}
             PrologueKind::CompactF16 if self.tile.multiplies_halves() => {}
-            PrologueKind::CompactF16 => return unfit("prologue", "CompactF16".to_owned(), "f32 for this tile"),
+            PrologueKind::Scaled { .. } if self.tile.multiplies_halves() => {}
+            PrologueKind::CompactF16 | PrologueKind::Scaled { .. } => {
+                return unfit("prologue", format!("{prologue:?}"), "f32 for this tile");
+            }
             PrologueKind::Norm if self.tile.fuses_norm() => {}
             PrologueKind::Norm => {
                 return unfit("prologue", "Norm".to_owned(), "a tile that fuses it, or rms_norm before");
@@ -403,8 +415,27 @@ impl Linear {
         if b.epilogue.kind() != self.epilogue {
             return unfit("epilogue", format!("{:?}", b.epilogue.kind()), &format!("{:?}", self.epilogue));
         }
-        if self.epilogue == EpilogueKind::SwiGluF16 && !self.tile.multiplies_halves() {
-            return unfit("epilogue", "SwiGluF16".to_owned(), "f32 for this tile");
+        if matches!(self.epilogue, EpilogueKind::SwiGluF16 | EpilogueKind::Scaled) && !self.tile.multiplies_halves() {
+            return unfit("epilogue", format!("{:?}", self.epilogue), "f32 for this tile");
+        }
+        if self.epilogue == EpilogueKind::Scaled && (p.first_output > 0 || p.num_outputs != p.out_stride) {
+            let found = format!("{} from {}", p.num_outputs, p.first_output);
+            return unfit("num_outputs", found, "all columns of a norm");
+        }
+        let squares = match (b.prologue, b.epilogue) {
+            (Prologue::Scaled { squares, num_parts, .. }, _) => Some((squares, num_parts)),
+            (_, Epilogue::Scaled { next_squares, .. }) => {
+                self.tile.num_norm_parts(p.num_outputs).map(|n| (next_squares, n))
+            }
+            _ => None,
+        };
+        if let Some((squares, num_parts)) = squares {
+            let (found, expected) = (squares.num_elems(), num_parts as usize * p.part_stride as usize);
+            if found < expected || (p.part_stride as usize) < b.rows.capacity + ROW_PADDING as usize {
+                let found = format!("{found} in parts of {}", p.part_stride);
+                let padded = b.rows.capacity + ROW_PADDING as usize;
+                return unfit("squares", found, &format!("{num_parts} parts of {padded} at least"));
+            }
         }
         Ok(())
     }
@@ -422,8 +453,12 @@ impl Kernel for Linear {
             .u32("TILE_M", tile_m)
             .u32("TILE_N", tile_n)
             .flag("X_BY_ROW", matches!(self.prologue, PrologueKind::Stream | PrologueKind::Norm))
-            .flag("X_F16", self.prologue == PrologueKind::CompactF16)
+            .flag("X_F16", matches!(self.prologue, PrologueKind::CompactF16 | PrologueKind::Scaled { .. }))
             .flag("NORM", self.prologue == PrologueKind::Norm);
+        let definitions = match self.prologue {
+            PrologueKind::Scaled { num_parts } => definitions.flag("SCALED", true).u32("PARTS", num_parts),
+            _ => definitions,
+        };
         let definitions = match self.tile {
             LinearTile::Staged { tile_k, thread_m, thread_n, split_k, ahead, .. } => definitions
                 .u32("TILE_K", tile_k)
@@ -434,7 +469,7 @@ impl Kernel for Linear {
                 .flag("STAGED", true)
                 .flag("WRITTEN_OUT", tile_m < SHORT_LOOP_ROWS),
             LinearTile::Cooperative { tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns, .. } => {
-                definitions
+                let definitions = definitions
                     .u32("TILE_K", tile_k)
                     .u32("AHEAD", ahead)
                     .u32("FRAGMENTS_M", tile_m / subgroups_m / FRAGMENT)
@@ -447,7 +482,12 @@ impl Kernel for Linear {
                     .flag("ROWS_EARLY", tile_m > FRAGMENT && tile_m / subgroups_m <= MOST_EARLY_ROWS)
                     .flag("STAGED", true)
                     .flag("WRITTEN_OUT", tile_m < SHORT_LOOP_ROWS)
-                    .flag("COOPERATIVE", true)
+                    .flag("COOPERATIVE", true);
+                // Those of a row of a fragment.
+                match self.epilogue {
+                    EpilogueKind::Scaled => definitions.u32("LANES", FRAGMENT / lane_columns),
+                    _ => definitions,
+                }
             }
             LinearTile::Direct { thread_n, .. } => definitions
                 .u32("THREAD_M", tile_m)

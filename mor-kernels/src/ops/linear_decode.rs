@@ -22,6 +22,15 @@ pub enum Prologue<'a> {
         /// The input.
         x: &'a Tensor,
     },
+    /// RMSNorm of rows that [`Epilogue::Scaled`] has multiplied with the norm's weight; of [`Linear`](super::Linear) alone.
+    Scaled {
+        /// `[n, K]` f16.
+        x: &'a Tensor,
+        /// `[num_parts, n]` f32, n padded by [`ROW_PADDING`](crate::rows::ROW_PADDING).
+        squares: &'a Tensor,
+        /// Parts of the squares of a row.
+        num_parts: u32,
+    },
     /// RMSNorm of the active rows of a stream.
     Norm {
         /// `[T, K]` f32.
@@ -51,6 +60,11 @@ pub enum PrologueKind {
     CompactF16,
     /// [`Prologue::Stream`].
     Stream,
+    /// [`Prologue::Scaled`].
+    Scaled {
+        /// Parts of the squares of a row.
+        num_parts: u32,
+    },
     /// [`Prologue::Norm`].
     Norm,
     /// [`Prologue::Merge`].
@@ -69,6 +83,7 @@ impl<'a> Prologue<'a> {
             Prologue::Compact { x } if x.dtype() == DType::F16 => PrologueKind::CompactF16,
             Prologue::Compact { .. } => PrologueKind::Compact,
             Prologue::Stream { .. } => PrologueKind::Stream,
+            Prologue::Scaled { num_parts, .. } => PrologueKind::Scaled { num_parts },
             Prologue::Norm { .. } => PrologueKind::Norm,
             Prologue::Merge { num_splits, head_dim, .. } => PrologueKind::Merge { num_splits, head_dim },
         }
@@ -78,6 +93,7 @@ impl<'a> Prologue<'a> {
     pub(super) fn bindings(&self) -> Vec<Binding<'a>> {
         match *self {
             Prologue::Compact { x } | Prologue::Stream { x } => vec![Binding::read(3, x)],
+            Prologue::Scaled { x, squares, .. } => vec![Binding::read(3, x), Binding::read(5, squares)],
             Prologue::Norm { x, weight } => vec![Binding::read(3, x), Binding::read(5, weight)],
             Prologue::Merge { partial, stats, .. } => vec![Binding::read(3, partial), Binding::read(5, stats)],
         }
@@ -227,7 +243,8 @@ impl LinearDecode {
             return Err(KernelError::Shape { kernel: Self::NAME, what: "outputs and inputs", found, expected });
         }
         let (prologue, epilogue) = (b.prologue.kind(), b.epilogue.kind());
-        if prologue == PrologueKind::CompactF16 || epilogue == EpilogueKind::SwiGluF16 {
+        let reads_halves = matches!(prologue, PrologueKind::CompactF16 | PrologueKind::Scaled { .. });
+        if reads_halves || matches!(epilogue, EpilogueKind::SwiGluF16 | EpilogueKind::Scaled) {
             let (found, expected) = (format!("{prologue:?} and {epilogue:?}"), "f32".to_owned());
             return Err(KernelError::Shape { kernel: Self::NAME, what: "activations", found, expected });
         }

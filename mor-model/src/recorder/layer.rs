@@ -13,11 +13,32 @@ use mor_kernels::tensor::Tensor;
 use super::Recorder;
 use super::linear::Input;
 use crate::device_weights::{LayerWeights, Precision, Projection};
+use crate::step_tensors::HalfTensors;
 use crate::{Gating, KvStrategy};
+
+/// What a layer reads.
+#[derive(Clone, Copy)]
+pub(super) struct LayerInput<'a> {
+    pub(super) stream: &'a Tensor,
+    /// Parts of the squares of the rows that store keys and values, where the layer before has begun this one's first norm: see
+    /// [`Epilogue::Scaled`].
+    pub(super) num_norm_parts: Option<u32>,
+}
+
+impl<'a> From<&'a Tensor> for LayerInput<'a> {
+    fn from(stream: &'a Tensor) -> Self {
+        Self { stream, num_norm_parts: None }
+    }
+}
 
 /// Where a layer's output goes.
 pub(super) enum LayerEnd<'a> {
     Stream(&'a Tensor),
+    /// The layer `next` reads the same rows of it.
+    Between {
+        out: &'a Tensor,
+        next: usize,
+    },
     Streams(&'a Tensor, &'a Tensor),
     /// The end of a block; expert choice has gates per set of rows.
     Block {
@@ -26,15 +47,16 @@ pub(super) enum LayerEnd<'a> {
 }
 
 impl<'a> Recorder<'a> {
-    /// Layer `layer` over `rows` of the stream `input`; those that store keys and values are `stores`.
+    /// Layer `layer` over `rows` of the stream `input`; those that store keys and values are `stores`. Returns what it leaves of the
+    /// next layer's norm, of [`LayerInput::num_norm_parts`].
     pub(super) fn record_layer(
         &self,
         plan: &mut PlanBuilder<'_>,
         layer: usize,
         [rows, stores]: [&RowSet; 2],
-        input: &Tensor,
+        LayerInput { stream: input, num_norm_parts }: LayerInput<'_>,
         end: LayerEnd<'_>,
-    ) -> Result<()> {
+    ) -> Result<Option<u32>> {
         let (config, step) = (self.config(), self.step);
         let weights: &'a LayerWeights = &self.model.weights().layers[layer];
         let place = self.model.kv_layout().layer(layer);
@@ -48,6 +70,7 @@ impl<'a> Recorder<'a> {
             additive: u32::from(config.gating == Gating::Additive),
             eps: config.rms_norm_eps as f32,
             scale: 1.0,
+            part_stride: self.step.halves.as_ref().map_or(0, |halves| halves.squares.shape()[1] as u32),
             ..Default::default()
         };
 
@@ -55,27 +78,40 @@ impl<'a> Recorder<'a> {
         let all_columns = q_dim + 2 * kv_dim;
         let stores_kv = place.write_group.is_some();
         let stores_apart = stores_kv && !std::ptr::eq(rows, stores);
-        let norm = |x| Input::Norm {
-            x,
-            weight: if std::ptr::eq(x, input) { &weights.input_layernorm } else { &weights.post_attention_layernorm },
+        let norm = |rows, x, weight, num_parts| match (self.halves(rows), num_parts) {
+            (Some(halves), Some(num_parts)) => Input::Scaled { x: &halves.normed, squares: &halves.squares, num_parts },
+            _ => Input::Norm { x, weight },
         };
+        let first_norm =
+            |rows| norm(rows, input, &weights.input_layernorm, num_norm_parts.filter(|_| std::ptr::eq(rows, stores)));
         let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache, delta: false };
         let behind_q = LinearParams { delta_start: step.q.shape()[0] as u32 * q_dim, ..base };
         if stores_apart {
             // Queries too, which those of `rows` replace, where a device cannot bind the rest of the weight.
             let first = if weights.qkv_proj.begins_at(plan.gpu(), q_dim) { q_dim } else { 0 };
             let kv_columns = (&weights.qkv_proj, first..all_columns);
-            self.record_projection(plan, stores, norm(input), kv_columns, qkv, behind_q)?;
+            self.record_projection(plan, stores, first_norm(stores), kv_columns, qkv, behind_q)?;
         }
         let qkv_columns = if stores_kv && !stores_apart { 0..all_columns } else { 0..q_dim };
-        self.record_projection(plan, rows, norm(input), (&weights.qkv_proj, qkv_columns), qkv, behind_q)?;
+        self.record_projection(plan, rows, first_norm(rows), (&weights.qkv_proj, qkv_columns), qkv, behind_q)?;
 
         let is_shared = self.model.layout().recursion(layer).is_some();
         let kv_table = if is_shared && config.kv == KvStrategy::Hybrid { KvTable::Slots } else { KvTable::Pages };
         let attended = self.record_attention(plan, rows, (k_cache, v_cache), kv_table)?;
 
         let all = |projection: &'a Projection| (projection, 0..projection.weight.num_rows as u32);
-        let o = Epilogue::Residual { residual: input, out: &step.middle, copy: None };
+        // The end of a product whose rows a norm with `next_weight` reads.
+        let between = |projection: &Projection, residual, out, next_weight: &'a Tensor| {
+            let num_parts = self.num_norm_parts(rows, projection);
+            let epilogue = match (self.halves(rows), num_parts) {
+                (Some(HalfTensors { normed: next_x, squares: next_squares, .. }), Some(_)) => {
+                    Epilogue::Scaled { residual, out, next_weight, next_x, next_squares }
+                }
+                _ => Epilogue::Residual { residual, out, copy: None },
+            };
+            (epilogue, num_parts)
+        };
+        let (o, num_parts) = between(&weights.o_proj, input, &step.middle, &weights.post_attention_layernorm);
         self.record_projection(plan, rows, attended, all(&weights.o_proj), o, base)?;
 
         let mlp_dim = self.model.mlp_dim() as u32;
@@ -83,11 +119,19 @@ impl<'a> Recorder<'a> {
         let swiglu = Epilogue::SwiGlu { out: mlp, delta: false };
         let behind_mlp =
             LinearParams { out_stride: mlp_dim, delta_start: step.mlp.shape()[0] as u32 * mlp_dim, ..base };
-        self.record_projection(plan, rows, norm(&step.middle), all(&weights.gate_up_proj), swiglu, behind_mlp)?;
+        let second_norm = norm(rows, &step.middle, &weights.post_attention_layernorm, num_parts);
+        self.record_projection(plan, rows, second_norm, all(&weights.gate_up_proj), swiglu, behind_mlp)?;
 
         let (residual, encoding) = (&step.middle, weights.encoding.as_ref());
+        let mut num_norm_parts = None;
         let down = match end {
-            LayerEnd::Stream(out) => match encoding {
+            LayerEnd::Between { out, next } if encoding.is_none() => {
+                let next_weight = &self.model.weights().layers[next].input_layernorm;
+                let (down, num_parts) = between(&weights.down_proj, residual, out, next_weight);
+                num_norm_parts = num_parts;
+                down
+            }
+            LayerEnd::Stream(out) | LayerEnd::Between { out, .. } => match encoding {
                 Some(encoding) => Epilogue::Encoded { residual, out, encoding },
                 None => Epilogue::Residual { residual, out, copy: None },
             },
@@ -104,7 +148,8 @@ impl<'a> Recorder<'a> {
                 }
             },
         };
-        self.record_projection(plan, rows, Input::Compact { x: mlp }, all(&weights.down_proj), down, base)
+        self.record_projection(plan, rows, Input::Compact { x: mlp }, all(&weights.down_proj), down, base)?;
+        Ok(num_norm_parts)
     }
 
     /// Records attention of the queries in `step.q`; returns what `o_proj` reads.

@@ -17,12 +17,17 @@ use crate::Lora;
 use crate::device_weights::{Adapter, Matrix, Projection};
 use crate::step_tensors::HalfTensors;
 
+/// Elements of a batch of rows up to which the products before and after a norm share it. Each is longer for it, and with more rows both
+/// lose more than a dispatch between them takes (`benches/runs/2026-11-29-nvidia-h200/shared-norms.txt`).
+const MOST_SHARED_NORM_ELEMS: usize = 900_000;
+
 /// What a linear kernel reads.
 #[derive(Clone, Copy)]
 pub(super) enum Input<'a> {
     Compact { x: &'a Tensor },
     Stream { x: &'a Tensor },
     Norm { x: &'a Tensor, weight: &'a Tensor },
+    Scaled { x: &'a Tensor, squares: &'a Tensor, num_parts: u32 },
     Merge { partial: &'a Tensor, stats: &'a Tensor, num_splits: u32, head_dim: u32 },
 }
 
@@ -74,7 +79,9 @@ impl<'a> Recorder<'a> {
                 let end = Epilogue::BlockEndToken { residual: spare, hidden, gates, running, encoding };
                 (into_spare(residual), params, end)
             }
-            Epilogue::Store { .. } | Epilogue::Gelu { .. } => unreachable!("no projection of a layer ends so"),
+            Epilogue::Store { .. } | Epilogue::Gelu { .. } | Epilogue::Scaled { .. } => {
+                unreachable!("no projection with an adapter ends so")
+            }
         };
         let ranks = Input::Compact { x: adapted };
         self.record_linear(plan, rows, ranks, (b, columns.clone()), delta, delta_params)?;
@@ -119,6 +126,21 @@ impl<'a> Recorder<'a> {
         let (caps, precision) = (self.model.gpu().caps(), self.model.precision());
         let is_few = self.is_sampled(rows) && self.phase.is_few(caps, precision, self.expected_rows(rows), false);
         self.step.halves.as_ref().filter(|_| self.phase.is_prefill() && !is_few)
+    }
+
+    /// Parts in which a product of `rows` with the whole of `projection` leaves sums of squares for the norm that comes next; `None`
+    /// where it does not begin that norm.
+    pub(super) fn num_norm_parts(&self, rows: &RowSet, projection: &Projection) -> Option<u32> {
+        let weight = &projection.weight;
+        let is_small = self.expected_rows(rows) * weight.num_rows <= MOST_SHARED_NORM_ELEMS;
+        if self.halves(rows).is_none() || weight.shards.len() > 1 || !is_small {
+            return None;
+        }
+        let num_outputs = weight.num_rows as u32;
+        match self.product(rows, num_outputs, weight, Input::Compact { x: &self.step.mlp }) {
+            Product::ManyRows { tile, .. } => tile.num_norm_parts(num_outputs),
+            Product::FewRows { .. } => None,
+        }
     }
 
     /// Normalises `input` into the dense batch `y`, if a norm is to come first.
@@ -171,6 +193,7 @@ impl<'a> Recorder<'a> {
                 Input::Compact { x } => Prologue::Compact { x },
                 Input::Stream { x } => Prologue::Stream { x },
                 Input::Norm { x, weight } => Prologue::Norm { x, weight },
+                Input::Scaled { x, squares, num_parts } => Prologue::Scaled { x, squares, num_parts },
                 Input::Merge { partial, stats, num_splits, head_dim } => {
                     Prologue::Merge { partial, stats, num_splits, head_dim }
                 }

@@ -19,7 +19,7 @@ use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::RowSet;
 use mor_kernels::tensor::Tensor;
 
-use self::layer::LayerEnd;
+use self::layer::{LayerEnd, LayerInput};
 pub use self::phase::{MAX_FEW_ROWS, Phase};
 use crate::model::MorModel;
 use crate::step_tensors::{DepthwiseTensors, KvTensors, SampleTensors, StepTensors};
@@ -79,16 +79,16 @@ impl MorModel {
             return recorder.record_token(plan, sampled, partials);
         }
         plan.part(PRELUDE);
-        let stream = recorder.record_layers(plan, after_recursion)?;
+        let input = recorder.record_layers(plan, after_recursion)?;
         plan.part(CODA);
         if logit_rows == LogitRows::All {
-            let stream = recorder.record_last_layer(plan, &step.all, stream)?;
+            let stream = recorder.record_last_layer(plan, &step.all, input)?;
             return recorder.record_head(plan, stream, &step.all);
         }
         let group = (draws_for_few && recorder.has_unshared_last()).then_some(UNSHARED_GROUP);
         recorder.record_set(plan, Selection::Sample, 0, &step.sampled, group)?;
         let rows = if draws_for_few { &step.sampled } else { &step.all };
-        let stream = recorder.record_last_layer(plan, rows, stream)?;
+        let stream = recorder.record_last_layer(plan, rows, input)?;
         recorder.record_head(plan, stream, &step.sampled)?;
         recorder.record_draw(plan, &step.sampled)
     }
@@ -132,12 +132,12 @@ impl<'a> Recorder<'a> {
         self.model.config()
     }
 
-    /// Embedding to the last layer but an unshared one; returns the stream that holds the result.
+    /// Embedding to the last layer but an unshared one; returns what that reads.
     fn record_layers(
         &self,
         plan: &mut PlanBuilder<'_>,
         after_recursion: &mut dyn FnMut(&mut PlanBuilder<'_>, usize),
-    ) -> Result<&'a Tensor> {
+    ) -> Result<LayerInput<'a>> {
         let (config, step) = (self.config(), self.step);
         let middle = config.sharing.is_middle();
         let layers = 0..config.num_hidden_layers - usize::from(self.has_unshared_last());
@@ -145,33 +145,41 @@ impl<'a> Recorder<'a> {
             Mode::Vanilla => {
                 // A vanilla token takes its layers once: depth 1.
                 self.record_set(plan, Selection::Fixed, 0, &step.all, Some(UNSHARED_GROUP))?;
-                self.record_embedding(plan, &step.layer_out)?;
+                let out = &step.layer_out;
+                self.record_embedding(plan, out)?;
+                let mut input = LayerInput::from(out);
                 for l in layers {
                     plan.part(if l == 0 { PRELUDE } else { BLOCK });
-                    self.record_layer(plan, l, [&step.all; 2], &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
+                    let end = LayerEnd::Between { out, next: l + 1 };
+                    input.num_norm_parts = self.record_layer(plan, l, [&step.all; 2], input, end)?;
                 }
-                Ok(&step.layer_out)
+                Ok(input)
             }
             Mode::Recursive => {
                 self.record_set(plan, Selection::Begin, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
                 for (r, set) in step.recursions.iter().enumerate() {
                     self.record_set(plan, Selection::Fixed, r, set, Some(recursion_group(r as u32)))?;
                 }
-                self.record_embedding(plan, &step.layer_out)?;
+                let out = &step.layer_out;
+                self.record_embedding(plan, out)?;
+                let mut input = LayerInput::from(out);
                 for l in layers {
                     let recursion = self.model.layout().recursion(l);
                     plan.part(if recursion.is_some() { BLOCK } else { PRELUDE });
                     let set = recursion.map_or(&step.all, |r| &step.recursions[r as usize]);
                     let rows = self.record_ends(plan, l, set)?;
-                    self.record_layer(plan, l, [rows, set], &step.layer_out, LayerEnd::Stream(&step.layer_out))?;
+                    let goes_on = l + 1 < config.num_hidden_layers && self.model.layout().recursion(l + 1) == recursion;
+                    let end = if goes_on { LayerEnd::Between { out, next: l + 1 } } else { LayerEnd::Stream(out) };
+                    input.num_norm_parts = self.record_layer(plan, l, [rows, set], input, end)?;
                 }
-                Ok(&step.layer_out)
+                Ok(input)
             }
             Mode::Expert | Mode::Token => {
                 self.record_set(plan, Selection::Begin, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
                 if config.sharing == SharingStrategy::MiddleCycle {
                     self.record_embedding(plan, &step.layer_out)?;
-                    self.record_layer(plan, 0, [&step.all; 2], &step.layer_out, LayerEnd::Stream(&step.hidden))?;
+                    let (input, end) = (LayerInput::from(&step.layer_out), LayerEnd::Stream(&step.hidden));
+                    self.record_layer(plan, 0, [&step.all; 2], input, end)?;
                 } else {
                     self.record_embedding(plan, &step.hidden)?;
                 }
@@ -183,7 +191,7 @@ impl<'a> Recorder<'a> {
                     }
                     after_recursion(plan, r);
                 }
-                Ok(&step.hidden)
+                Ok(LayerInput::from(&step.hidden))
             }
         }
     }
@@ -193,11 +201,16 @@ impl<'a> Recorder<'a> {
         self.model.layout().recursion(self.config().num_hidden_layers - 1).is_none()
     }
 
-    /// The last layer over `rows` of the stream `input`, and its keys and values of all, unless it is in a recursion; returns the
-    /// stream that holds the result.
-    fn record_last_layer(&self, plan: &mut PlanBuilder<'_>, rows: &RowSet, input: &'a Tensor) -> Result<&'a Tensor> {
+    /// The last layer over `rows` of `input`, and its keys and values of all, unless it is in a recursion; returns the stream that
+    /// holds the result.
+    fn record_last_layer(
+        &self,
+        plan: &mut PlanBuilder<'_>,
+        rows: &RowSet,
+        input: LayerInput<'a>,
+    ) -> Result<&'a Tensor> {
         if !self.has_unshared_last() {
-            return Ok(input);
+            return Ok(input.stream);
         }
         let (last, out) = (self.config().num_hidden_layers - 1, &self.step.layer_out);
         self.record_layer(plan, last, [rows, &self.step.all], input, LayerEnd::Stream(out))?;
@@ -255,21 +268,22 @@ impl<'a> Recorder<'a> {
     }
 
     /// The layers of recursion `r` over the rows of `set`; in depth-wise batching, where `r` is 0, of any recursion.
-    fn record_block(&self, plan: &mut PlanBuilder<'_>, r: usize, set: &RowSet, mut input: &'a Tensor) -> Result<()> {
+    fn record_block(&self, plan: &mut PlanBuilder<'_>, r: usize, set: &RowSet, input: &'a Tensor) -> Result<()> {
         let step = self.step;
+        let (mut input, out) = (LayerInput::from(input), &step.layer_out);
         let layers = self.model.layout().block_layers(r as u32);
         // In depth-wise batching some rows store, and the others read the first recursion's cache.
         let some_store = step.depthwise.is_some() && self.config().kv == KvStrategy::Sharing;
         let stores = if some_store { &self.depthwise().at } else { set };
         for (j, l) in layers.iter().enumerate() {
             let end = match self.config().mode {
-                _ if j + 1 < layers.len() => LayerEnd::Stream(&step.layer_out),
+                _ if j + 1 < layers.len() => LayerEnd::Between { out, next: layers[j + 1] },
                 Mode::Expert | Mode::Token => LayerEnd::Block { gates: r },
                 Mode::Vanilla | Mode::Recursive => LayerEnd::Stream(&step.hidden),
             };
             let rows = self.record_ends(plan, *l, set)?;
-            self.record_layer(plan, *l, [rows, stores], input, end)?;
-            input = &step.layer_out;
+            let num_norm_parts = self.record_layer(plan, *l, [rows, stores], input, end)?;
+            input = LayerInput { stream: out, num_norm_parts };
         }
         Ok(())
     }
@@ -293,7 +307,8 @@ impl<'a> Recorder<'a> {
         let mut stream = &step.hidden;
         if middle {
             let last = config.num_hidden_layers - 1;
-            self.record_layer(plan, last, [&step.sampled; 2], stream, LayerEnd::Stream(&step.layer_out))?;
+            let end = LayerEnd::Stream(&step.layer_out);
+            self.record_layer(plan, last, [&step.sampled; 2], stream.into(), end)?;
             stream = &step.layer_out;
         }
         self.record_head(plan, stream, &step.sampled)?;
@@ -305,7 +320,7 @@ impl<'a> Recorder<'a> {
             self.record_embedding(plan, &step.layer_out)?;
             let end =
                 if token { LayerEnd::Streams(&step.hidden, &step.running) } else { LayerEnd::Stream(&step.hidden) };
-            self.record_layer(plan, 0, [all; 2], &step.layer_out, end)?;
+            self.record_layer(plan, 0, [all; 2], (&step.layer_out).into(), end)?;
         } else {
             self.record_embedding(plan, &step.hidden)?;
             if token {

@@ -250,6 +250,95 @@ fn halves_are_rounded_floats() {
     });
 }
 
+/// A norm that one product begins and the next one ends: rows times its weight to the bit, all parts of their squares, and what
+/// another tile makes of both.
+#[test]
+fn norms_between_products_match_oracle() {
+    parity::on_every_profile(|gpu, profile| {
+        let mut rng = Rng::new("linear norms");
+        let (in_features, width) = (72, 136);
+        let half_tiles: Vec<_> = tiles(gpu).into_iter().filter(|tile| tile.multiplies_halves()).collect();
+        let case = |rng: &mut Rng, num_active: usize, [first, second]: [LinearTile; 2]| {
+            let num_rows = num_active + 3;
+            let active = parity::some_rows(rng, num_rows, num_active);
+            let rows = parity::row_set(gpu, &active);
+            let halves_of = |values: &[f32]| values.iter().map(|v| half::f16::from_f32(*v)).collect::<Vec<_>>();
+            let f16s = |label, shape: [usize; 2]| Tensor::zeros(gpu, label, DType::F16, &shape).expect("it fits");
+
+            let x = halves_of(&rng.normals(num_active.max(1) * in_features));
+            let x = Tensor::from_slice(gpu, "x", DType::F16, &[num_active.max(1), in_features], &x).expect("it fits");
+            let (weight, w) = parity::upload_weight(gpu, rng, width, in_features, DType::F16);
+            let residual = rng.normals(num_rows * width);
+            let next_weight = rng.normals(width);
+            let num_parts = first.num_norm_parts(width as u32).expect("it multiplies halves");
+            let part_stride = num_active + ROW_PADDING as usize;
+            let next_squares = Output::new(gpu, part_stride * num_parts as usize);
+            let (out, next_x) = (Output::new(gpu, num_rows * width), f16s("next_x", [num_active.max(1), width]));
+            let epilogue = Epilogue::Scaled {
+                residual: &parity::upload(gpu, &residual),
+                out: &out.tensor,
+                next_weight: &parity::upload(gpu, &next_weight),
+                next_x: &next_x,
+                next_squares: &next_squares.tensor,
+            };
+            let run = |tile, prologue: Prologue<'_>, epilogue: Epilogue<'_>, weight, in_features: usize| {
+                let kernel = Linear {
+                    in_features: in_features as u32,
+                    weight_dtype: DType::F16,
+                    prologue: prologue.kind(),
+                    epilogue: epilogue.kind(),
+                    tile,
+                };
+                let params = LinearParams {
+                    num_outputs: width as u32,
+                    out_stride: width as u32,
+                    in_features: in_features as u32,
+                    eps: 1e-5,
+                    scale: 1.0,
+                    part_stride: part_stride as u32,
+                    ..Default::default()
+                };
+                let bindings = LinearBindings { rows: &rows, weight, prologue, epilogue };
+                dispatch(gpu, kernel, &bindings, &params, num_active);
+            };
+            run(first, Prologue::Compact { x: &x }, epilogue, &weight, in_features);
+
+            let what = format!("linear {profile} {first:?} n={num_active}");
+            let x: Vec<half::f16> = gpu.read(&x).expect("the device answers");
+            let x: Vec<f32> = x.into_iter().map(f32::from).collect();
+            let y = linear(&x[..num_active * in_features], &halves(&w), in_features);
+            let got = out.read(gpu);
+            let got = gather(&active, &got, width);
+            let want = gather(&active, &residual, width);
+            let want: Vec<f32> = want.iter().zip(&y).map(|(residual, y)| residual + y).collect();
+            parity::assert_close(&format!("{what} out"), &got, &want, Tolerance::F32);
+            let (scaled, factors) = norm_factors(&got, &next_weight, 1e-5);
+            let seen: Vec<half::f16> = gpu.read(&next_x).expect("the device answers");
+            assert_eq!(seen[..num_active * width], halves_of(&scaled), "{what} next_x");
+            let squares = next_squares.read(gpu);
+            let sums = |i| squares.chunks(part_stride).map(|part| part[i]).sum();
+            let sums: Vec<f32> = (0..num_active).map(sums).collect();
+            let want: Vec<f32> = got.chunks(width).map(|row| row.iter().map(|v| v * v).sum()).collect();
+            parity::assert_close(&format!("{what} next_squares"), &sums, &want, Tolerance::F32);
+
+            let (weight, w) = parity::upload_weight(gpu, rng, width, width, DType::F16);
+            let out = Output::new(gpu, num_active * width);
+            let prologue = Prologue::Scaled { x: &next_x, squares: &next_squares.tensor, num_parts };
+            run(second, prologue, Epilogue::Store { out: &out.tensor }, &weight, width);
+            let y = linear(&halves(&scaled), &halves(&w), width);
+            let want: Vec<f32> =
+                y.chunks(width).zip(&factors).flat_map(|(y, f)| y.iter().map(move |v| v * f)).collect();
+            parity::assert_close(&format!("{what} then {second:?}"), &out.read(gpu), &want, Tolerance::F32);
+        };
+        for (t, first) in half_tiles.iter().enumerate() {
+            let second = half_tiles[(t + half_tiles.len() / 2) % half_tiles.len()];
+            for (num_active, unit) in [(0, 4), (7, 2), (65, 4), (150, 4)] {
+                case(&mut rng, num_active, [*first, second].map(|tile| for_columns(tile, unit)));
+            }
+        }
+    });
+}
+
 /// What batch invariance rests on: a row's results have the same bits wherever it stands and whatever is beside it.
 #[test]
 fn rows_do_not_depend_on_their_place() {
