@@ -5,8 +5,9 @@
 //           active_out [T + ROW_PADDING + 1]; dispatch [4 + 3 * MAX_GRIDS]; slots [sequences, groups, max_positions]
 // Bindings  0 params uniform; 1 grids uniform; 2 rows read; 3 depth write; 4 active_out write; 5 dispatch write;
 //           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS]
-// Grid      (1, 1, 1): one workgroup, which goes through WORKGROUP_SIZE rows at a time, a thread a row
-// Spec      WORKGROUP_SIZE power of two: 4 * WORKGROUP_SIZE bytes of workgroup memory, KV: 4 more; BEGIN, EXPERT, TOKEN,
+// Grid      (1, 1, 1): one workgroup, which goes through WORKGROUP_SIZE * EACH rows at a time, EACH neighbours a thread
+// Spec      WORKGROUP_SIZE power of two, EACH at most 32: 4 * WORKGROUP_SIZE bytes of workgroup memory, KV: twice as many and 4
+//           more; BEGIN, EXPERT, TOKEN,
 //           FIXED, SAMPLE or ENDS: which rows; KV: they store or read K/V; KV_SLOTS: the table lists keys, not pages (hybrid caches)
 // Limits    rows of a sequence are contiguous and ascend in position; params.num_rows <= T; ENDS: a row to be sampled is the
 //           last of its sequence
@@ -84,120 +85,147 @@ fn physical(sequence: u32, group: u32, slot: u32) -> u32 {
 
 // Listed rows before the sequence that the last row so far belongs to.
 var<workgroup> before_last: u32;
+// Which of its rows a thread lists, a bit each.
+var<workgroup> listed: array<u32, WORKGROUP_SIZE>;
+
+// Listed rows before the one at place `i` of those of this turn.
+fn listed_before(i: u32) -> u32 {
+    return counts[i / EACH] - countOneBits(listed[i / EACH] >> (i % EACH));
+}
 #endif
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(local_invocation_index) thread: u32) {
     // Listed rows of the rows so far.
     var total = 0u;
-    for (var first = 0u; first < params.num_rows; first += WORKGROUP_SIZE) {
-        let r = first + thread;
-        var row = Row();
-        var kept = 0u;
+    for (var first = 0u; first < params.num_rows; first += WORKGROUP_SIZE * EACH) {
+        let first_own = first + thread * EACH;
+        var own: array<Row, EACH>;
+        var kept: array<u32, EACH>;
 #if KV
-        // Of its sequence: entries stored before this step, and whether this is the last row.
-        var stored = 0u;
-        var is_last = false;
+        // Of their sequences: entries stored before this step, and whether these are the last rows.
+        var stored: array<u32, EACH>;
+        var is_last: array<bool, EACH>;
 #endif
-        if r < params.num_rows {
-            row = rows[r];
+        var bits = 0u;
+        for (var e = 0u; e < EACH; e++) {
+            let r = first_own + e;
+            if r < params.num_rows {
+                let row = rows[r];
+                own[e] = row;
 #if KV
-            if params.write_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
-                stored = kv_lengths[row.sequence * params.num_groups + params.write_group];
-                is_last = r + 1u == params.num_rows || rows[min(r + 1u, params.num_rows - 1u)].sequence != row.sequence;
+                if params.write_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
+                    stored[e] = kv_lengths[row.sequence * params.num_groups + params.write_group];
+                    is_last[e] = r + 1u == params.num_rows || rows[min(r + 1u, params.num_rows - 1u)].sequence != row.sequence;
+                }
+#endif
+                kept[e] = keep(r, row);
             }
-#endif
-            kept = keep(r, row);
+            bits |= (kept[e] & 1u) << e;
         }
-        scan(kept & 1u, thread);
-        let end = total + counts[thread];
-        let place = end - (kept & 1u);
 #if KV
-        let begin = r - row.flags / ROW_INDEX_UNIT;
-        // Listed rows before its sequence, which may have begun among earlier rows.
-        var before = total;
-        if begin < first {
-            before = before_last;
-        } else if begin > first {
-            before += counts[begin - first - 1u];
-        }
+        listed[thread] = bits;
+#endif
+        scan(countOneBits(bits), thread);
+        // Listed rows before the thread's.
+        let before_own = total + counts[thread] - countOneBits(bits);
+#if KV
+        // Listed rows before their sequences.
+        var before: array<u32, EACH>;
+#endif
+        for (var e = 0u; e < EACH; e++) {
+            let r = first_own + e;
+            let row = own[e];
+            let place = before_own + countOneBits(bits & ((1u << e) - 1u));
+#if KV
+            let begin = r - row.flags / ROW_INDEX_UNIT;
+            // Its sequence may have begun among earlier rows.
+            if begin < first {
+                before[e] = before_last;
+            } else {
+                before[e] = total + listed_before(begin - first);
+            }
 #if KV_SLOTS
-        // Unless a later recursion overrides it, it sees the first one's entry at this position.
-        if params.first_hybrid_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
-            for (var g = params.first_hybrid_group; g < params.num_groups; g++) {
-                slots[(row.sequence * params.num_groups + g) * params.max_positions + row.position] =
-                    physical(row.sequence, params.write_group, row.position);
+            // Unless a later recursion overrides it, it sees the first one's entry at this position.
+            if params.first_hybrid_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
+                for (var g = params.first_hybrid_group; g < params.num_groups; g++) {
+                    slots[(row.sequence * params.num_groups + g) * params.max_positions + row.position] =
+                        physical(row.sequence, params.write_group, row.position);
+                }
             }
-        }
 #endif
 #endif
-        if (kept & 1u) != 0u {
-            var entry = ActiveRow(r, row.sequence, row.position, NONE, 0u, 0u, NONE, END_NOTHING);
+            if (kept[e] & 1u) != 0u {
+                var entry = ActiveRow(r, row.sequence, row.position, NONE, 0u, 0u, NONE, END_NOTHING);
 #if EXPERT
-            entry.recursion = params.recursion;
-            entry.end = select(END_NOTHING, END_GATED, (kept & 2u) != 0u);
+                entry.recursion = params.recursion;
+                entry.end = select(END_NOTHING, END_GATED, (kept[e] & 2u) != 0u);
 #elif TOKEN
-            entry.recursion = params.recursion;
-            entry.end = select(END_PASS, END_GATED, depth[r] == params.recursion + 1u);
+                entry.recursion = params.recursion;
+                entry.end = select(END_PASS, END_GATED, depth[r] == params.recursion + 1u);
 #elif FIXED
-            entry.recursion = params.recursion;
+                entry.recursion = params.recursion;
 #elif ENDS
-            entry.recursion = params.recursion;
-            entry.end = END_GATED;
+                entry.recursion = params.recursion;
+                entry.end = END_GATED;
 #elif SAMPLE
-            entry.recursion = depth[r];
+                entry.recursion = depth[r];
 #endif
 #if KV
-            entry.kv_table = (row.sequence * params.num_groups + params.read_group) * params.max_pages;
-            entry.kv_len = row.position + 1u;
+                entry.kv_table = (row.sequence * params.num_groups + params.read_group) * params.max_pages;
+                entry.kv_len = row.position + 1u;
 #if ENDS
 #if KV_SLOTS
-            entry.kv_table = (row.sequence * params.num_groups + params.read_group) * params.max_positions;
+                entry.kv_table = (row.sequence * params.num_groups + params.read_group) * params.max_positions;
 #else
-            // It attends to all that its sequence has stored by now.
-            entry.kv_len = kv_lengths[row.sequence * params.num_groups + params.read_group];
+                // It attends to all that its sequence has stored by now.
+                entry.kv_len = kv_lengths[row.sequence * params.num_groups + params.read_group];
 #endif
 #endif
-            if params.write_group != NONE {
-                let slot = stored + place - before;
-                entry.kv_slot = physical(row.sequence, params.write_group, slot);
-                if params.write_group == params.read_group {
-                    entry.kv_len = slot + 1u;
-                }
+                if params.write_group != NONE {
+                    let slot = stored[e] + place - before[e];
+                    entry.kv_slot = physical(row.sequence, params.write_group, slot);
+                    if params.write_group == params.read_group {
+                        entry.kv_len = slot + 1u;
+                    }
 #if KV_SLOTS
-                entry.kv_table = (row.sequence * params.num_groups + params.write_group) * params.max_positions;
-                slots[entry.kv_table + row.position] = entry.kv_slot;
-                entry.kv_len = row.position + 1u;
+                    entry.kv_table = (row.sequence * params.num_groups + params.write_group) * params.max_positions;
+                    slots[entry.kv_table + row.position] = entry.kv_slot;
+                    entry.kv_len = row.position + 1u;
 #endif
+                }
+#endif
+                active_out[place] = entry;
+            }
+#if BEGIN
+            if r < params.num_rows {
+                depth[r] = 0u;
+            }
+#elif SAMPLE
+            // Reads depths only.
+#elif ENDS
+            // So does this.
+#elif TOKEN
+            // The router has written the depth.
+#else
+            if (kept[e] & 2u) != 0u {
+                depth[r] = params.recursion + 1u;
             }
 #endif
-            active_out[place] = entry;
         }
-#if BEGIN
-        if r < params.num_rows {
-            depth[r] = 0u;
-        }
-#elif SAMPLE
-        // Reads depths only.
-#elif ENDS
-        // So does this.
-#elif TOKEN
-        // The router has written the depth.
-#else
-        if (kept & 2u) != 0u {
-            depth[r] = params.recursion + 1u;
-        }
-#endif
         total += counts[WORKGROUP_SIZE - 1u];
         // All have read counts and lengths: now they may change.
         storageBarrier();
         workgroupBarrier();
 #if KV
-        if is_last {
-            kv_lengths[row.sequence * params.num_groups + params.write_group] = stored + end - before;
+        for (var e = 0u; e < EACH; e++) {
+            if is_last[e] {
+                let end = before_own + countOneBits(bits & ((2u << e) - 1u));
+                kv_lengths[own[e].sequence * params.num_groups + params.write_group] = stored[e] + end - before[e];
+            }
         }
         if thread == WORKGROUP_SIZE - 1u {
-            before_last = before;
+            before_last = before[EACH - 1u];
         }
 #endif
     }

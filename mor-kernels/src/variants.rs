@@ -311,7 +311,8 @@ fn add_tokens_compact(list: &mut List) {
     for mode in ["BEGIN", "EXPERT", "TOKEN", "FIXED", "SAMPLE", "ENDS"] {
         for (kv, kv_slots) in [(false, false), (true, false), (true, true)] {
             for workgroup_size in [32, 64, 128, 256, 512, 1024].into_iter().filter(|size| *size <= most) {
-                list.add(&TokensCompact { mode, kv, kv_slots, workgroup_size });
+                let rows_each = if workgroup_size == most { 4 } else { 1 };
+                list.add(&TokensCompact { mode, kv, kv_slots, workgroup_size, rows_each });
             }
         }
     }
