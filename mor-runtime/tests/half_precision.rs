@@ -9,10 +9,12 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{TinyModel, llama_config};
+use mor_kernels::ops::GpuSampling;
 use mor_kernels::parity::{self, Rng};
 use mor_model::golden::GoldenCase;
 use mor_model::oracle::Oracle;
 use mor_model::{Dtype, Mode, Precision, Routing};
+use mor_runtime::runner::{Feed, Runner, RunnerOptions, Work};
 use mor_runtime::{Event, GenerateRequest, GpuOptions, ModelSource, SamplingParams, Session, SessionOptions, Summary};
 use serde_json::{Value, json};
 
@@ -124,6 +126,51 @@ fn narrowed_weights_stay_close() {
     }
     println!("{clear} of {compared} tokens before an unclear decision, largest relative difference {largest:.2e}");
     assert!(2 * clear > compared, "only {clear} of {compared} tokens could be compared");
+}
+
+/// Where matrices multiply halves, the rows that end prompts have other kernels with one, a few, and many sequences at a time, and
+/// with split keys.
+#[test]
+fn prompts_end_alike_whatever_there_is_room_for() {
+    for mor in [json!({ "mode": "vanilla" }), json!({ "mode": "recursive", "sharing": "cycle", "num_recursion": 2 })] {
+        let mut config = llama_config(8, 4, 2);
+        config["mor"] = mor;
+        let mut rng = Rng::new(&format!("{config} ends"));
+        let checkpoint = TinyModel::random(config.clone(), &mut rng).checkpoint(Dtype::F16).expect("complete");
+        let vocab_size = checkpoint.config().vocab_size;
+        let lengths = [70, 1, 33];
+        let prompts = lengths.map(|length| (0..length).map(|_| rng.below(vocab_size) as u32).collect::<Vec<_>>());
+        let mut session = Session::on_gpu(parity::gpu().clone(), &checkpoint, Precision::F16).expect("fits");
+        let forward = session.forward(&prompts, Routing::Causal).expect("runs");
+        for (num_slots, num_splits) in [1, 3, 8, 20].into_iter().flat_map(|slots| [(slots, 1), (slots, 2)]) {
+            let options = RunnerOptions {
+                num_slots,
+                max_positions: 70,
+                prefill_rows: 128,
+                batching: None,
+                pages_in_class: None,
+                batch_invariant: false,
+                persistent: false,
+            };
+            let mut runner = Runner::new(session.model(), &options).expect("fits");
+            runner.set_key_splits(Some(num_splits));
+            let sampling = GpuSampling { limit: 70, ..GpuSampling::default() };
+            let prompts = &prompts[..num_slots.min(prompts.len())];
+            (0..prompts.len()).for_each(|slot| runner.start(session.model(), slot, &sampling, [], None));
+            let feed = |(sequence, tokens)| Feed { sequence, position: 0, tokens, sample: true };
+            let feeds: Vec<_> = prompts.iter().map(Vec::as_slice).enumerate().map(feed).collect();
+            let work = Work { feeds: &feeds, ..Work::default() };
+            runner.submit(session.model(), &work).expect("runs").wait().expect("reads");
+            let logits = runner.logits(session.model(), false).expect("reads");
+            assert_eq!(logits.len(), prompts.len(), "{config}, {num_slots} slots");
+            for (slot, found) in logits {
+                let expected = &forward.sequences[slot].logits[(lengths[slot] - 1) * vocab_size..];
+                let difference = relative(&found, expected, vocab_size);
+                let what = format!("{config}, {num_slots} slots, {num_splits} splits, prompt {slot}");
+                assert!(difference < KV_BOUND, "{what}: {difference}");
+            }
+        }
+    }
 }
 
 const MODELS: [&str; 2] = ["tinystories-mor-expert-5m", "tinystories-mor-token-5m"];

@@ -101,8 +101,8 @@ impl<'a> Recorder<'a> {
 
         let all = |projection: &'a Projection| (projection, 0..projection.weight.num_rows as u32);
         // The end of a product whose rows a norm with `next_weight` reads.
-        let between = |projection: &Projection, residual, out, next_weight: &'a Tensor| {
-            let num_parts = self.num_norm_parts(rows, projection);
+        let between = |product: (&Projection, Input<'_>), residual, out, next_weight: &'a Tensor| {
+            let num_parts = self.num_norm_parts(rows, weights, product);
             let epilogue = match (self.halves(rows), num_parts) {
                 (Some(HalfTensors { normed: next_x, squares: next_squares, .. }), Some(_)) => {
                     Epilogue::Scaled { residual, out, next_weight, next_x, next_squares }
@@ -111,7 +111,8 @@ impl<'a> Recorder<'a> {
             };
             (epilogue, num_parts)
         };
-        let (o, num_parts) = between(&weights.o_proj, input, &step.middle, &weights.post_attention_layernorm);
+        let (o, num_parts) =
+            between((&weights.o_proj, attended), input, &step.middle, &weights.post_attention_layernorm);
         self.record_projection(plan, rows, attended, all(&weights.o_proj), o, base)?;
 
         let mlp_dim = self.model.mlp_dim() as u32;
@@ -123,11 +124,12 @@ impl<'a> Recorder<'a> {
         self.record_projection(plan, rows, second_norm, all(&weights.gate_up_proj), swiglu, behind_mlp)?;
 
         let (residual, encoding) = (&step.middle, weights.encoding.as_ref());
+        let activated = Input::Compact { x: mlp };
         let mut num_norm_parts = None;
         let down = match end {
             LayerEnd::Between { out, next } if encoding.is_none() => {
                 let next_weight = &self.model.weights().layers[next].input_layernorm;
-                let (down, num_parts) = between(&weights.down_proj, residual, out, next_weight);
+                let (down, num_parts) = between((&weights.down_proj, activated), residual, out, next_weight);
                 num_norm_parts = num_parts;
                 down
             }
@@ -148,7 +150,7 @@ impl<'a> Recorder<'a> {
                 }
             },
         };
-        self.record_projection(plan, rows, Input::Compact { x: mlp }, all(&weights.down_proj), down, base)?;
+        self.record_projection(plan, rows, activated, all(&weights.down_proj), down, base)?;
         Ok(num_norm_parts)
     }
 

@@ -14,12 +14,14 @@ use mor_kernels::tensor::{DType, Tensor};
 use super::Recorder;
 use super::phase::{MAX_FEW_ROWS, Phase, Product};
 use crate::Lora;
-use crate::device_weights::{Adapter, Matrix, Projection};
+use crate::device_weights::{Adapter, LayerWeights, Matrix, Projection};
 use crate::step_tensors::HalfTensors;
 
-/// Elements of a batch of rows up to which the products before and after a norm share it. Each is longer for it, and with more rows both
-/// lose more than a dispatch between them takes (`benches/runs/2026-11-29-nvidia-h200/shared-norms.txt`).
-const MOST_SHARED_NORM_ELEMS: usize = 900_000;
+/// Results of a layer's largest product, of gate and up, up to which the products before and after a norm share it. Each is longer for
+/// it, and with more tiles both lose more than a dispatch between them takes: 5 to 9 % of a prompt's time are won by 63 to 767 tokens of
+/// 360M, 5 % by 1,535 of 135M, 1 % by 1,023 of 360M and 255 of 1.7B; 383 of 1.7B and 1,535 of 360M lose 1 to 2 %
+/// (`benches/runs/2026-11-29-nvidia-h200/shared-norms.txt`).
+const MOST_SHARED_NORM_RESULTS: usize = 5_300_000;
 
 /// What a linear kernel reads.
 #[derive(Clone, Copy)]
@@ -128,16 +130,21 @@ impl<'a> Recorder<'a> {
         self.step.halves.as_ref().filter(|_| self.phase.is_prefill() && !is_few)
     }
 
-    /// Parts in which a product of `rows` with the whole of `projection` leaves sums of squares for the norm that comes next; `None`
-    /// where it does not begin that norm.
-    pub(super) fn num_norm_parts(&self, rows: &RowSet, projection: &Projection) -> Option<u32> {
+    /// Parts in which the product of `input`'s `rows` with a `layer`'s `projection` leaves sums of squares for the norm that comes next;
+    /// `None` where it does not begin that norm.
+    pub(super) fn num_norm_parts(
+        &self,
+        rows: &RowSet,
+        layer: &LayerWeights,
+        (projection, input): (&Projection, Input<'_>),
+    ) -> Option<u32> {
         let weight = &projection.weight;
-        let is_small = self.expected_rows(rows) * weight.num_rows <= MOST_SHARED_NORM_ELEMS;
-        if self.halves(rows).is_none() || weight.shards.len() > 1 || !is_small {
+        let num_results = self.expected_rows(rows) * layer.gate_up_proj.weight.num_rows;
+        if self.halves(rows).is_none() || weight.shards.len() > 1 || num_results > MOST_SHARED_NORM_RESULTS {
             return None;
         }
         let num_outputs = weight.num_rows as u32;
-        match self.product(rows, num_outputs, weight, Input::Compact { x: &self.step.mlp }) {
+        match self.product(rows, num_outputs, weight, input) {
             Product::ManyRows { tile, .. } => tile.num_norm_parts(num_outputs),
             Product::FewRows { .. } => None,
         }
