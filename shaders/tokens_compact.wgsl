@@ -41,9 +41,10 @@ struct Grids {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<uniform> grids: Grids;
-@group(0) @binding(2) var<storage, read> rows: array<Row>;
+// Of Row; of ActiveRow, two each. Word by word, every one of 32 lanes would reach for a line of its own.
+@group(0) @binding(2) var<storage, read> rows: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read_write> depth: array<u32>;
-@group(0) @binding(4) var<storage, read_write> active_out: array<ActiveRow>;
+@group(0) @binding(4) var<storage, read_write> active_out: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read_write> dispatch: array<u32>;
 #if KV
 @group(0) @binding(6) var<storage, read_write> kv_lengths: array<u32>;
@@ -55,6 +56,16 @@ struct Grids {
 #if KV_SLOTS
 @group(0) @binding(9) var<storage, read_write> slots: array<u32>;
 #endif
+
+fn row_at(r: u32) -> Row {
+    let row = rows[r];
+    return Row(row.x, row.y, row.z, row.w);
+}
+
+fn list(place: u32, entry: ActiveRow) {
+    active_out[2u * place] = vec4<u32>(entry.row, entry.sequence, entry.position, entry.kv_slot);
+    active_out[2u * place + 1u] = vec4<u32>(entry.kv_len, entry.kv_table, entry.recursion, entry.end);
+}
 
 // Bit 0: listed. Bit 1: selected, that is counted into the token's depth.
 fn keep(r: u32, row: Row) -> u32 {
@@ -111,12 +122,12 @@ fn main(@builtin(local_invocation_index) thread: u32) {
         for (var e = 0u; e < EACH; e++) {
             let r = first_own + e;
             if r < params.num_rows {
-                let row = rows[r];
+                let row = row_at(r);
                 own[e] = row;
 #if KV
                 if params.write_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
                     stored[e] = kv_lengths[row.sequence * params.num_groups + params.write_group];
-                    is_last[e] = r + 1u == params.num_rows || rows[min(r + 1u, params.num_rows - 1u)].sequence != row.sequence;
+                    is_last[e] = r + 1u == params.num_rows || row_at(min(r + 1u, params.num_rows - 1u)).sequence != row.sequence;
                 }
 #endif
                 kept[e] = keep(r, row);
@@ -195,7 +206,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
 #endif
                 }
 #endif
-                active_out[place] = entry;
+                list(place, entry);
             }
 #if BEGIN
             if r < params.num_rows {
@@ -230,10 +241,10 @@ fn main(@builtin(local_invocation_index) thread: u32) {
 #endif
     }
     for (var i = thread; i < ROW_PADDING; i += WORKGROUP_SIZE) {
-        active_out[total + i] = ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, NONE, END_NOTHING);
+        list(total + i, ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, NONE, END_NOTHING));
     }
     if thread == 0u {
-        active_out[arrayLength(&active_out) - 1u].row = total;
+        active_out[arrayLength(&active_out) - 2u].x = total;
         // Rows listed so far: work done, to be checked against depths.
         dispatch[0] += total;
     }
