@@ -86,10 +86,10 @@ pub struct Linear {
     pub in_features: u32,
     /// Element type of the weight.
     pub weight_dtype: DType,
-    /// Input side; [`PrologueKind::Norm`] where [`LinearTile::fuses_norm`], [`PrologueKind::CompactF16`] where
-    /// [`LinearTile::multiplies_halves`], never [`PrologueKind::Merge`].
+    /// Input side; [`PrologueKind::Norm`] where [`LinearTile::fuses_norm`], [`PrologueKind::CompactF16`] and
+    /// [`PrologueKind::Scaled`] where [`LinearTile::multiplies_halves`], never [`PrologueKind::Merge`].
     pub prologue: PrologueKind,
-    /// Output side; [`EpilogueKind::SwiGluF16`] where [`LinearTile::multiplies_halves`].
+    /// Output side; [`EpilogueKind::SwiGluF16`] and [`EpilogueKind::Scaled`] where [`LinearTile::multiplies_halves`].
     pub epilogue: EpilogueKind,
     /// How the product is computed.
     pub tile: LinearTile,

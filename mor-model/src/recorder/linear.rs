@@ -18,8 +18,8 @@ use crate::device_weights::{Adapter, LayerWeights, Matrix, Projection};
 use crate::step_tensors::HalfTensors;
 
 /// Results of a layer's largest product, of gate and up, up to which the products before and after a norm share it. Each is longer for
-/// it, and with more tiles both lose more than a dispatch between them takes: 5 to 9 % of a prompt's time are won by 63 to 767 tokens of
-/// 360M, 5 % by 1,535 of 135M, 1 % by 1,023 of 360M and 255 of 1.7B; 383 of 1.7B and 1,535 of 360M lose 1 to 2 %
+/// it, and with more tiles both lose more than a dispatch between them takes. Prompts of 360M win 9 % (63 tokens), 5 (511), 2 (895) and
+/// lose 2 (1,535), 135M wins 5 % (1,535), 1.7B wins 1 % (255) and loses 1 (383), where they share it whatever their size
 /// (`benches/runs/2026-11-29-nvidia-h200/shared-norms.txt`).
 const MOST_SHARED_NORM_RESULTS: usize = 5_000_000;
 
