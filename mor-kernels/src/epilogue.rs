@@ -170,7 +170,8 @@ pub enum EpilogueKind {
 }
 
 impl EpilogueKind {
-    /// Every kind but [`EpilogueKind::Scaled`] and [`EpilogueKind::SwiGluF16`], which few kernels have: for tests that translate all specialisations.
+    /// Every kind but [`EpilogueKind::Scaled`] and [`EpilogueKind::SwiGluF16`], which few kernels have: for tests that translate all
+    /// specialisations.
     pub const ALL: [Self; 15] = [
         Self::Store,
         Self::Gelu,

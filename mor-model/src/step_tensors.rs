@@ -122,6 +122,12 @@ pub(crate) struct DepthwiseTensors {
     pub(crate) at: RowSet,
 }
 
+/// The most parts in which a product leaves sums of squares of rows of `columns`, see
+/// [`LinearTile::num_norm_parts`](mor_kernels::ops::LinearTile::num_norm_parts).
+fn norm_parts(columns: usize) -> usize {
+    columns / 16 + 8
+}
+
 impl KvTensors {
     /// Pages that the table of a sequence and group has room for.
     pub(crate) fn max_pages(&self) -> u32 {
@@ -241,8 +247,7 @@ impl MorModel {
         let halves = |label, columns: usize| Tensor::zeros(gpu, label, DType::F16, &[capacity, columns]);
         let attention = AttentionPrefill::new(self.attention_shape(), 1, true).can_write_halves(caps);
         let columns = self.config().hidden_size;
-        // The most parts that a tile leaves.
-        let squares = [columns / 16 + 8, capacity + ROW_PADDING as usize];
+        let squares = [norm_parts(columns), capacity + ROW_PADDING as usize];
         Ok(Some(HalfTensors {
             normed: halves("normed.half", columns)?,
             squares: Tensor::zeros(gpu, "squares", DType::F32, &squares)?,
@@ -279,7 +284,8 @@ impl MorModel {
         let (q_columns, mlp_columns) = self.wide_columns();
         let mut per_row = 6 * config.hidden_size + self.q_dim() + q_columns + mlp_columns + 64;
         if self.precision() == Precision::F16 {
-            per_row += (config.hidden_size + self.q_dim() + config.intermediate_size) / 2;
+            per_row +=
+                (config.hidden_size + self.q_dim() + config.intermediate_size) / 2 + norm_parts(config.hidden_size);
         }
         4 * (capacity * per_row + logit_rows * (self.logits_stride() + 4 * self.vocab_parts())) as u64
     }

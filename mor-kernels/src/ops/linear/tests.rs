@@ -63,6 +63,7 @@ fn every_cooperative_tile_suits_some_shape() {
                 let tile = LinearTile::for_shape(&caps, num_rows, num_outputs, true);
                 assert!(tile.size()[0] <= num_rows, "{tile:?} for {num_rows} rows");
                 assert!(tile.is_valid(&caps) && tile.storage_bytes(true) <= kib << 10, "{tile:?} on {caps:?}");
+                assert!(tile.num_norm_parts(num_outputs).is_none_or(|parts| parts <= num_outputs / 16 + 8), "{tile:?}");
                 unused.retain(|other| *other != tile);
             }
         }
