@@ -8,9 +8,9 @@
 //           which fills a GPU whose output has few tiles; COOPERATIVE: matrix units multiply. Otherwise, for software
 //           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads one
 //           row of x for all
-// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32, compact f16 (X_F16); next_x [n, O] f16;
-//           next_squares, x_squares [parts, n] f32, parts part_stride apart; w [O, K] units of 8
-//           or quantised rows; norm_weight [K] f32; outputs as the epilogue says; row-major
+// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32, compact f16 (X_F16); w [O, K] units of 8
+//           or quantised rows; norm_weight [K] f32; next_x [n, O] f16; next_squares, x_squares [parts, n] f32, parts
+//           part_stride apart; outputs as the epilogue says; row-major
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
 //           5 x_squares read [SCALED]; 6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
@@ -31,8 +31,8 @@
 //           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
 //           SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; SCALED, of
 //           COOPERATIVE and X_F16: another kernel has begun the norm, and left squares in PARTS parts; NEXT_NORM, of
-//           COOPERATIVE: RESIDUAL begins the next one, LANES = 16 / columns of a lane; DELTA, of SWIGLU
-//           and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
+//           COOPERATIVE: RESIDUAL begins the next one, LANES = 16 / columns of a lane; DELTA, of SWIGLU and QKV: added to
+//           y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
 //           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
@@ -67,66 +67,7 @@ struct Params {
     part_stride: u32,
 }
 
-#if QUANTISED
-alias LoadUnit = QuantisedUnit;
-// The parts of a unit lie apart.
-alias StoredUnit = u32;
-
-fn weight_word(at: u32) -> u32 {
-    return w[at];
-}
-
-fn row_start(n: u32) -> u32 {
-    return n * row_quads(IN_FEATURES);
-}
-
-fn fetch(start: u32, unit: u32) -> LoadUnit {
-    return load_unit(start, unit, IN_FEATURES);
-}
-
-fn unpack(u: LoadUnit) -> mat2x4<f32> {
-    return dequantise(u);
-}
-
-// What depends on all that was loaded.
-fn bits_of(u: LoadUnit) -> vec4<u32> {
-#if WEIGHT_Q8
-    return vec4<u32>(u.codes, u.parameters, 0u);
-#else
-    return vec4<u32>(u.codes, u.parameters, 0u, 0u);
-#endif
-}
-#else
-// Halves too are loaded as integers: a load of 16 bytes, which of f16 vectors would be two.
-alias LoadUnit = WeightUnit;
-alias StoredUnit = WeightUnit;
-
-fn row_start(n: u32) -> u32 {
-    return n * UNITS;
-}
-
-fn fetch(start: u32, unit: u32) -> LoadUnit {
-    return w[start + unit];
-}
-
-fn unpack(u: LoadUnit) -> mat2x4<f32> {
-    return unpack_weights(u);
-}
-
-#if WEIGHT_F16
-fn bits_of(u: LoadUnit) -> vec4<u32> {
-    return u;
-}
-#elif WEIGHT_BF16
-fn bits_of(u: LoadUnit) -> vec4<u32> {
-    return u;
-}
-#else
-fn bits_of(u: LoadUnit) -> vec4<u32> {
-    return bitcast<vec4<u32>>(u[0]) ^ bitcast<vec4<u32>>(u[1]);
-}
-#endif
-#endif
+#import linear/units
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> active_rows: array<ActiveRow>;
@@ -317,59 +258,7 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
 }
 #endif
 #if COOPERATIVE
-
-// Row of the tile that place `at` lies in, of the fragments in row m of their subgroups.
-fn place_row(at: u32, m: u32) -> u32 {
-    return (at / PLACES / SUBGROUPS_N * FRAGMENTS_M + m) * 16u + at % PLACES / ROW_COLUMNS;
-}
-
-// Its first column, of those in column j.
-fn place_column(at: u32, j: u32) -> u32 {
-    return (at / PLACES % SUBGROUPS_N * FRAGMENTS_N + j) * 16u + at % ROW_COLUMNS * WIDTH;
-}
-
-// The places of a thread; the last one for those that are past the end.
-fn own_places(subgroup: u32, lane: u32) -> array<u32, OWN> {
-    var places: array<u32, OWN>;
-    for (var i = 0u; i < OWN; i++) {
-#if SLICED
-        places[i] = min(subgroup * SUBGROUP_WIDTH + lane + i * THREADS, SLICE_PLACES - 1u);
-#else
-        places[i] = subgroup * PLACES + lane + i * SUBGROUP_WIDTH;
-#endif
-    }
-    return places;
-}
-
-// Entries of the rows of a thread's places, for all rows of fragments.
-fn own_entries(first_entry: u32, places: array<u32, OWN>) -> array<ActiveRow, FRAGMENTS_M * OWN> {
-    var own = places;
-    var entries: array<ActiveRow, FRAGMENTS_M * OWN>;
-    for (var m = 0u; m < FRAGMENTS_M; m++) {
-        for (var i = 0u; i < OWN; i++) {
-            entries[m * OWN + i] = active_rows[first_entry + place_row(own[i], m)];
-        }
-    }
-    return entries;
-}
-
-// operands of what begins at `column` of those bound here; of columns and rows past the end, nothing that counts.
-fn operands_inside(i: u32, entry: ActiveRow, column: u32) -> Operands {
-    // In a branch of their own, loads are not moved to where they are needed.
-    var is_read = entry.row != NONE && column < params.num_outputs;
-#if QKV
-#if !DELTA
-    // Angles exist for every entry and column, and without a branch compilers see that they lie at the same columns of all
-    // rows.
-    is_read = true;
-#endif
-#endif
-    var read = Operands();
-    if is_read {
-        read = operands(i, entry, params.first_output + column);
-    }
-    return read;
-}
+#import linear/places
 #endif
 
 // Loads the tiles from $UNIT on into registers of set a; the last ones in place of those past the end.

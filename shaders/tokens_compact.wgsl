@@ -7,8 +7,8 @@
 //           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS]
 // Grid      (1, 1, 1): one workgroup, which goes through WORKGROUP_SIZE * EACH rows at a time, EACH neighbours a thread
 // Spec      WORKGROUP_SIZE power of two, EACH at most 32: 4 * WORKGROUP_SIZE bytes of workgroup memory, KV: twice as many and 4
-//           more; BEGIN, EXPERT, TOKEN,
-//           FIXED, SAMPLE or ENDS: which rows; KV: they store or read K/V; KV_SLOTS: the table lists keys, not pages (hybrid caches)
+//           more; BEGIN, EXPERT, TOKEN, FIXED, SAMPLE or ENDS: which rows; KV: they store or read K/V; KV_SLOTS: the table lists
+//           keys, not pages (hybrid caches)
 // Limits    rows of a sequence are contiguous and ascend in position; params.num_rows <= T; ENDS: a row to be sampled is the
 //           last of its sequence
 // Numerics  integers; a row is selected if its decision >= params.threshold (NaN does not pass)

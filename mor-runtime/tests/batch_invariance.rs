@@ -6,7 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::batch::{PROMPTS, Tally, clear_case};
-use common::{TinyModel, llama_config};
+use common::{TinyModel, llama_config, runner_options};
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::rows::{ROW_ACTIVE, ROW_SAMPLE, Row};
 use mor_kernels::{Gpu, parity};
@@ -73,15 +73,7 @@ struct Computed {
 }
 
 fn runner(model: &MorModel, num_slots: usize, batching: Batching, batch_invariant: bool) -> Runner {
-    let options = RunnerOptions {
-        num_slots,
-        max_positions: 64,
-        prefill_rows: 24,
-        batching: Some(batching),
-        pages_in_class: None,
-        batch_invariant,
-        persistent: false,
-    };
+    let options = RunnerOptions { batching: Some(batching), batch_invariant, ..runner_options(num_slots, 64, 24) };
     Runner::new(model, &options).expect("fits")
 }
 

@@ -4,14 +4,14 @@
 mod common;
 
 use common::batch::{Tally, check_at_depths, check_case};
-use common::{TinyModel, VOCAB, llama_config};
+use common::{TinyModel, VOCAB, llama_config, runner_options};
 use mor_kernels::gpu::{Gpu, GpuOptions};
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::parity::{self, Rng};
 use mor_model::golden::GoldenTensors;
 use mor_model::{DepthControl, Dtype, Precision, Routing};
 use mor_runtime::Session;
-use mor_runtime::runner::{Feed, Runner, RunnerOptions, Work};
+use mor_runtime::runner::{Feed, Runner, Work};
 use serde_json::{Value, json};
 
 /// Runs all cases of a mode. Sizes, element types and key splits take turns, since they multiply with nothing here.
@@ -203,15 +203,7 @@ fn prompts_end_alike_however_keys_are_split() {
         let forward = session.forward(std::slice::from_ref(&tokens), Routing::Causal).expect("runs");
         let expected = &forward.sequences[0].logits[(tokens.len() - 1) * VOCAB..];
         for num_splits in [1, 2, 8] {
-            let options = RunnerOptions {
-                num_slots: 1,
-                max_positions: tokens.len(),
-                prefill_rows: tokens.len(),
-                batching: None,
-                pages_in_class: None,
-                batch_invariant: false,
-                persistent: false,
-            };
+            let options = runner_options(1, tokens.len(), tokens.len());
             let mut runner = Runner::new(session.model(), &options).expect("fits");
             runner.set_key_splits(Some(num_splits));
             let sampling = GpuSampling { limit: tokens.len() as u32, ..GpuSampling::default() };

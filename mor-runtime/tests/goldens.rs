@@ -6,6 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use common::runner_options;
 use common::tape::Tape;
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::{Gpu, parity};
@@ -186,13 +187,9 @@ fn check_decode(case: &GoldenCase, model: &MorModel, how: How, chosen: Range<usi
     let config = model.config();
     let (num_slots, prompts) = (chosen.len(), &case.prompts[chosen.clone()]);
     let options = RunnerOptions {
-        num_slots,
-        max_positions: 128,
-        prefill_rows: 32,
         batching: if let How::Batch(batching) = how { Some(batching) } else { None },
-        pages_in_class: None,
-        batch_invariant: false,
         persistent: how == How::Persistent,
+        ..runner_options(num_slots, 128, 32)
     };
     let mut runner = Runner::new(model, &options).expect("fits");
     assert_eq!(runner.is_persistent(), how == How::Persistent, "{}", case.name);

@@ -8,13 +8,13 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{TinyModel, llama_config};
+use common::{TinyModel, llama_config, runner_options};
 use mor_kernels::ops::GpuSampling;
 use mor_kernels::parity::{self, Rng};
 use mor_model::golden::GoldenCase;
 use mor_model::oracle::Oracle;
 use mor_model::{Dtype, Mode, Precision, Routing};
-use mor_runtime::runner::{Feed, Runner, RunnerOptions, Work};
+use mor_runtime::runner::{Feed, Runner, Work};
 use mor_runtime::{Event, GenerateRequest, GpuOptions, ModelSource, SamplingParams, Session, SessionOptions, Summary};
 use serde_json::{Value, json};
 
@@ -143,15 +143,7 @@ fn prompts_end_alike_whatever_there_is_room_for() {
         let mut session = Session::on_gpu(parity::gpu().clone(), &checkpoint, Precision::F16).expect("fits");
         let forward = session.forward(&prompts, Routing::Causal).expect("runs");
         for (num_slots, num_splits) in [1, 3, 8, 20].into_iter().flat_map(|slots| [(slots, 1), (slots, 2)]) {
-            let options = RunnerOptions {
-                num_slots,
-                max_positions: 70,
-                prefill_rows: 128,
-                batching: None,
-                pages_in_class: None,
-                batch_invariant: false,
-                persistent: false,
-            };
+            let options = runner_options(num_slots, 70, 128);
             let mut runner = Runner::new(session.model(), &options).expect("fits");
             runner.set_key_splits(Some(num_splits));
             let sampling = GpuSampling { limit: 70, ..GpuSampling::default() };

@@ -3,7 +3,7 @@
 mod common;
 
 use common::tape::Tape;
-use common::{TinyModel, llama_config};
+use common::{TinyModel, llama_config, runner_options};
 use mor_kernels::ops::{GpuSampling, RouterExpertParams};
 use mor_kernels::oracle::router_expert::script;
 use mor_kernels::parity::{self, Rng};
@@ -62,15 +62,7 @@ fn check(mor: Value, keep: Option<Vec<f64>>) {
     };
     let model = model.with_scripted_router(&script).expect("fits the model");
     for batching in [Batching::Lockstep, Batching::Depthwise] {
-        let options = RunnerOptions {
-            num_slots: LENGTHS.len(),
-            max_positions: 64,
-            prefill_rows: 64,
-            batching: Some(batching),
-            pages_in_class: None,
-            batch_invariant: false,
-            persistent: false,
-        };
+        let options = RunnerOptions { batching: Some(batching), ..runner_options(LENGTHS.len(), 64, 64) };
         let mut runner = Runner::new(&model, &options).expect("fits");
         let prompts: Vec<Vec<u32>> = LENGTHS.iter().map(|(prompt, _)| (1..).take(*prompt).collect()).collect();
         for (slot, (prompt, num_new)) in LENGTHS.into_iter().enumerate() {

@@ -30,6 +30,8 @@ shaders![
     "embed_tokens",
     "grid_exchange",
     "linear",
+    "linear/places",
+    "linear/units",
     "linear_decode",
     "read_words",
     "rms_norm",

@@ -13,8 +13,8 @@ use mor_runtime::runner::{Feed, Runner, RunnerOptions};
 use mor_runtime::{SequenceOutput, Session};
 use serde_json::Value;
 
-use super::TinyModel;
 use super::tape::Tape;
+use super::{TinyModel, runner_options};
 
 /// Least distance of a decision: far above the rounding of f32, which is about 1e-6 here.
 const MARGIN: f32 = 1e-3;
@@ -171,15 +171,7 @@ fn check_decode(
 ) {
     let (config, layout) = (model.config(), model.kv_layout());
     let what = format!("{what} {batching:?}");
-    let options = RunnerOptions {
-        num_slots: 3,
-        max_positions: 64,
-        prefill_rows: 10,
-        batching: Some(batching),
-        pages_in_class: None,
-        batch_invariant: false,
-        persistent: false,
-    };
+    let options = RunnerOptions { batching: Some(batching), ..runner_options(3, 64, 10) };
     let mut runner = Runner::new(model, &options).expect("fits");
     runner.set_key_splits(Some(num_splits));
     for (sequence, len) in PROMPTS.into_iter().enumerate() {

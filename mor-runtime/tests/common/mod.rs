@@ -11,10 +11,18 @@ use mor_kernels::parity::Rng;
 use mor_model::{
     Balancing, Checkpoint, Dtype, LayerLayout, LayerTensor, Mode, ModelError, MorConfig, RouterFunc, RouterType,
 };
+use mor_runtime::runner::RunnerOptions;
 use serde_json::{Map, Value, json};
 
 /// Vocabulary of the tiny models: odd, so that rows of logits are padded.
 pub(crate) const VOCAB: usize = 61;
+
+/// A runner's options with nothing special about them: `num_slots` sequences of up to `max_positions` tokens, and prefill steps of up to
+/// `prefill_rows` rows.
+pub(crate) fn runner_options(num_slots: usize, max_positions: usize, prefill_rows: usize) -> RunnerOptions {
+    let (batching, pages_in_class, batch_invariant, persistent) = (None, None, false, false);
+    RunnerOptions { num_slots, max_positions, prefill_rows, batching, pages_in_class, batch_invariant, persistent }
+}
 
 /// Shape and values of one tensor.
 pub(crate) type Values = (Vec<usize>, Vec<f32>);

@@ -1,0 +1,55 @@
+// Places of linear's results: which row and column of a tile, list entries and operands of the epilogue belong to what a lane stores
+// of each fragment of 16x16.
+
+// Row of the tile that place `at` lies in, of the fragments in row m of their subgroups.
+fn place_row(at: u32, m: u32) -> u32 {
+    return (at / PLACES / SUBGROUPS_N * FRAGMENTS_M + m) * 16u + at % PLACES / ROW_COLUMNS;
+}
+
+// Its first column, of those in column j.
+fn place_column(at: u32, j: u32) -> u32 {
+    return (at / PLACES % SUBGROUPS_N * FRAGMENTS_N + j) * 16u + at % ROW_COLUMNS * WIDTH;
+}
+
+// The places of a thread; the last one for those that are past the end.
+fn own_places(subgroup: u32, lane: u32) -> array<u32, OWN> {
+    var places: array<u32, OWN>;
+    for (var i = 0u; i < OWN; i++) {
+#if SLICED
+        places[i] = min(subgroup * SUBGROUP_WIDTH + lane + i * THREADS, SLICE_PLACES - 1u);
+#else
+        places[i] = subgroup * PLACES + lane + i * SUBGROUP_WIDTH;
+#endif
+    }
+    return places;
+}
+
+// Entries of the rows of a thread's places, for all rows of fragments.
+fn own_entries(first_entry: u32, places: array<u32, OWN>) -> array<ActiveRow, FRAGMENTS_M * OWN> {
+    var own = places;
+    var entries: array<ActiveRow, FRAGMENTS_M * OWN>;
+    for (var m = 0u; m < FRAGMENTS_M; m++) {
+        for (var i = 0u; i < OWN; i++) {
+            entries[m * OWN + i] = active_rows[first_entry + place_row(own[i], m)];
+        }
+    }
+    return entries;
+}
+
+// operands of what begins at `column` of those bound here; of columns and rows past the end, nothing that counts.
+fn operands_inside(i: u32, entry: ActiveRow, column: u32) -> Operands {
+    // In a branch of their own, loads are not moved to where they are needed.
+    var is_read = entry.row != NONE && column < params.num_outputs;
+#if QKV
+#if !DELTA
+    // Angles exist for every entry and column, and without a branch compilers see that they lie at the same columns of all
+    // rows.
+    is_read = true;
+#endif
+#endif
+    var read = Operands();
+    if is_read {
+        read = operands(i, entry, params.first_output + column);
+    }
+    return read;
+}
