@@ -50,19 +50,6 @@ struct Params {
 
 const LOWEST: f32 = -3.4028234e38;
 
-// End of the run of rows of one sequence that begins at `run`.
-fn end_of_run(first_row: u32, num_rows: u32, run: u32) -> u32 {
-    let table = active_rows[first_row + run].kv_table;
-    if active_rows[first_row + num_rows - 1u].kv_table == table {
-        return num_rows;
-    }
-    var end = run + 1u;
-    while active_rows[first_row + end].kv_table == table {
-        end += 1u;
-    }
-    return end;
-}
-
 #if COOPERATIVE
 // Lanes that share a row.
 const ROW_LANES: u32 = SUBGROUP_WIDTH / 16u;
@@ -160,6 +147,18 @@ fn main(
     let p_from = k_from + first_own * STRIDE;
     let p_own = k_from + own_row * STRIDE;
 
+    // Rows that are the last of their sequences, a bit each. Entries past the end name the first table, which a row before them
+    // may have, too.
+    var ends = vec2<u32>();
+    for (var i = 0u; i < BLOCK_Q; i += SUBGROUP_WIDTH) {
+        let row = first_row + i + lane;
+        let is_end = subgroupBallot(active_rows[row].kv_table != active_rows[row + 1u].kv_table).xy;
+        if SUBGROUP_WIDTH > 32u {
+            ends = is_end;
+        } else {
+            ends[i / 32u] |= is_end.x << (i % 32u);
+        }
+    }
     var loaded: array<mat2x4<f32>, FRAGMENTS_D * QUERY_STEPS>;
     for (var i = 0u; i < FRAGMENTS_D * QUERY_STEPS; i++) {
         let unit = lane + i % QUERY_STEPS * SUBGROUP_WIDTH;
@@ -200,9 +199,17 @@ fn main(
         sums[d] = coop_mat16x16<f32, C>();
 #endrepeat
         // Rows of one sequence after the other: each run has its own keys, and no weight for the other rows.
+        var ends_left = ends;
         for (var run = 0u; run < num_rows;) {
             let table = active_rows[first_row + run].kv_table;
-            let run_end = end_of_run(first_row, num_rows, run);
+            var run_end = num_rows;
+            if ends_left.x != 0u {
+                run_end = firstTrailingBit(ends_left.x) + 1u;
+                ends_left.x &= ends_left.x - 1u;
+            } else if ends_left.y != 0u {
+                run_end = firstTrailingBit(ends_left.y) + 33u;
+                ends_left.y &= ends_left.y - 1u;
+            }
             let run_len = active_rows[first_row + run_end - 1u].kv_len;
             var limit = 0u;
             if own_row >= run && own_row < run_end {
@@ -358,6 +365,19 @@ fn main(
 #endrepeat
 }
 #else
+// End of the run of rows of one sequence that begins at `run`.
+fn end_of_run(first_row: u32, num_rows: u32, run: u32) -> u32 {
+    let table = active_rows[first_row + run].kv_table;
+    if active_rows[first_row + num_rows - 1u].kv_table == table {
+        return num_rows;
+    }
+    var end = run + 1u;
+    while active_rows[first_row + end].kv_table == table {
+        end += 1u;
+    }
+    return end;
+}
+
 const COLUMNS_LOG2: u32 = firstTrailingBit(COLUMNS);
 const THREAD_UNITS: u32 = (HEAD_UNITS + COLUMNS - 1u) / COLUMNS;
 const STRIDE: u32 = 2u * CHUNK_UNITS;

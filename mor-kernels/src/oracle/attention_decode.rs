@@ -42,7 +42,8 @@ impl AttentionInputs {
     pub fn random(rng: &mut Rng, shape: &AttentionShape, sequences: &[(usize, usize)], spread: f32) -> Self {
         let page_size = PAGE_SIZE as usize;
         let slot_elems = (shape.num_key_value_heads * shape.head_dim) as usize;
-        // One page more than needed, and three entries of the table before the first one in use.
+        // One page more than needed, and entries of the table before the first one in use, or none: entries past the end of a list
+        // name the first.
         let num_pages = 1 + sequences.iter().map(|(_, len)| len.div_ceil(page_size)).sum::<usize>();
         let mut units: Vec<u32> = match shape.kv_table {
             KvTable::Pages => (0..num_pages as u32).collect(),
@@ -51,7 +52,7 @@ impl AttentionInputs {
         for i in (1..units.len()).rev() {
             units.swap(i, rng.below(i + 1));
         }
-        let mut table = vec![u32::MAX; 3];
+        let mut table = vec![u32::MAX; 3 * rng.below(2)];
         let mut active = Vec::new();
         let mut cache = [vec![f32::NAN; num_pages * page_size * slot_elems], Vec::new()];
         cache[1] = cache[0].clone();
