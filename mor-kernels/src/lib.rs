@@ -11,7 +11,8 @@
 //! - [`rows`]: lists of active rows, and where their keys and values live. Kernels run over such a list and read
 //!   streams through it; its length stays on the device and sizes the grids of what follows.
 //! - [`plan`]: dispatches recorded once and encoded every step, without branches or arguments.
-//! - [`submit`]: plans handed to the device together, and bytes read back some time later; [`upload`]: many tensors filled.
+//! - [`submit`]: plans handed to the device together, and bytes read back some time later; [`upload`]: many tensors filled;
+//!   [`writes`]: small writes handed over together.
 //! - [`epilogue`]: what becomes of a linear kernel's results, shared by [`ops::Linear`] and [`ops::LinearDecode`].
 //! - [`quantize`]: weights as small integers in groups, packed as the linear kernels read them.
 //! - [`timing`]: device time by timestamp queries; [`peaks`]: what a device reaches at best.
@@ -76,6 +77,7 @@ mod tuning;
 pub mod upload;
 #[cfg(feature = "oracle")]
 pub mod variants;
+pub mod writes;
 
 pub use error::{KernelError, Result};
 pub use gpu::Gpu;

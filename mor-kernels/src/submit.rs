@@ -1,12 +1,13 @@
 //! [`Submission`]: plans, copies and readbacks handed to the device together; [`Readback`]: bytes on their way
 //! to the host.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, PoisonError};
 
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
-use crate::plan::Plan;
+use crate::plan::{Ahead, Plan};
 use crate::tensor::Tensor;
 
 /// Work being recorded for one submit.
@@ -14,34 +15,45 @@ use crate::tensor::Tensor;
 pub struct Submission<'g> {
     gpu: &'g Gpu,
     encoder: wgpu::CommandEncoder,
+    is_empty: bool,
 }
 
 impl<'g> Submission<'g> {
     /// An empty submission.
     pub fn new(gpu: &'g Gpu) -> Self {
         let descriptor = wgpu::CommandEncoderDescriptor { label: Some("mor") };
-        Self { gpu, encoder: gpu.catch(|device, _| device.create_command_encoder(&descriptor)) }
+        Self { gpu, encoder: gpu.catch(|device, _| device.create_command_encoder(&descriptor)), is_empty: true }
     }
 
     /// Appends all steps of `plan`.
     pub fn plan(&mut self, plan: &Plan) -> &mut Self {
-        self.gpu.catch(|_, _| plan.encode(&mut self.encoder, 0..plan.num_steps()));
+        self.steps(plan, 0..plan.num_steps())
+    }
+
+    fn steps(&mut self, plan: &Plan, steps: Range<usize>) -> &mut Self {
+        self.is_empty &= steps.is_empty();
+        self.gpu.catch(|_, _| plan.encode(&mut self.encoder, steps));
         self
     }
 
     /// Appends all steps of `plan`, and hands what there is to the device piece by piece, all but the last piece: a device that
-    /// idles begins with the first steps while the others are still being recorded.
+    /// idles begins with the first steps while the others are still being recorded, sooner if [`Plan::record_ahead`] has recorded
+    /// these.
     pub fn plan_at_once(&mut self, plan: &Plan) -> &mut Self {
-        const FIRST_PIECE: usize = 8;
-        let (mut start, mut piece) = (0, FIRST_PIECE);
-        while plan.num_steps() - start > piece {
-            self.gpu.catch(|_, _| plan.encode(&mut self.encoder, start..start + piece));
+        let Ahead { pieces, num_steps } = plan.take_ahead();
+        if num_steps > 0 && !self.is_empty {
             self.hand_over();
-            // Each piece costs a submit, and the device is busy with all before it.
-            (start, piece) = (start + piece, 3 * piece);
         }
-        self.gpu.catch(|_, _| plan.encode(&mut self.encoder, start..plan.num_steps()));
-        self
+        for piece in pieces {
+            self.gpu.catch(|_, queue| queue.submit([piece]));
+        }
+        let mut piece = plan.piece(num_steps);
+        while piece.end < plan.num_steps() {
+            let next = plan.piece(piece.end);
+            self.steps(plan, piece).hand_over();
+            piece = next;
+        }
+        self.steps(plan, piece)
     }
 
     /// Hands what there is to the device and goes on with nothing.
@@ -52,6 +64,7 @@ impl<'g> Submission<'g> {
 
     /// Appends a copy between tensors, in bytes.
     pub fn copy(&mut self, from: &Tensor, from_offset: u64, to: &Tensor, to_offset: u64, bytes: u64) -> &mut Self {
+        self.is_empty = false;
         let encoder = &mut self.encoder;
         let (from_offset, to_offset) = (from.offset + from_offset, to.offset + to_offset);
         self.gpu.catch(|_, _| encoder.copy_buffer_to_buffer(&from.buffer, from_offset, &to.buffer, to_offset, bytes));
@@ -65,6 +78,7 @@ impl<'g> Submission<'g> {
     /// [`KernelError::OutOfMemory`] if the staging buffer cannot be had.
     pub fn read(&mut self, tensor: &Tensor, offset: u64, bytes: u64) -> Result<Readback> {
         let staging = self.gpu.take_staging(bytes)?;
+        self.is_empty = false;
         let state = Arc::new(AtomicU8::new(PENDING));
         let arrived = Arc::clone(&state);
         self.gpu.catch(|_, _| {
@@ -97,6 +111,11 @@ pub struct Readback {
 }
 
 impl Readback {
+    /// The device that they come from.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
     /// Whether [`Readback::wait`] would return at once.
     ///
     /// # Errors
@@ -186,5 +205,44 @@ impl Gpu {
         submission.plan(plan);
         submission.submit();
         self.wait_idle()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::GpuOptions;
+    use crate::plan::PlanBuilder;
+    use crate::tensor::DType;
+
+    /// A plan of more pieces than are recorded ahead, each step of which needs the one before.
+    #[test]
+    fn what_is_recorded_ahead_runs_once_and_in_order() {
+        const STEPS: usize = 100;
+        let gpu = Gpu::open(&GpuOptions::default()).expect("an adapter");
+        let first: Vec<u32> = (0..=STEPS as u32).collect();
+        let chain = Tensor::from_slice(&gpu, "chain", DType::U32, &[STEPS + 1], &first).expect("fits");
+        let spare = Tensor::zeros(&gpu, "spare", DType::U32, &[1]).expect("fits");
+        let mut plan = PlanBuilder::new(&gpu).expect("fits");
+        for step in 0..STEPS as u64 {
+            plan.copy(&chain, 4 * step, &spare, 0, 4);
+            plan.copy(&spare, 0, &chain, 4 * step + 4, 4);
+        }
+        let plan = plan.finish().expect("it is sound");
+        for pieces in [0, 1, usize::MAX] {
+            for _ in 0..2 {
+                gpu.write(&chain, 0, bytemuck::cast_slice(&first));
+                let recorded = (0..pieces).take_while(|_| plan.record_ahead(&gpu)).count();
+                assert_eq!(recorded, pieces.min(2));
+                let mut submission = Submission::new(&gpu);
+                // What comes before the plan runs before it.
+                submission.copy(&chain, 4 * 7, &spare, 0, 4).copy(&spare, 0, &chain, 0, 4);
+                submission.plan_at_once(&plan);
+                let found = submission.read(&chain, 0, 4 * (STEPS as u64 + 1)).expect("fits");
+                submission.submit();
+                let found: Vec<u32> = bytemuck::pod_collect_to_vec(&found.wait().expect("the device works"));
+                assert_eq!(found, [7; STEPS + 1], "{pieces} pieces");
+            }
+        }
     }
 }

@@ -108,6 +108,11 @@ impl Tensor {
         can_bind.then_some(part)
     }
 
+    /// Whether the other tensor begins at the same place of the same buffer.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.buffer == other.buffer && self.offset == other.offset
+    }
+
     /// Allocates a tensor and fills it from host data.
     ///
     /// # Errors

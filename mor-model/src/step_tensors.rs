@@ -1,10 +1,11 @@
 //! [`StepTensors`], [`KvTensors`] and [`SampleTensors`]: what a step reads and writes besides weights, and how much of it a
 //! model needs.
 
+use mor_kernels::Result;
 use mor_kernels::ops::{AttentionDecode, AttentionPrefill, SamplePartial, SlotRecursion};
-use mor_kernels::rows::{NONE, PAGE_SIZE, ROW_PADDING, RowSet};
+use mor_kernels::rows::{NONE, PAGE_SIZE, ROW_PADDING, Row, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
-use mor_kernels::{Gpu, Result};
+use mor_kernels::writes::Writes;
 
 use crate::Mode;
 use crate::device_weights::{LayerWeights, Precision, Projection};
@@ -158,10 +159,10 @@ impl StepTensors {
     }
 
     /// Forgets the tokens under way in sequence `sequence`'s slot.
-    pub fn clear(&self, gpu: &Gpu, sequence: usize) {
+    pub fn clear(&self, writes: &mut Writes, sequence: usize) {
         if self.depthwise.is_some() {
-            let bytes = size_of::<mor_kernels::rows::Row>();
-            gpu.write(&self.rows, (sequence * bytes) as u64, bytemuck::bytes_of(&mor_kernels::rows::Row::ABSENT));
+            let bytes = size_of::<Row>();
+            writes.push(&self.rows, (sequence * bytes) as u64, bytemuck::bytes_of(&Row::ABSENT));
         }
     }
 }

@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let mut runner = Runner::new(model, &options)?;
     // The device draws too, and its choice is overwritten; so how it draws does not matter.
-    runner.start(model, 0, &GpuSampling::default(), [], None);
+    runner.start(0, &GpuSampling::default(), [], None);
     let feed = Feed { sequence: 0, position: 0, tokens: &tokens, sample: true };
     runner.submit(model, &Work { feeds: &[feed], ..Work::default() })?.wait()?;
     let mut logits = runner.logits(model, false)?;
@@ -46,7 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         let position = tokens.len() as u32;
         tokens.push(token);
-        runner.set_next_row(model, Row { token, position, sequence: 0, flags: ROW_ACTIVE | ROW_SAMPLE });
+        runner.set_next_row(Row { token, position, sequence: 0, flags: ROW_ACTIVE | ROW_SAMPLE });
         runner.submit(model, &Work { ticks: 1, max_context: tokens.len(), ..Work::default() })?.wait()?;
         logits = runner.logits(model, true)?;
     }

@@ -359,7 +359,7 @@ impl Engine {
         if let Some(Flight { step, pending, submitted }) = self.in_flight.pop_front() {
             let num_dispatches = pending.num_dispatches() as u64;
             let reply = pending.wait()?;
-            self.runner.recover(model, &reply);
+            self.runner.recover(&reply);
             let now = Instant::now();
             let drawn = |slot, from| reply.drawn(slot, from).collect();
             let progress = self.scheduler.complete(&step, &reply.depths, &drawn);
@@ -381,18 +381,18 @@ impl Engine {
 
     fn submit_step(&mut self, model: &MorModel, step: Step) -> Result<()> {
         for slot in &step.stops {
-            self.runner.stop(model, *slot);
+            self.runner.stop(*slot);
         }
         for start in &step.starts {
             self.start(model, start);
         }
         for write in &step.page_writes {
-            self.runner.write_pages(model, write.slot, write.group, write.first, &write.pages);
+            self.runner.write_pages(write.slot, write.group, write.first, &write.pages);
         }
         for entry in &step.entries {
             let (position, sequence) = (entry.position as u32, entry.slot as u32);
             let row = Row { token: entry.token, position, sequence, flags: ROW_ACTIVE | ROW_SAMPLE };
-            self.runner.set_next_row(model, row);
+            self.runner.set_next_row(row);
         }
         let feed = |chunk: &Chunk| Feed {
             sequence: chunk.slot,
@@ -419,7 +419,7 @@ impl Engine {
     fn start(&mut self, model: &MorModel, start: &Start) {
         let Some(live) = self.live.get_mut(&start.id) else { return };
         let tokens = self.scheduler.tokens(start.id);
-        self.runner.start(model, start.slot, &live.sampling, tokens.iter().copied(), Some(&start.entries));
+        self.runner.start(start.slot, &live.sampling, tokens.iter().copied(), Some(&start.entries));
         if model.config().kv == KvStrategy::Hybrid && !start.depths.is_empty() {
             self.write_hybrid_table(model, start);
         }
@@ -445,7 +445,7 @@ impl Engine {
 
     /// Names the entry of every position that was taken over: a recursion's own where the token took it, else the
     /// first recursion's.
-    fn write_hybrid_table(&self, model: &MorModel, start: &Start) {
+    fn write_hybrid_table(&mut self, model: &MorModel, start: &Start) {
         let (layout, page_size) = (model.kv_layout(), PAGE_SIZE as usize);
         let pages = self.scheduler.pages(start.id);
         let slot_of =
@@ -460,7 +460,7 @@ impl Engine {
                 slot_of(group, index - 1)
             };
             let kv_slots: Vec<u32> = start.depths.iter().enumerate().map(place).collect();
-            self.runner.write_kv_slots(model, start.slot, group, &kv_slots);
+            self.runner.write_kv_slots(start.slot, group, &kv_slots);
         }
     }
 

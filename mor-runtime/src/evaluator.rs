@@ -8,6 +8,7 @@ use mor_kernels::plan::{Plan, PlanBuilder};
 use mor_kernels::rows::NONE;
 use mor_kernels::submit::{Readback, Submission};
 use mor_kernels::tensor::{DType, Tensor};
+use mor_kernels::writes::Writes;
 use mor_model::{LogitRows, Mode, MorModel, Phase, Routing, SampleTensors, StepTensors};
 
 use crate::kv_cache::KvCache;
@@ -86,7 +87,7 @@ impl Evaluator {
                 }
             }
         };
-        let how = (Phase::Prefill { num_splits: 1 }, routing, LogitRows::All);
+        let how = (Phase::Prefill { num_splits: 1, num_ends: 1 }, routing, LogitRows::All);
         model.record_step(&mut plan, &tensors, &kv.tensors, &sample, how, &mut copy_streams)?;
         if capture == Capture::Nll {
             let bindings =
@@ -110,7 +111,9 @@ impl Evaluator {
 
     /// Forgets all sequences.
     pub(crate) fn clear(&self, model: &MorModel) {
-        (0..self.kv.num_slots).for_each(|sequence| self.kv.clear(model.gpu(), sequence));
+        let mut writes = Writes::default();
+        (0..self.kv.num_slots).for_each(|sequence| self.kv.clear(&mut writes, sequence));
+        writes.flush(model.gpu());
     }
 
     /// Runs one step and waits for its results: per feed, what was captured of its rows. `labels` has one entry a

@@ -1,9 +1,13 @@
 //! The K/V buffers and tables of a fixed number of slots.
 
+use mor_kernels::Result;
 use mor_kernels::rows::PAGE_SIZE;
 use mor_kernels::tensor::{DType, Tensor};
-use mor_kernels::{Gpu, Result};
+use mor_kernels::writes::Writes;
 use mor_model::{KvStrategy, KvTensors, MorModel, recursion_group};
+
+/// Most entries of a page table that are written for nothing, so that what is on either side goes in one write.
+const MOST_ENTRIES_BETWEEN: usize = 512;
 
 /// Groups whose entries lie in the same buffers and draw their pages from one space of numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,40 +119,47 @@ impl KvCache {
     /// As [`KvCache::new`].
     pub(crate) fn for_all(model: &MorModel, num_slots: usize, max_positions: usize) -> Result<Self> {
         let cache = Self::new(model, num_slots, max_positions, &pages_for_all(model, num_slots, max_positions))?;
+        let mut writes = Writes::default();
         for class in &cache.classes {
             for (place, group) in class.groups.iter().enumerate() {
                 for slot in 0..num_slots {
                     let first = ((place * num_slots + slot) * cache.max_pages) as u32;
                     let pages: Vec<u32> = (first..first + cache.max_pages as u32).collect();
-                    cache.write_pages(model.gpu(), slot, *group, 0, &pages);
+                    cache.write_pages(&mut writes, slot, *group, 0, &pages);
                 }
             }
         }
+        writes.flush(model.gpu());
         Ok(cache)
     }
 
     /// Writes entries of a page table, from the `first` on.
-    pub(crate) fn write_pages(&self, gpu: &Gpu, slot: usize, group: usize, first: usize, pages: &[u32]) {
+    pub(crate) fn write_pages(&self, writes: &mut Writes, slot: usize, group: usize, first: usize, pages: &[u32]) {
         let at = (slot * self.num_groups + group) * self.max_pages + first;
-        gpu.write(&self.tensors.pages, 4 * at as u64, bytemuck::cast_slice(pages));
+        writes.push(&self.tensors.pages, 4 * at as u64, bytemuck::cast_slice(pages));
+        // Nobody reads entries past the last page: as long as there are few, the next group's adjoin.
+        let rest = self.max_pages - first - pages.len();
+        if rest <= MOST_ENTRIES_BETWEEN {
+            writes.push(&self.tensors.pages, 4 * (at + pages.len()) as u64, &[0; 4 * MOST_ENTRIES_BETWEEN][..4 * rest]);
+        }
     }
 
     /// Writes a slot's physical K/V slots of a group, position by position: hybrid caches only.
-    pub(crate) fn write_kv_slots(&self, gpu: &Gpu, slot: usize, group: usize, kv_slots: &[u32]) {
+    pub(crate) fn write_kv_slots(&self, writes: &mut Writes, slot: usize, group: usize, kv_slots: &[u32]) {
         let table = self.tensors.slots.as_ref().expect("hybrid caches have a slot table");
         let at = (slot * self.num_groups + group) * self.tensors.max_positions;
-        gpu.write(table, 4 * at as u64, bytemuck::cast_slice(kv_slots));
+        writes.push(table, 4 * at as u64, bytemuck::cast_slice(kv_slots));
     }
 
     /// Sets the number of entries a slot has in each group.
-    pub(crate) fn set_lengths(&self, gpu: &Gpu, slot: usize, lengths: &[u32]) {
+    pub(crate) fn set_lengths(&self, writes: &mut Writes, slot: usize, lengths: &[u32]) {
         assert_eq!(lengths.len(), self.num_groups, "one length a group");
-        gpu.write(&self.tensors.lengths, (4 * slot * self.num_groups) as u64, bytemuck::cast_slice(lengths));
+        writes.push(&self.tensors.lengths, (4 * slot * self.num_groups) as u64, bytemuck::cast_slice(lengths));
     }
 
     /// Forgets a slot's entries.
-    pub(crate) fn clear(&self, gpu: &Gpu, slot: usize) {
-        self.set_lengths(gpu, slot, &vec![0; self.num_groups]);
+    pub(crate) fn clear(&self, writes: &mut Writes, slot: usize) {
+        self.set_lengths(writes, slot, &vec![0; self.num_groups]);
     }
 
     /// The buffers that pages of a class lie in, with the bytes of a page in one of them.

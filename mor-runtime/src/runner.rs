@@ -10,6 +10,7 @@ use mor_kernels::plan::{Plan, PlanBuilder};
 use mor_kernels::rows::{ActiveRow, NONE, ROW_ACTIVE, ROW_FAILED, ROW_INDEX_UNIT, ROW_SAMPLE, Row};
 use mor_kernels::submit::{Readback, Submission};
 use mor_kernels::tensor::{DType, Tensor};
+use mor_kernels::writes::Writes;
 use mor_model::{
     Batching, LayersTensors, LogitRows, MAX_FEW_ROWS, MorModel, PARTS, Phase, Precision, Routing, SampleTensors,
     StepTensors,
@@ -49,6 +50,8 @@ pub struct Work<'a> {
 /// The results of a submit on their way to the host.
 #[derive(Debug)]
 pub struct Pending {
+    /// What will be recorded for the next time while the device is busy.
+    prefill: Option<Arc<Plan>>,
     depths: Option<Readback>,
     next_rows: Readback,
     results: Readback,
@@ -86,6 +89,11 @@ impl Pending {
     /// # Errors
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
     pub fn wait(self) -> Result<Reply> {
+        let gpu = self.results.gpu();
+        // A software rasteriser computes where this would record.
+        if let Some(plan) = self.prefill.as_ref().filter(|_| !gpu.caps().is_cpu) {
+            while !self.is_ready()? && plan.record_ahead(gpu) {}
+        }
         let depths = self.depths.map(Readback::wait).transpose()?.unwrap_or_default();
         Ok(Reply {
             depths: bytemuck::pod_collect_to_vec(&depths),
@@ -147,13 +155,15 @@ pub struct Runner {
     /// By number of slots and of key splits.
     decode: BTreeMap<(usize, u32), Arc<Plan>>,
     prefill_tensors: Option<StepTensors>,
-    /// By number of rows.
-    prefill: BTreeMap<usize, Arc<Plan>>,
+    /// By number of rows and of prompts that end.
+    prefill: BTreeMap<(usize, usize), Arc<Plan>>,
     prefill_rows: usize,
     key_splits: Option<u32>,
     batch_invariant: bool,
     /// Times that the host has put a row in place of a drawn one; what was submitted before knows nothing of the last.
     rows_written: u64,
+    /// For the next submit.
+    writes: Writes,
 }
 
 impl Runner {
@@ -237,6 +247,7 @@ impl Runner {
             key_splits: None,
             batch_invariant: options.batch_invariant,
             rows_written: 0,
+            writes: Writes::default(),
         })
     }
 
@@ -267,7 +278,7 @@ impl Runner {
 
     /// Where `reply` says that a workgroup waited in vain: goes on layer by layer with the token whose step that was. What is in
     /// flight does nothing until then.
-    pub fn recover(&mut self, model: &MorModel, reply: &Reply) {
+    pub fn recover(&mut self, reply: &Reply) {
         let Some(row) = reply.next_rows.iter().find(|row| row.flags == ROW_FAILED) else { return };
         if let Some(layers) = self.decode_tensors.layers.take() {
             self.given_up = Some(layers);
@@ -276,7 +287,7 @@ impl Runner {
         }
         // A row that was replaced since has been fed again, or its sequence has ended.
         if reply.rows_written == self.rows_written {
-            self.set_next_row(model, Row { flags: ROW_ACTIVE | ROW_SAMPLE, ..*row });
+            self.set_next_row(Row { flags: ROW_ACTIVE | ROW_SAMPLE, ..*row });
         }
     }
 
@@ -300,50 +311,49 @@ impl Runner {
     /// occurred, and the entries it has in each K/V group (none without lengths).
     pub fn start(
         &mut self,
-        model: &MorModel,
         slot: usize,
         sampling: &GpuSampling,
         seen: impl IntoIterator<Item = u32>,
         kv_lengths: Option<&[u32]>,
     ) {
-        let gpu = model.gpu();
+        let writes = &mut self.writes;
         match kv_lengths {
-            Some(lengths) => self.kv.set_lengths(gpu, slot, lengths),
-            None => self.kv.clear(gpu, slot),
+            Some(lengths) => self.kv.set_lengths(writes, slot, lengths),
+            None => self.kv.clear(writes, slot),
         }
         let bytes = bytemuck::bytes_of(sampling);
-        gpu.write(&self.sample.sampling, (slot * bytes.len()) as u64, bytes);
+        writes.push(&self.sample.sampling, (slot * bytes.len()) as u64, bytes);
         let mut bits = vec![0_u32; self.sample.seen.shape()[1]];
         for token in seen {
             bits[token as usize / 32] |= 1 << (token % 32);
         }
         let bytes: &[u8] = bytemuck::cast_slice(&bits);
-        gpu.write(&self.sample.seen, (slot * bytes.len()) as u64, bytes);
-        self.stop(model, slot);
+        writes.push(&self.sample.seen, (slot * bytes.len()) as u64, bytes);
+        self.stop(slot);
     }
 
     /// Puts a row in place of the one drawn last.
-    pub fn set_next_row(&mut self, model: &MorModel, row: Row) {
+    pub fn set_next_row(&mut self, row: Row) {
         self.rows_written += 1;
         let offset = row.sequence as usize * size_of::<Row>();
-        model.gpu().write(&self.sample.next_rows, offset as u64, bytemuck::bytes_of(&row));
+        self.writes.push(&self.sample.next_rows, offset as u64, bytemuck::bytes_of(&row));
     }
 
     /// Takes the sequence in a slot out of what is submitted from now on.
-    pub fn stop(&mut self, model: &MorModel, slot: usize) {
-        self.set_next_row(model, Row { sequence: slot as u32, ..Row::ABSENT });
-        self.decode_tensors.clear(model.gpu(), slot);
+    pub fn stop(&mut self, slot: usize) {
+        self.set_next_row(Row { sequence: slot as u32, ..Row::ABSENT });
+        self.decode_tensors.clear(&mut self.writes, slot);
     }
 
     /// Writes entries of a slot's page table for a group, from the `first` on.
-    pub fn write_pages(&self, model: &MorModel, slot: usize, group: usize, first: usize, pages: &[u32]) {
-        self.kv.write_pages(model.gpu(), slot, group, first, pages);
+    pub fn write_pages(&mut self, slot: usize, group: usize, first: usize, pages: &[u32]) {
+        self.kv.write_pages(&mut self.writes, slot, group, first, pages);
     }
 
     /// Writes what a slot's keys of a group are, position by position from the first on, in hybrid caches: physical
     /// K/V slots.
-    pub fn write_kv_slots(&self, model: &MorModel, slot: usize, group: usize, kv_slots: &[u32]) {
-        self.kv.write_kv_slots(model.gpu(), slot, group, kv_slots);
+    pub fn write_kv_slots(&mut self, slot: usize, group: usize, kv_slots: &[u32]) {
+        self.kv.write_kv_slots(&mut self.writes, slot, group, kv_slots);
     }
 
     /// Submits `work` and returns at once.
@@ -355,9 +365,11 @@ impl Runner {
     /// If there are more rows than [`Runner::prefill_rows`] or more ticks than [`Runner::MAX_TICKS`].
     pub fn submit(&mut self, model: &MorModel, work: &Work<'_>) -> Result<Pending> {
         assert!(work.ticks <= Self::MAX_TICKS, "{} ticks in one submit", work.ticks);
+        self.writes.flush(model.gpu());
         let num_slots = if work.num_slots == 0 { self.num_slots() } else { work.num_slots };
         let fed: usize = work.feeds.iter().map(|feed| feed.tokens.len()).sum();
-        let prefill = (fed > 0).then(|| self.prefill_plan(model, fed)).transpose()?;
+        let num_ends = work.feeds.iter().filter(|feed| feed.sample).count();
+        let prefill = (fed > 0).then(|| self.prefill_plan(model, fed, num_ends)).transpose()?;
         if let Some((_, tensors)) = &prefill {
             write_rows(model, tensors, work.feeds);
         }
@@ -387,15 +399,17 @@ impl Runner {
         let results = submission.read(&self.sample.results, 0, bytes as u64)?;
         submission.submit();
         let of_tick = decode.map_or(0, |plan| plan.num_dispatches());
-        let num_dispatches = work.ticks * of_tick + prefill.map_or(0, |(plan, _)| plan.num_dispatches());
-        Ok(Pending { depths, next_rows, results, num_dispatches, rows_written: self.rows_written })
+        let prefill = prefill.map(|(plan, _)| plan);
+        let num_dispatches = work.ticks * of_tick + prefill.as_ref().map_or(0, |plan| plan.num_dispatches());
+        Ok(Pending { prefill, depths, next_rows, results, num_dispatches, rows_written: self.rows_written })
     }
 
     /// K/V entries the sequence in a slot holds, per effective layer, as the device counted them; waits.
     ///
     /// # Errors
     /// [`KernelError::Device`](mor_kernels::KernelError::Device).
-    pub fn kv_entries(&self, model: &MorModel, slot: usize) -> Result<Vec<usize>> {
+    pub fn kv_entries(&mut self, model: &MorModel, slot: usize) -> Result<Vec<usize>> {
+        self.writes.flush(model.gpu());
         self.kv.entries(model, slot)
     }
 
@@ -482,7 +496,7 @@ impl Runner {
         contexts: Range<usize>,
     ) -> Result<()> {
         if num_rows > 0 {
-            self.prefill_plan(model, num_rows)?;
+            self.prefill_plan(model, num_rows, 1)?;
         }
         let mut context = contexts.start.max(1);
         while context < contexts.end {
@@ -503,6 +517,7 @@ impl Runner {
     /// If there are more rows than [`Runner::prefill_rows`].
     pub fn repeatable_prefill(&mut self, model: &MorModel, feeds: &[Feed<'_>]) -> Result<Plan> {
         let gpu = model.gpu();
+        self.writes.flush(gpu);
         let tensors = self.prefill_tensors(model, feeds.iter().map(|feed| feed.tokens.len()).sum())?;
         write_rows(model, &tensors, feeds);
         let lengths = &self.kv.tensors.lengths;
@@ -511,7 +526,8 @@ impl Runner {
         let mut plan = PlanBuilder::new(gpu)?;
         plan.part(PARTS[0]);
         plan.copy(&now, 0, lengths, 0, now.num_bytes());
-        self.record_prefill(model, &tensors, &mut plan)?;
+        let num_ends = feeds.iter().filter(|feed| feed.sample).count();
+        self.record_prefill(model, &tensors, self.most_ends(&tensors, num_ends), &mut plan)?;
         plan.finish()
     }
 
@@ -522,19 +538,27 @@ impl Runner {
         self.key_splits.unwrap_or_else(suggested)
     }
 
-    /// The plan of a prefill step of `num_rows` rows, and the tensors it works in.
-    fn prefill_plan(&mut self, model: &MorModel, num_rows: usize) -> Result<(Arc<Plan>, StepTensors)> {
+    /// The plan of a prefill step of `num_rows` rows, of which `num_ends` end prompts, and the tensors it works in.
+    fn prefill_plan(&mut self, model: &MorModel, num_rows: usize, num_ends: usize) -> Result<(Arc<Plan>, StepTensors)> {
         let tensors = self.prefill_tensors(model, num_rows)?;
-        if let Some(plan) = self.prefill.get(&tensors.capacity) {
+        let num_ends = self.most_ends(&tensors, num_ends);
+        if let Some(plan) = self.prefill.get(&(tensors.capacity, num_ends)) {
             return Ok((Arc::clone(plan), tensors));
         }
         let mut plan = PlanBuilder::new(model.gpu())?;
-        self.record_prefill(model, &tensors, &mut plan)?;
+        self.record_prefill(model, &tensors, num_ends, &mut plan)?;
         let plan = Arc::new(plan.finish()?);
         let dispatches = plan.num_dispatches();
-        tracing::debug!(rows = tensors.capacity, dispatches, "recorded the plan of a prefill step");
-        self.prefill.insert(tensors.capacity, Arc::clone(&plan));
+        tracing::debug!(rows = tensors.capacity, num_ends, dispatches, "recorded the plan of a prefill step");
+        self.prefill.insert((tensors.capacity, num_ends), Arc::clone(&plan));
         Ok((plan, tensors))
+    }
+
+    /// How many prompts a plan expects to end where `num_ends` do: few numbers, so that few plans exist.
+    fn most_ends(&self, tensors: &StepTensors, num_ends: usize) -> usize {
+        // The kernels of batch-invariant plans do not depend on it.
+        let num_ends = if self.batch_invariant { 1 } else { num_ends };
+        num_ends.next_power_of_two().max(MAX_FEW_ROWS).min(self.num_slots()).min(tensors.capacity)
     }
 
     /// The tensors of a prefill step of `num_rows` rows.
@@ -549,12 +573,22 @@ impl Runner {
         Ok(self.prefill_tensors.as_ref().expect("made above").limited_to(size))
     }
 
-    fn record_prefill(&self, model: &MorModel, tensors: &StepTensors, plan: &mut PlanBuilder<'_>) -> Result<()> {
-        // Prompts may end in a row a slot, of few of them most likely, with about as many keys as there are rows.
-        let most = self.num_slots().min(tensors.capacity);
-        let num_splits = self.num_splits(model, most.min(MAX_FEW_ROWS), tensors.capacity);
-        let num_splits = num_splits.min(tensors.max_key_splits(most));
-        let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Prefill { num_splits } };
+    fn record_prefill(
+        &self,
+        model: &MorModel,
+        tensors: &StepTensors,
+        num_ends: usize,
+        plan: &mut PlanBuilder<'_>,
+    ) -> Result<()> {
+        let num_splits = match num_ends {
+            // They may have about as many keys as there are rows.
+            ..=MAX_FEW_ROWS => {
+                let most = self.num_slots().min(tensors.capacity);
+                self.num_splits(model, num_ends, tensors.capacity).min(tensors.max_key_splits(most))
+            }
+            _ => 1,
+        };
+        let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Prefill { num_splits, num_ends } };
         let how = (phase, Routing::Causal, LogitRows::Sampled);
         model.record_step(plan, tensors, &self.kv.tensors, &self.sample, how, &mut |_, _| {})
     }

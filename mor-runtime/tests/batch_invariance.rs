@@ -78,7 +78,7 @@ fn runner(model: &MorModel, num_slots: usize, batching: Batching, batch_invarian
 }
 
 /// Entries of a slot in every K/V group.
-fn kv_lengths(runner: &Runner, model: &MorModel, slot: usize) -> Vec<u32> {
+fn kv_lengths(runner: &mut Runner, model: &MorModel, slot: usize) -> Vec<u32> {
     let layout = model.kv_layout();
     let mut lengths = vec![0; layout.num_groups()];
     let entries = runner.kv_entries(model, slot).expect("reads");
@@ -96,7 +96,7 @@ fn run(runner: &mut Runner, model: &MorModel, members: &[Member<'_>]) -> Vec<Com
     let mut computed: Vec<Computed> = members.iter().map(|_| Computed::default()).collect();
     let mut fed = vec![0; members.len()];
     for member in members {
-        runner.start(model, member.slot, &sampling(member.prompt.len() + member.num_new), [], None);
+        runner.start(member.slot, &sampling(member.prompt.len() + member.num_new), [], None);
     }
     for round in 0.. {
         assert!(round < 400, "every round moves somebody on");
@@ -121,9 +121,9 @@ fn run(runner: &mut Runner, model: &MorModel, members: &[Member<'_>]) -> Vec<Com
                 let is_last = *fed + 1 == member.prompt.len();
                 let limit = if is_last { member.prompt.len() + member.num_new } else { 0 };
                 let lengths = kv_lengths(runner, model, member.slot);
-                runner.start(model, member.slot, &sampling(limit), [], Some(&lengths));
+                runner.start(member.slot, &sampling(limit), [], Some(&lengths));
                 let (token, position, sequence) = (member.prompt[*fed], *fed as u32, member.slot as u32);
-                runner.set_next_row(model, Row { token, position, sequence, flags: ROW_ACTIVE | ROW_SAMPLE });
+                runner.set_next_row(Row { token, position, sequence, flags: ROW_ACTIVE | ROW_SAMPLE });
                 *fed += 1;
             }
         }

@@ -207,7 +207,7 @@ fn prompts_end_alike_however_keys_are_split() {
             let mut runner = Runner::new(session.model(), &options).expect("fits");
             runner.set_key_splits(Some(num_splits));
             let sampling = GpuSampling { limit: tokens.len() as u32, ..GpuSampling::default() };
-            runner.start(session.model(), 0, &sampling, [], None);
+            runner.start(0, &sampling, [], None);
             let feeds = [Feed { sequence: 0, position: 0, tokens: &tokens, sample: true }];
             let work = Work { feeds: &feeds, ..Work::default() };
             runner.submit(session.model(), &work).expect("runs").wait().expect("reads");

@@ -198,7 +198,7 @@ fn check_decode(case: &GoldenCase, model: &MorModel, how: How, chosen: Range<usi
     let num_steps = ids(0, "tokens").len();
     for (slot, prompt) in prompts.iter().enumerate() {
         let sampling = GpuSampling { limit: (prompt.len() + num_steps) as u32, ..GpuSampling::default() };
-        runner.start(model, slot, &sampling, prompt.iter().copied(), None);
+        runner.start(slot, &sampling, prompt.iter().copied(), None);
     }
     let mut tape = Tape::new(&prompts.iter().map(Vec::len).collect::<Vec<_>>());
     let mut step = |runner: &mut Runner, feeds: &[Feed<'_>]| {

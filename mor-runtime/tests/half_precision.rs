@@ -148,7 +148,7 @@ fn prompts_end_alike_whatever_there_is_room_for() {
             runner.set_key_splits(Some(num_splits));
             let sampling = GpuSampling { limit: 70, ..GpuSampling::default() };
             let prompts = &prompts[..num_slots.min(prompts.len())];
-            (0..prompts.len()).for_each(|slot| runner.start(session.model(), slot, &sampling, [], None));
+            (0..prompts.len()).for_each(|slot| runner.start(slot, &sampling, [], None));
             let feed = |(sequence, tokens)| Feed { sequence, position: 0, tokens, sample: true };
             let feeds: Vec<_> = prompts.iter().map(Vec::as_slice).enumerate().map(feed).collect();
             let work = Work { feeds: &feeds, ..Work::default() };

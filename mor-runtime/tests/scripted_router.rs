@@ -67,7 +67,7 @@ fn check(mor: Value, keep: Option<Vec<f64>>) {
         let prompts: Vec<Vec<u32>> = LENGTHS.iter().map(|(prompt, _)| (1..).take(*prompt).collect()).collect();
         for (slot, (prompt, num_new)) in LENGTHS.into_iter().enumerate() {
             let sampling = GpuSampling { limit: (prompt + num_new) as u32, ..GpuSampling::default() };
-            runner.start(&model, slot, &sampling, [], None);
+            runner.start(slot, &sampling, [], None);
         }
         let feeds: Vec<_> = prompts
             .iter()

@@ -91,7 +91,7 @@ fn decoding_is_measured_by_parts() {
         assert!(parts.iter().all(|part| busy(part).is_some()), "{profile:?}");
         assert!(profile.dispatches.iter().any(|time| time.dispatch.weight_bytes > 0), "{profile:?}");
     }
-    // A chunk and a part of one, over and over at the same place; then more prompts than a step draws for.
+    // A chunk and a part of one, over and over at the same place; then more prompts than kernels of few rows draw for.
     for (num_sequences, context) in [(1, 600), (3, 7), (9, 3)] {
         let profile = session.profile_prefill(num_sequences, context).expect("the device works");
         assert_eq!(profile.parts.iter().map(|(name, _)| *name).collect::<Vec<_>>(), mor_model::PARTS);
@@ -100,9 +100,10 @@ fn decoding_is_measured_by_parts() {
         let in_coda = profile.dispatches.iter().filter(|time| time.dispatch.part == "coda");
         let occupied =
             |kernel: &str| in_coda.clone().filter(|time| time.dispatch.kernel == kernel && time.occupied > 0.0).count();
-        assert_eq!(occupied("attention_decode"), usize::from(num_sequences <= 8), "{profile:?}");
+        assert_eq!(occupied("attention_decode"), 1, "{profile:?}");
         assert_eq!(occupied("attention_prefill"), 0, "{profile:?}");
-        assert_eq!(occupied("linear"), 1, "{profile:?}");
+        // q, o, gate and up, down and the head of nine rows, too.
+        assert_eq!(occupied("linear"), if num_sequences <= 8 { 1 } else { 6 }, "{profile:?}");
     }
     session = session.with_batch(BatchOptions::default()).expect("the sizes are sound");
     assert_eq!(result(&run(&mut session, &request)), result(&before));
@@ -123,8 +124,7 @@ fn the_last_layer_attends_for_the_ends_of_prompts() {
         let batch = BatchOptions { max_sequences: 9, ..BatchOptions::default() };
         session = session.with_batch(batch).expect("the sizes are sound");
         session.prepare_decode(20).expect("the caches fit");
-        // A step draws for eight prompts at most.
-        for (num_sequences, attending) in [(2, 6), (9, 5)] {
+        for num_sequences in [2, 9] {
             let profile = match session.profile_prefill(num_sequences, 5) {
                 Err(RuntimeError::Kernel(KernelError::Limit { .. })) => {
                     eprintln!("skipped: no timestamps");
@@ -134,7 +134,7 @@ fn the_last_layer_attends_for_the_ends_of_prompts() {
             };
             let occupied = |time: &&DispatchTime| time.dispatch.kernel.starts_with("attention_") && time.occupied > 0.0;
             let found = profile.dispatches.iter().filter(occupied).count();
-            assert_eq!(found, attending, "{sharing}, {num_sequences} prompts: {profile:?}");
+            assert_eq!(found, 6, "{sharing}, {num_sequences} prompts: {profile:?}");
         }
     }
 }

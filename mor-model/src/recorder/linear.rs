@@ -111,12 +111,13 @@ impl<'a> Recorder<'a> {
         if self.is_sampled(rows) { self.step.logits.shape()[0].min(self.step.capacity) } else { self.step.capacity }
     }
 
-    /// How many of a prompt's rows `rows` are likely to be: all, the share that a recursion is trained to take, or few that end
+    /// How many of a prompt's rows `rows` are likely to be: all, the share that a recursion is trained to take, or those that end
     /// prompts.
     pub(super) fn expected_rows(&self, rows: &RowSet) -> usize {
         let step = self.step;
         if self.is_sampled(rows) {
-            return self.most_rows(rows).min(MAX_FEW_ROWS);
+            let Phase::Prefill { num_ends, .. } = self.phase else { return self.most_rows(rows) };
+            return self.most_rows(rows).min(num_ends);
         }
         let recursion = step.recursions.iter().position(|set| std::ptr::eq(set, rows));
         let capacity = recursion.filter(|_| step.depthwise.is_none()).and_then(|r| self.config().capacity.get(r));

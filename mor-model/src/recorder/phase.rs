@@ -27,8 +27,10 @@ pub enum Phase {
     /// Many rows.
     Prefill {
         /// Parts of the keys of those that end prompts, from 1 on: a workgroup a head would go through them one tile after
-        /// the other.
+        /// the other. 1 for more than [`MAX_FEW_ROWS`] of them.
         num_splits: u32,
+        /// About how many prompts end, from 1 on: whose tokens are drawn.
+        num_ends: usize,
     },
     /// Few or many rows of either kind, computed alike: every sum has an order of its own, which no other row and no
     /// number of rows changes.
@@ -51,7 +53,7 @@ impl Phase {
         match self {
             Phase::Decode { num_splits } => Some(num_splits),
             Phase::Invariant => Some(1),
-            Phase::Prefill { num_splits } => are_sampled.then_some(num_splits),
+            Phase::Prefill { num_splits, .. } => are_sampled.then_some(num_splits),
         }
     }
 

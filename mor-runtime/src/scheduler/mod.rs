@@ -19,7 +19,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use mor_kernels::rows::PAGE_SIZE;
-use mor_model::{KvLayout, MAX_FEW_ROWS};
+use mor_model::KvLayout;
 
 use self::sequence::{Running, Sequence};
 pub(crate) use self::step::{Chunk, Progress, Start, Step};
@@ -33,9 +33,6 @@ pub(crate) type SequenceId = u64;
 
 /// Most rows of a prefill step while other sequences decode: a long prompt must not hold them up.
 pub(crate) const ROWS_BESIDE_DECODING: usize = 512;
-
-/// Most sequences whose first tokens a prefill step draws, as many as its kernels for the last rows of prompts are chosen for.
-pub(crate) const MOST_FIRST_DRAWS: usize = MAX_FEW_ROWS;
 
 /// Least rows of a prefill step that [`Scheduler::learn`] comes down to.
 pub(crate) const LEAST_ROWS: usize = 16;
@@ -507,13 +504,12 @@ impl Scheduler {
         }
         // Those who only decode are not among the readers.
         let all_begin = self.slots.iter().flatten().all(|running| running.read < running.to_read);
-        let may_draw = all_begin && reading.len() <= MOST_FIRST_DRAWS;
         let mut chunks: Vec<_> = reading.into_iter().zip(rows).filter(|(_, rows)| *rows > 0).collect();
         chunks.sort_unstable();
         for (slot, mut len) in chunks {
             let running = self.slots[slot].as_mut().expect("it runs");
             let wants_token = running.to_read < running.sequence.tokens.len();
-            let draws = may_draw && left > 0 && wants_token && running.read + len == running.to_read;
+            let draws = all_begin && left > 0 && wants_token && running.read + len == running.to_read;
             if draws {
                 left -= 1;
                 len += 1;

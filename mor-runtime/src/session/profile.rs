@@ -13,7 +13,6 @@ use super::Session;
 use crate::engine::most_prefill_rows;
 use crate::error::Result;
 use crate::runner::{Feed, Runner, RunnerOptions, Work};
-use crate::scheduler::MOST_FIRST_DRAWS;
 
 /// Where the time of a step goes; see [`Session::profile_decode`] and [`Session::profile_prefill`].
 #[non_exhaustive]
@@ -51,9 +50,9 @@ impl Session {
             for slot in (turn..num_sequences).step_by(period) {
                 let limit = runner.max_positions() as u32;
                 let sampling = GpuSampling { temperature: 1.0, seed_low: slot as u32, limit, ..GpuSampling::default() };
-                runner.start(model, slot, &sampling, [], None);
+                runner.start(slot, &sampling, [], None);
                 let flags = ROW_ACTIVE | ROW_SAMPLE;
-                runner.set_next_row(model, Row { token: 1, position: 0, sequence: slot as u32, flags });
+                runner.set_next_row(Row { token: 1, position: 0, sequence: slot as u32, flags });
             }
             tick(&mut runner, 1)?;
         }
@@ -69,7 +68,7 @@ impl Session {
 
     /// Where the time of a prefill step goes that reads the same number of tokens of each of `num_sequences` sequences, the last
     /// of `context` tokens: as many as fit [`BatchOptions::prefill_rows`](crate::BatchOptions::prefill_rows), or as the device is
-    /// given at a time. It draws the token after each prompt, as where nobody decodes yet: of up to eight. Caches are made anew for
+    /// given at a time. It draws the token after each prompt, as where nobody decodes yet. Caches are made anew for
     /// it; sequences under way are lost.
     ///
     /// # Errors
@@ -87,11 +86,11 @@ impl Session {
         let mut runner = self.profiled_runner(num_sequences, context, prefill_rows)?;
         let model = &self.model;
         for slot in 0..num_sequences {
-            runner.start(model, slot, &GpuSampling::default(), [], None);
+            runner.start(slot, &GpuSampling::default(), [], None);
         }
         let tokens = self.measured_prompt(context);
         let feeds = |begin: usize, end: usize| -> Vec<Feed<'_>> {
-            let sample = end == context && num_sequences <= MOST_FIRST_DRAWS;
+            let sample = end == context;
             let feed = |sequence| Feed { sequence, position: begin, tokens: &tokens[begin..end], sample };
             (0..num_sequences).map(feed).collect()
         };

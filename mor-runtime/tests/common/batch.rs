@@ -178,7 +178,7 @@ fn check_decode(
         let tokens = &reference.tokens[sequence];
         // The device stops once the token after the last has been drawn.
         let sampling = GpuSampling { limit: tokens.len() as u32 + 1, ..GpuSampling::default() };
-        runner.start(model, sequence, &sampling, tokens[..len].iter().copied(), None);
+        runner.start(sequence, &sampling, tokens[..len].iter().copied(), None);
     }
     let mut tape = Tape::new(&PROMPTS);
     let mut step = |runner: &mut Runner, feeds: &[Feed<'_>]| {
