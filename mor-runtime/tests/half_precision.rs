@@ -138,7 +138,7 @@ fn prompts_end_alike_whatever_there_is_room_for() {
         let mut rng = Rng::new(&format!("{config} ends"));
         let checkpoint = TinyModel::random(config.clone(), &mut rng).checkpoint(Dtype::F16).expect("complete");
         let vocab_size = checkpoint.config().vocab_size;
-        let lengths = [70, 1, 33];
+        let lengths = [70, 1, 33, 2, 3, 1, 4, 1, 2, 1, 5];
         let prompts = lengths.map(|length| (0..length).map(|_| rng.below(vocab_size) as u32).collect::<Vec<_>>());
         let mut session = Session::on_gpu(parity::gpu().clone(), &checkpoint, Precision::F16).expect("fits");
         let forward = session.forward(&prompts, Routing::Causal).expect("runs");

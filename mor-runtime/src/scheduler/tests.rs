@@ -56,6 +56,20 @@ fn late_steps_shorten_later_ones() {
     assert_eq!((rows(&least), scheduler.prefill_rows()), (16, 16));
 }
 
+#[test]
+fn prompts_are_drawn_for_where_they_end() {
+    let mut scheduler = Scheduler::new(options("recursion_wise", 20, 100));
+    for i in 0..20 {
+        scheduler.submit(vec![i + 1; 3], 10);
+    }
+    let step = scheduler.plan().expect("there are prompts");
+    assert!(step.chunks.len() == 20 && step.chunks.iter().all(|chunk| chunk.draws && chunk.len == 3), "{step:?}");
+    assert_eq!((step.entries.len(), step.ticks), (0, 0), "nothing is to come before the first tokens");
+    // Then all of them decode.
+    let next = scheduler.plan().expect("they go on");
+    assert!(next.chunks.is_empty() && next.ticks > 0, "{next:?}");
+}
+
 /// Runs `requests` of (tokens, limit, cancelled after so many new tokens) with several steps under way; returns the
 /// tokens of each and the order in which they ended.
 fn run(
