@@ -18,7 +18,7 @@
 //           SLICED if KEY_SLICES > 1; OUT_F16, of COOPERATIVE: for a `linear` that multiplies halves; workgroup memory: see
 //           workgroup_storage_bytes of the wrapper
 // Limits    D <= 256, COOPERATIVE: a multiple of 16; rows with one kv_table lie together and ascend in kv_len;
-//           BLOCK_Q <= ROW_PADDING
+//           BLOCK_Q < ROW_PADDING
 // Numerics  f32 throughout; running maximum per row. COOPERATIVE: scaled queries and weights are rounded to f16, exact
 //           products, sums in f32 in the matrix unit's order, of each slice and then of all; a weight is at most 2^LAG,
 //           and those of keys 2^(25 - BELOW) times lighter than a row's heaviest first key count in the sum of weights alone
