@@ -142,9 +142,9 @@ impl Plan {
     }
 
     /// Records the next of the first pieces that [`Submission::plan_at_once`](crate::submit::Submission::plan_at_once) hands over,
-    /// for the next time; `false` if they are there. Takes some 0.1 ms.
+    /// for the next time; `false` if they are there. Takes some 0.1 ms (`benches/runs/2026-11-30-nvidia-h200/host-timeline.txt`).
     pub fn record_ahead(&self, gpu: &Gpu) -> bool {
-        // Of those, the device is busy for longer than the others take to be recorded.
+        // The device is busy with these while the others are recorded.
         const MOST_PIECES: usize = 2;
         let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
         let piece = self.piece(ahead.num_steps);

@@ -208,10 +208,10 @@ impl Gpu {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "oracle"))]
 mod tests {
     use super::*;
-    use crate::gpu::GpuOptions;
+    use crate::parity;
     use crate::plan::PlanBuilder;
     use crate::tensor::DType;
 
@@ -219,11 +219,11 @@ mod tests {
     #[test]
     fn what_is_recorded_ahead_runs_once_and_in_order() {
         const STEPS: usize = 100;
-        let gpu = Gpu::open(&GpuOptions::default()).expect("an adapter");
+        let gpu = parity::gpu();
         let first: Vec<u32> = (0..=STEPS as u32).collect();
-        let chain = Tensor::from_slice(&gpu, "chain", DType::U32, &[STEPS + 1], &first).expect("fits");
-        let spare = Tensor::zeros(&gpu, "spare", DType::U32, &[1]).expect("fits");
-        let mut plan = PlanBuilder::new(&gpu).expect("fits");
+        let chain = Tensor::from_slice(gpu, "chain", DType::U32, &[STEPS + 1], &first).expect("fits");
+        let spare = Tensor::zeros(gpu, "spare", DType::U32, &[1]).expect("fits");
+        let mut plan = PlanBuilder::new(gpu).expect("fits");
         for step in 0..STEPS as u64 {
             plan.copy(&chain, 4 * step, &spare, 0, 4);
             plan.copy(&spare, 0, &chain, 4 * step + 4, 4);
@@ -232,9 +232,9 @@ mod tests {
         for pieces in [0, 1, usize::MAX] {
             for _ in 0..2 {
                 gpu.write(&chain, 0, bytemuck::cast_slice(&first));
-                let recorded = (0..pieces).take_while(|_| plan.record_ahead(&gpu)).count();
+                let recorded = (0..pieces).take_while(|_| plan.record_ahead(gpu)).count();
                 assert_eq!(recorded, pieces.min(2));
-                let mut submission = Submission::new(&gpu);
+                let mut submission = Submission::new(gpu);
                 // What comes before the plan runs before it.
                 submission.copy(&chain, 4 * 7, &spare, 0, 4).copy(&spare, 0, &chain, 0, 4);
                 submission.plan_at_once(&plan);

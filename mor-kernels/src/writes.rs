@@ -34,16 +34,16 @@ impl Writes {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "oracle"))]
 mod tests {
     use super::*;
-    use crate::gpu::GpuOptions;
+    use crate::parity;
     use crate::tensor::DType;
 
     #[test]
     fn writes_arrive_in_order_and_together() {
-        let gpu = Gpu::open(&GpuOptions::default()).expect("an adapter");
-        let tensor = |label| Tensor::zeros(&gpu, label, DType::U32, &[8]).expect("fits");
+        let gpu = parity::gpu();
+        let tensor = |label| Tensor::zeros(gpu, label, DType::U32, &[8]).expect("fits");
         let (a, b) = (tensor("a"), tensor("b"));
         let mut writes = Writes::default();
         for (tensor, at, values) in
@@ -52,7 +52,7 @@ mod tests {
             writes.push(tensor, 4 * at, bytemuck::cast_slice(&values));
         }
         assert_eq!(writes.pending.iter().map(|write| write.bytes.len()).collect::<Vec<_>>(), [16, 8, 16]);
-        writes.flush(&gpu);
+        writes.flush(gpu);
         assert!(writes.pending.is_empty());
         let read = |tensor| -> Vec<u32> { gpu.read(tensor).expect("the device works") };
         assert_eq!(read(&a), [1, 7, 8, 9, 10, 0, 0, 0]);

@@ -301,7 +301,7 @@ impl Runner {
 
     /// Splits the keys of every decode step recorded from now on, and of the rows that end prompts, into this many parts (a power
     /// of two up to [`AttentionDecode::MAX_SPLITS`]) whatever the context's length; `None` lets the length decide. More than
-    /// [`MAX_FEW_ROWS`] decoding slots split nothing, nor does a batch-invariant runner. The result does not depend on it: for tests
+    /// [`MAX_FEW_ROWS`] decoding slots or ends of prompts split nothing, nor does a batch-invariant runner. The result does not depend on it: for tests
     /// and measurements.
     pub fn set_key_splits(&mut self, key_splits: Option<u32>) {
         self.key_splits = key_splits.map(|splits| splits.next_power_of_two().clamp(1, AttentionDecode::MAX_SPLITS));
