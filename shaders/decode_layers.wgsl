@@ -11,13 +11,13 @@
 //           [matrices, O, K], embed_tokens, lm_head [V, C] units of 16 bytes, or quantised rows; norms [N, C]; rope
 //           [positions, D / 2, 2]; pages [sequences, groups, max_pages]; kv_lengths [sequences, groups]; rows [1]; depth
 //           [1]; keys, values [slots of all caches, G, D] f32 or f16; logits [V], V up to the next even number; control
-//           [4 + R]; sampling [S]; seen [S, seen_words]; partials [NUM_WORKGROUPS, 4]; router [R, C]; bias [R]; keep [R];
+//           [4 + R]; sampling [S]; seen [S, seen_words]; partials [NUM_WORKGROUPS, 4]; router [R, C]; bias [R]; shares [R];
 //           mail [hidden C; running C; layer C; middle C; q; k; v; attention H S D; statistics H S 2; mlp] of (bits, tag)
 // Bindings  0 params uniform; 1 steps uniform; 2 active_rows write; 3 qkv_proj read; 4 o_proj read; 5 gate_up_proj read;
 //           6 down_proj read; 7 norms read; 8 rope read; 9 pages read; 10 kv_lengths write; 11 rows write; 12 depth
 //           write; 13 keys write; 14 values write; 15 logits write; 16 mail write; 17 control write; 18 embed_tokens
 //           read; 19 lm_head read; 20 sampling read; 21 seen read; 22 partials write; 23 router read [ROUTED]; 24 bias read
-//           [BIAS]; 24 keep read [SCRIPTED]
+//           [BIAS]; 24 shares read [SCRIPTED]
 // Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time
 // Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; MAX_GROUPS; HIDDEN_SIZE,
 //           MLP_DIM, NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of the type of a layer's
@@ -58,6 +58,9 @@
 #import shared/pcg4d
 #import shared/sampling
 #import shared/best
+#if SCRIPTED
+#import shared/scripted_draw
+#endif
 
 struct Params {
     num_steps: u32,
@@ -143,7 +146,7 @@ const ALWAYS: u32 = 4u;
 @group(0) @binding(24) var<storage, read> bias: array<f32>;
 #endif
 #if SCRIPTED
-@group(0) @binding(24) var<storage, read> keep: array<f32>;
+@group(0) @binding(24) var<storage, read> shares: array<f32>;
 #endif
 
 // The products: those of a layer, QKV, O, GATE_UP and DOWN, of the type LAYER, and that of the HEAD, of a type of its own. Type
@@ -368,9 +371,8 @@ fn run_layers() -> bool {
 #if SCRIPTED
     // As in router_expert.
     for (var r = thread; r < min(params.num_recursions, MAX_GROUPS); r += WORKGROUP_SIZE) {
-        let place = rows[0].sequence * params.num_recursions + r;
-        let bits = pcg4d(vec4<u32>(params.seed_low, params.seed_high, rows[0].position, place)).x;
-        script[r] = select(-1.0, 1.0, f32(bits >> 8u) * 5.9604644775390625e-8 < keep[r]);
+        let draw = scripted_draw(params.seed_low, params.seed_high, rows[0].sequence, rows[0].position);
+        script[r] = select(-1.0, 1.0, draw < shares[r]);
     }
 #endif
     // Nobody waits for a thread of its own workgroup: it might not run meanwhile.

@@ -12,9 +12,9 @@
 //           or quantised rows; norm_weight [K] f32; next_x [n, O] f16; next_squares, x_squares [parts, n] f32, parts
 //           part_stride apart; outputs as the epilogue says; row-major
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
-//           5 x_squares read [SCALED]; 6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
-//           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
-//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED];
+//           5 x_squares read [SCALED]; 6 residual read [RESIDUAL, BLOCK_END]; 6 rope read [QKV];
+//           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END]; 7 k_cache write [QKV];
+//           8 running write [RUNNING]; 8 v_cache write [QKV]; 9 encoding read [ENCODED];
 //           10 next_weight read [NEXT_NORM]; 11 next_x write [NEXT_NORM]; 12 next_squares write [NEXT_NORM]
 // Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output. A slice's threads own
 //           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments
@@ -29,7 +29,7 @@
 //           OUT_F16 as x's producer and out's readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads;
 //           otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or
 //           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
-//           SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into f16 caches; SCALED, of
+//           SWIGLU, QKV, BLOCK_END (RUNNING): the epilogue; KV_F16: QKV into f16 caches; SCALED, of
 //           COOPERATIVE and X_F16: another kernel has begun the norm, and left squares in PARTS parts; NEXT_NORM, of
 //           COOPERATIVE: RESIDUAL begins the next one, LANES = 16 / columns of a lane; DELTA, of SWIGLU and QKV: added to
 //           y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
@@ -551,12 +551,19 @@ fn main(
 #if NEXT_NORM
     var square: array<f32, OWN>;
 #endif
+#if BLOCK_END
+    // Once for each row: what nobody has read since the block began is far away, and behind other loads further.
+    var gates_of = own_gates(entries);
+#endif
     var reads: array<Operands, OWN>;
     for (var i = 0u; i < OWN; i++) {
         let column = first_column + place_column(places[i], 0u);
         reads[i] = operands_inside(first_entry + place_row(places[i], 0u), entries[i], column);
     }
 #repeat m FRAGMENTS_M
+#if BLOCK_END
+    var streams = own_streams(first_column, places, entries, m);
+#endif
 #if NEXT_NORM
     for (var i = 0u; i < OWN; i++) {
         square[i] = 0.0;
@@ -574,7 +581,13 @@ fn main(
         let tile_row = place_row(at, m);
         let column = first_column + place_column(at, j);
         let entry = entries[m * OWN + i];
+#if BLOCK_END
+        var read = reads[i];
+        read.gate = gates_of[m * OWN + i];
+        read.hidden = streams[j * OWN + i];
+#else
         let read = reads[i];
+#endif
         // What the next fragment needs is on its way meanwhile.
         if m + 1u < FRAGMENTS_M || j + 1u < FRAGMENTS_N {
             let next_m = min(m + (j + 1u) / FRAGMENTS_N, FRAGMENTS_M - 1u);

@@ -11,9 +11,9 @@
 //           partials [n, H, S, hd] (MERGE); norm_weight [K]; stats [n, H, S] (max, sum); outputs as the epilogue says
 // Bindings  0 params uniform; 1 active_rows read; 2 w read [!TEXELS]; 2 w_texels texture [TEXELS]; 3 x read;
 //           4 out write; 5 norm_weight read [NORM]; 5 stats read [MERGE];
-//           6 residual read [RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 6 rope read [QKV];
-//           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END_EXPERT, BLOCK_END_TOKEN]; 7 k_cache write [QKV];
-//           8 running write [BLOCK_END_TOKEN]; 8 v_cache write [QKV]; 9 encoding read [ENCODED]
+//           6 residual read [RESIDUAL, BLOCK_END]; 6 rope read [QKV];
+//           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END]; 7 k_cache write [QKV];
+//           8 running write [RUNNING]; 8 v_cache write [QKV]; 9 encoding read [ENCODED]
 // Grid      (ceil(O / (2 * GROUPS * PAIRS * ROUNDS)), ceil(n / ROWS), 1) workgroups; GROUPS lane groups of LANES lanes,
 //           each owns PAIRS pairs of outputs, ROUNDS times over
 // Spec      NUM_OUTPUTS of this call; IN_FEATURES multiple of 8; UNIT elements fetched at once, 8 or, WIDE, of a
@@ -24,7 +24,7 @@
 //           SINGLE: streams have one row; SUBGROUP: lanes exchange by subgroup operations, SHUFFLES: by shuffles,
 //           BUILT_IN: and are added by built-in sums, LANES being the subgroup size; WEIGHT_F16 or WEIGHT_BF16 or
 //           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; DIGITS, of WIDE; STORE, GELU,
-//           RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END_EXPERT or BLOCK_END_TOKEN: the epilogue; KV_F16: QKV into
+//           RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END (RUNNING): the epilogue; KV_F16: QKV into
 //           f16 caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with
 //           what the layer adds up to
 // Limits    16 * ROWS * (2 * CHUNK * PARTS + CHUNK * PARTS / 4 + 1) bytes of workgroup memory, with DIGITS

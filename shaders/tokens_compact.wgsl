@@ -67,22 +67,43 @@ fn list(place: u32, entry: ActiveRow) {
     active_out[2u * place + 1u] = vec4<u32>(entry.kv_len, entry.kv_table, entry.recursion, entry.end);
 }
 
-// Bit 0: listed. Bit 1: selected, that is counted into the token's depth.
-fn keep(r: u32, row: Row) -> u32 {
+// Recursions that row r has taken, and what the router says of its next, where rows are chosen by these.
+fn depth_of(r: u32) -> u32 {
+#if EXPERT
+    return depth[r];
+#elif TOKEN
+    return depth[r];
+#elif ENDS
+    return depth[r];
+#else
+    return 0u;
+#endif
+}
+
+fn decision_of(r: u32) -> f32 {
+#if EXPERT
+    return decision[r];
+#else
+    return 0.0;
+#endif
+}
+
+// Of a row, its depth_of and decision_of. Bit 0: listed. Bit 1: selected, that is counted into the token's depth.
+fn keep(row: Row, reached: u32, score: f32) -> u32 {
     if (row.flags & ROW_ACTIVE) == 0u {
         return 0u;
     }
 #if BEGIN
     return 3u;
 #elif EXPERT
-    let selected = depth[r] == params.recursion && (params.always != 0u || decision[r] >= params.threshold);
+    let selected = reached == params.recursion && (params.always != 0u || score >= params.threshold);
     return select(params.keep_all, 3u, selected);
 #elif TOKEN
-    return select(0u, 3u, depth[r] > params.recursion);
+    return select(0u, 3u, reached > params.recursion);
 #elif FIXED
     return 3u;
 #elif ENDS
-    return select(0u, 3u, (row.flags & ROW_SAMPLE) != 0u && depth[r] > params.recursion);
+    return select(0u, 3u, (row.flags & ROW_SAMPLE) != 0u && reached > params.recursion);
 #else
     return select(0u, 3u, (row.flags & ROW_SAMPLE) != 0u);
 #endif
@@ -111,26 +132,41 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     var total = 0u;
     for (var first = 0u; first < params.num_rows; first += WORKGROUP_SIZE * EACH) {
         let first_own = first + thread * EACH;
+        // Without a branch, so that no load waits for another but those of lengths: past the end, what the last row has.
+        let last = params.num_rows - 1u;
         var own: array<Row, EACH>;
-        var kept: array<u32, EACH>;
+        var reached: array<u32, EACH>;
+        var scores: array<f32, EACH>;
+        for (var e = 0u; e < EACH; e++) {
+            let r = min(first_own + e, last);
+            own[e] = row_at(r);
+            reached[e] = depth_of(r);
+            scores[e] = decision_of(r);
+        }
 #if KV
+        let following = row_at(min(first_own + EACH, last));
         // Of their sequences: entries stored before this step, and whether these are the last rows.
         var stored: array<u32, EACH>;
         var is_last: array<bool, EACH>;
+        if params.write_group != NONE {
+            for (var e = 0u; e < EACH; e++) {
+                let is_active = (own[e].flags & ROW_ACTIVE) != 0u;
+                let sequence = select(0u, own[e].sequence, is_active);
+                stored[e] = kv_lengths[sequence * params.num_groups + params.write_group];
+                var next = following.sequence;
+                if e + 1u < EACH {
+                    next = own[min(e + 1u, EACH - 1u)].sequence;
+                }
+                let r = first_own + e;
+                is_last[e] = is_active && (r == last || r < last && next != own[e].sequence);
+            }
+        }
 #endif
+        var kept: array<u32, EACH>;
         var bits = 0u;
         for (var e = 0u; e < EACH; e++) {
-            let r = first_own + e;
-            if r < params.num_rows {
-                let row = row_at(r);
-                own[e] = row;
-#if KV
-                if params.write_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
-                    stored[e] = kv_lengths[row.sequence * params.num_groups + params.write_group];
-                    is_last[e] = r + 1u == params.num_rows || row_at(min(r + 1u, params.num_rows - 1u)).sequence != row.sequence;
-                }
-#endif
-                kept[e] = keep(r, row);
+            if first_own + e <= last {
+                kept[e] = keep(own[e], reached[e], scores[e]);
             }
             bits |= (kept[e] & 1u) << e;
         }
@@ -149,7 +185,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
             let row = own[e];
             let place = before_own + countOneBits(bits & ((1u << e) - 1u));
 #if KV
-            let begin = r - row.flags / ROW_INDEX_UNIT;
+            let begin = min(r, last) - row.flags / ROW_INDEX_UNIT;
             // Its sequence may have begun among earlier rows.
             if begin < first {
                 before[e] = before_last;
@@ -158,7 +194,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
             }
 #if KV_SLOTS
             // Unless a later recursion overrides it, it sees the first one's entry at this position.
-            if params.first_hybrid_group != NONE && (row.flags & ROW_ACTIVE) != 0u {
+            if params.first_hybrid_group != NONE && r <= last && (row.flags & ROW_ACTIVE) != 0u {
                 for (var g = params.first_hybrid_group; g < params.num_groups; g++) {
                     slots[(row.sequence * params.num_groups + g) * params.max_positions + row.position] =
                         physical(row.sequence, params.write_group, row.position);
@@ -173,7 +209,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
                 entry.end = select(END_NOTHING, END_GATED, (kept[e] & 2u) != 0u);
 #elif TOKEN
                 entry.recursion = params.recursion;
-                entry.end = select(END_PASS, END_GATED, depth[r] == params.recursion + 1u);
+                entry.end = select(END_PASS, END_GATED, reached[e] == params.recursion + 1u);
 #elif FIXED
                 entry.recursion = params.recursion;
 #elif ENDS

@@ -24,7 +24,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 weight: &parity::upload(gpu, &weight),
                 logits: &logits.tensor,
                 gates: Some(&gates.tensor),
-                keep: None,
+                shares: None,
             };
             let params = RouterExpertParams {
                 in_features: shape.hidden_size,

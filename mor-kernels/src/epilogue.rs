@@ -208,12 +208,14 @@ impl EpilogueKind {
             Self::Residual | Self::ResidualCopy | Self::Scaled | Self::Encoded => "RESIDUAL",
             Self::SwiGlu | Self::SwiGluF16 | Self::SwiGluDelta => "SWIGLU",
             Self::QkvF32 | Self::QkvF16 | Self::QkvF32Delta | Self::QkvF16Delta => "QKV",
-            Self::BlockEndExpert | Self::BlockEndExpertEncoded => "BLOCK_END_EXPERT",
-            Self::BlockEndToken | Self::BlockEndTokenEncoded => "BLOCK_END_TOKEN",
+            Self::BlockEndExpert | Self::BlockEndExpertEncoded | Self::BlockEndToken | Self::BlockEndTokenEncoded => {
+                "BLOCK_END"
+            }
         };
         definitions
             .flag(name, true)
             .flag("RESIDUAL_COPY", self == Self::ResidualCopy)
+            .flag("RUNNING", matches!(self, Self::BlockEndToken | Self::BlockEndTokenEncoded))
             .flag("NEXT_NORM", self == Self::Scaled)
             .flag("OUT_F16", self == Self::SwiGluF16)
             .flag("KV_F16", matches!(self, Self::QkvF16 | Self::QkvF16Delta))

@@ -186,7 +186,10 @@ impl LayersTensors {
             seen: &sample.seen,
             partials: &self.partials,
             router: routers.map(|routers| &routers.router.output),
-            bias_or_keep: model.script().map(|(_, keep)| keep).or(routers.and_then(|routers| routers.bias.as_ref())),
+            bias_or_shares: model
+                .script()
+                .map(|(_, shares)| shares)
+                .or(routers.and_then(|routers| routers.bias.as_ref())),
         }
     }
 

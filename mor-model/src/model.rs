@@ -32,40 +32,39 @@ pub struct MorModel {
 }
 
 /// Routing by draws in place of an expert-choice model's routers, for measurements alone: the routers of random weights
-/// mean nothing, and what a token computes depends on its depth. A token that has come as far as recursion r takes it with
-/// probability `keep[r]`, whatever the capacity and the router bias. Routers still run and gate, so the cost is that of the
-/// model.
+/// mean nothing, and what a token computes depends on its depth. Of n tokens in a row `shares[r] * n` take recursion r, but for
+/// four at most in 8,192, as top-k routing has exactly so many of a sequence take it; whatever the capacity and the router bias.
+/// Routers still run and gate, so the cost is that of the model.
 ///
-/// Draws depend on the seed, the token's position, its sequence's slot and the recursion, on nothing that was computed.
+/// Draws depend on the seed, the token's position and its sequence's slot, on nothing that was computed.
 /// Top-k routing of full sequences does not follow them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScriptedRouter {
     /// Seed of the draws.
     pub seed: u64,
-    /// Per recursion, the share of the tokens that have taken all recursions before it.
-    pub keep: Vec<f64>,
+    /// Per recursion, the share of all tokens that takes it, if it takes those before.
+    pub shares: Vec<f64>,
 }
 
 impl ScriptedRouter {
     /// Depths as the capacities give them: a share of `capacity[r]` of all tokens takes recursion r, so the mean depth is
     /// the sum of the capacities.
     pub fn by_capacity(config: &MorConfig, seed: u64) -> Self {
-        let before = std::iter::once(&1.0).chain(&config.capacity);
-        Self { seed, keep: config.capacity.iter().zip(before).map(|(capacity, before)| capacity / before).collect() }
+        Self { seed, shares: config.capacity.clone() }
     }
 
     /// Every token takes all recursions.
     pub fn full_depth(config: &MorConfig) -> Self {
-        Self { seed: 0, keep: vec![1.0; config.num_recursions] }
+        Self { seed: 0, shares: vec![1.0; config.num_recursions] }
     }
 }
 
 /// A [`ScriptedRouter`] on the device.
 #[derive(Clone, Debug)]
 struct Script {
-    seed: u64,
+    router: ScriptedRouter,
     /// `[R]` f32.
-    keep: Tensor,
+    shares: Tensor,
 }
 
 impl MorModel {
@@ -139,13 +138,13 @@ impl MorModel {
             return unfit("mode", format!("{:?}", self.config.mode), "Expert, to follow a script".to_owned());
         }
         let num_recursions = self.config.num_recursions;
-        if script.keep.len() != num_recursions || !script.keep.iter().all(|keep| (0.0..=1.0).contains(keep)) {
+        if script.shares.len() != num_recursions || !script.shares.iter().all(|share| (0.0..=1.0).contains(share)) {
             let expected = format!("{num_recursions} shares from 0 to 1, one a recursion");
-            return unfit("keep", format!("{:?}", script.keep), expected);
+            return unfit("shares", format!("{:?}", script.shares), expected);
         }
-        let keep: Vec<f32> = script.keep.iter().map(|keep| *keep as f32).collect();
-        let keep = Tensor::from_slice(&self.gpu, "keep", DType::F32, &[num_recursions], &keep)?;
-        self.script = Some(Script { seed: script.seed, keep });
+        let shares: Vec<f32> = script.shares.iter().map(|share| *share as f32).collect();
+        let shares = Tensor::from_slice(&self.gpu, "shares", DType::F32, &[num_recursions], &shares)?;
+        self.script = Some(Script { router: script.clone(), shares });
         Ok(self)
     }
 
@@ -157,12 +156,13 @@ impl MorModel {
 
     /// Whether every token that comes as far as recursion `r` takes it.
     pub(crate) fn takes_all(&self, r: usize) -> bool {
-        self.script.is_none() && self.config.capacity.get(r).is_none_or(|capacity| *capacity >= 1.0)
+        let shares = self.script.as_ref().map_or(&self.config.capacity, |script| &script.router.shares);
+        shares.get(r).is_none_or(|share| *share >= 1.0)
     }
 
     /// The seed and the shares of the script that routes, if one does.
     pub(crate) fn script(&self) -> Option<(u64, &Tensor)> {
-        self.script.as_ref().map(|script| (script.seed, &script.keep))
+        self.script.as_ref().map(|script| (script.router.seed, &script.shares))
     }
 
     /// Whether the first and the last layer, or of a vanilla model all, are in no recursion.

@@ -141,7 +141,7 @@ fn the_last_layer_attends_for_the_ends_of_prompts() {
 
 #[test]
 fn a_scripted_session_takes_the_drawn_depths() {
-    let script = ScriptedRouter { seed: 7, keep: vec![1.0, 1.0, 0.0] };
+    let script = ScriptedRouter { seed: 7, shares: vec![1.0, 1.0, 0.0] };
     let mut session = session().with_scripted_router(&script).expect("fits the model");
     let request = request(&session, FIRST, 8);
     assert!(run(&mut session, &request).depths.iter().all(|depth| *depth == 2));

@@ -36,7 +36,42 @@ fn own_entries(first_entry: u32, places: array<u32, OWN>) -> array<ActiveRow, FR
     return entries;
 }
 
-// operands of what begins at `column` of those bound here; of columns and rows past the end, nothing that counts.
+#if BLOCK_END
+// Gates of these rows.
+fn own_gates(entries: array<ActiveRow, FRAGMENTS_M * OWN>) -> array<f32, FRAGMENTS_M * OWN> {
+    var own = entries;
+    var of_rows: array<f32, FRAGMENTS_M * OWN>;
+    for (var i = 0u; i < FRAGMENTS_M * OWN; i++) {
+        if own[i].row != NONE {
+            of_rows[i] = row_gate(own[i]);
+        }
+    }
+    return of_rows;
+}
+
+// row_stream of a thread's places in row m of fragments.
+fn own_streams(
+    first_column: u32,
+    places: array<u32, OWN>,
+    entries: array<ActiveRow, FRAGMENTS_M * OWN>,
+    m: u32,
+) -> array<Columns, FRAGMENTS_N * OWN> {
+    var at = places;
+    var own = entries;
+    var streams: array<Columns, FRAGMENTS_N * OWN>;
+    for (var j = 0u; j < FRAGMENTS_N; j++) {
+        for (var i = 0u; i < OWN; i++) {
+            let column = first_column + place_column(at[i], j);
+            if own[m * OWN + i].row != NONE && column < params.num_outputs {
+                streams[j * OWN + i] = row_stream(own[m * OWN + i], params.first_output + column);
+            }
+        }
+    }
+    return streams;
+}
+#endif
+
+// column_operands of what begins at `column` of those bound here; of columns and rows past the end, nothing that counts.
 fn operands_inside(i: u32, entry: ActiveRow, column: u32) -> Operands {
     // In a branch of their own, loads are not moved to where they are needed.
     var is_read = entry.row != NONE && column < params.num_outputs;
@@ -49,7 +84,7 @@ fn operands_inside(i: u32, entry: ActiveRow, column: u32) -> Operands {
 #endif
     var read = Operands();
     if is_read {
-        read = operands(i, entry, params.first_output + column);
+        read = column_operands(i, entry, params.first_output + column);
     }
     return read;
 }

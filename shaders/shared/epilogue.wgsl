@@ -1,6 +1,5 @@
-// Where a linear kernel's results go. One of the flags STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END_EXPERT,
-// BLOCK_END_TOKEN is set, RESIDUAL_COPY only beside RESIDUAL, DELTA only beside SWIGLU or QKV, ENCODED only beside RESIDUAL
-// or a block end; results arrive as adjacent columns, two or (QUADS) four, because the loader interleaves weight rows so
+// Where a linear kernel's results go. One of the flags STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END is set, RESIDUAL_COPY only
+// beside RESIDUAL, RUNNING only beside BLOCK_END, DELTA only beside SWIGLU or QKV, ENCODED only beside RESIDUAL or BLOCK_END; results arrive as adjacent columns, two or (QUADS) four, because the loader interleaves weight rows so
 // that the two halves of a RoPE pair, and gate and up, stand side by side. QUADS: all columns of Params, and heads, are
 // multiples of 4.
 //
@@ -11,8 +10,8 @@
 // SWIGLU            out[i, o/2] = silu(v[o]) * v[o + 1], o even                  compact [n, out_stride] of Inner
 // QKV               o < q_dim: q rotated into out, compact; then kv_dim columns of k, rotated, and kv_dim of v, into
 //                   the caches at the row's slot, if it has one
-// BLOCK_END_EXPERT  rows with END_GATED: out[r] += gate[r] * (residual[r] + v)
-// BLOCK_END_TOKEN   rows with END_GATED: the same; others: running[r] = residual[r] + v
+// BLOCK_END         rows with END_GATED: out[r] += gate[r] * (residual[r] + v)
+// RUNNING           others: running[r] = residual[r] + v
 // DELTA             v + delta[i, o] in place of v: an adapter's product with the same rows, compact, of all columns, which
 //                   lies in `out` from delta_start on, since WebGPU's default limits have no binding left beside QKV
 // ENCODED           encoding[o] * (residual + v) in place of residual + v: a recursion's encoding of its block's output
@@ -51,13 +50,11 @@ fn pack_halves(v: Columns) -> HalfColumns {
 #if RESIDUAL_COPY
 @group(0) @binding(7) var<storage, read_write> copy: array<Columns>;
 #endif
-#if BLOCK_END_EXPERT
+#if BLOCK_END
 @group(0) @binding(6) var<storage, read> residual: array<Columns>;
 @group(0) @binding(7) var<storage, read> gates: array<f32>;
 #endif
-#if BLOCK_END_TOKEN
-@group(0) @binding(6) var<storage, read> residual: array<Columns>;
-@group(0) @binding(7) var<storage, read> gates: array<f32>;
+#if RUNNING
 @group(0) @binding(8) var<storage, read_write> running: array<Columns>;
 #endif
 #if ENCODED
@@ -102,9 +99,9 @@ fn erf(x: Columns) -> Columns {
 
 // What the epilogue reads, fetched apart so that a kernel can have it on its way while it multiplies.
 struct Operands {
-    // RESIDUAL, BLOCK_END_EXPERT, BLOCK_END_TOKEN: the residual; QKV: cosines and sines.
+    // RESIDUAL, BLOCK_END: the residual; QKV: cosines and sines.
     beside: Columns,
-    // BLOCK_END_EXPERT, BLOCK_END_TOKEN: the stream that the gated result is added to, and the gate.
+    // BLOCK_END: the stream that the gated result is added to, and the gate.
     hidden: Columns,
     gate: f32,
     // DELTA: what is added to the product.
@@ -113,22 +110,26 @@ struct Operands {
     encoding: Columns,
 }
 
-// `i` place in the row list, `entry` = active_rows[i], not one past its end; `o` first column, of the whole output. QKV without DELTA:
-// any entry and column.
-fn operands(i: u32, entry: ActiveRow, o: u32) -> Operands {
+#if BLOCK_END
+// What results of a row are multiplied by, and the stream at columns from o on that they are added to; `entry` is not one past the end.
+fn row_gate(entry: ActiveRow) -> f32 {
+    return gates[entry.row];
+}
+
+fn row_stream(entry: ActiveRow, o: u32) -> Columns {
+    return out[(entry.row * params.out_stride + o) / WIDTH];
+}
+#endif
+
+// Operands of a row but for its gate and stream: `i` place in the row list, `entry` = active_rows[i], not one past its end; `o` first
+// column, of the whole output. QKV without DELTA: any entry and column.
+fn column_operands(i: u32, entry: ActiveRow, o: u32) -> Operands {
     var read = Operands();
 #if RESIDUAL
     read.beside = residual[(entry.row * params.out_stride + o) / WIDTH];
 #endif
-#if BLOCK_END_EXPERT
+#if BLOCK_END
     read.beside = residual[(entry.row * params.out_stride + o) / WIDTH];
-    read.hidden = out[(entry.row * params.out_stride + o) / WIDTH];
-    read.gate = gates[entry.row];
-#endif
-#if BLOCK_END_TOKEN
-    read.beside = residual[(entry.row * params.out_stride + o) / WIDTH];
-    read.hidden = out[(entry.row * params.out_stride + o) / WIDTH];
-    read.gate = gates[entry.row];
 #endif
 #if QKV
     // Column of the head: that of a remainder without the dozens of instructions that one takes of a divisor that no compiler
@@ -153,6 +154,16 @@ fn operands(i: u32, entry: ActiveRow, o: u32) -> Operands {
 #endif
 #if ENCODED
     read.encoding = encoding[o / WIDTH];
+#endif
+    return read;
+}
+
+// All operands of an entry that is not past the end.
+fn operands(i: u32, entry: ActiveRow, o: u32) -> Operands {
+    var read = column_operands(i, entry, o);
+#if BLOCK_END
+    read.hidden = row_stream(entry, o);
+    read.gate = row_gate(entry);
 #endif
     return read;
 }
@@ -196,20 +207,17 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, product: Columns, read: Operands) 
     out[i * params.out_stride + o / 2u] = Inner(v.x / (1.0 + exp(-v.x)) * v.y);
 #endif
 #endif
-#if BLOCK_END_EXPERT
-    if entry.end == END_GATED {
-        let at = (entry.row * params.out_stride + o) / WIDTH;
-        out[at] = read.hidden + select(read.gate, 1.0, params.additive != 0u) * layer_output(v, read);
-    }
-#endif
-#if BLOCK_END_TOKEN
+#if BLOCK_END
     let at = (entry.row * params.out_stride + o) / WIDTH;
     let y = layer_output(v, read);
     if entry.end == END_GATED {
         out[at] = read.hidden + select(read.gate, 1.0, params.additive != 0u) * y;
-    } else {
+    }
+#if RUNNING
+    if entry.end != END_GATED {
         running[at] = y;
     }
+#endif
 #endif
 #if QKV
     let is_value = o >= params.q_dim + params.kv_dim;

@@ -58,6 +58,7 @@ shaders![
     "shared/rows",
     "shared/sampling",
     "shared/scan",
+    "shared/scripted_draw",
     "shared/weights",
     "slots_compact",
     "tokens_compact",

@@ -235,7 +235,7 @@ pub struct DecodeLayersBindings<'a> {
     /// `[R, C]`, of routed models.
     pub router: Option<&'a Tensor>,
     /// Token choice: `[R]` f32; a script: `[R]` shares.
-    pub bias_or_keep: Option<&'a Tensor>,
+    pub bias_or_shares: Option<&'a Tensor>,
 }
 
 /// Keys up to which a workgroup has a head for itself, and those of each of several.
@@ -457,8 +457,8 @@ impl DecodeLayers {
             LayerRouting::Expert { scripted, .. } => (true, scripted),
             LayerRouting::Token { bias, .. } => (true, bias),
         };
-        if (b.router.is_some(), b.bias_or_keep.is_some()) != (routed, extra) {
-            let found = format!("{:?}", (b.router.is_some(), b.bias_or_keep.is_some()));
+        if (b.router.is_some(), b.bias_or_shares.is_some()) != (routed, extra) {
+            let found = format!("{:?}", (b.router.is_some(), b.bias_or_shares.is_some()));
             return refuse("router, and bias or script", found, format!("{:?}", (routed, extra)));
         }
         if let Some(router) = b.router {
@@ -561,7 +561,7 @@ impl Kernel for DecodeLayers {
             Binding::write(22, b.partials),
         ];
         bindings.extend(b.router.map(|router| Binding::read(23, router)));
-        bindings.extend(b.bias_or_keep.map(|tensor| Binding::read(24, tensor)));
+        bindings.extend(b.bias_or_shares.map(|tensor| Binding::read(24, tensor)));
         bindings
     }
 

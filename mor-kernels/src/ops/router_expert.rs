@@ -73,9 +73,8 @@ pub struct RouterExpertBindings<'a> {
     pub logits: &'a Tensor,
     /// `[T]` f32, written at the active rows; `None` exactly with `logit_only`.
     pub gates: Option<&'a Tensor>,
-    /// `[R]` f32: the script's share of the tokens that come as far as each recursion and take it; `None` exactly without
-    /// `scripted`.
-    pub keep: Option<&'a Tensor>,
+    /// `[R]` f32: the script's share of all tokens that takes each recursion; `None` exactly without `scripted`.
+    pub shares: Option<&'a Tensor>,
 }
 
 impl Default for RouterExpert {
@@ -95,7 +94,7 @@ impl RouterExpert {
     /// Records the kernel over all active rows.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if `in_features` is no multiple of 8, if the weight or `keep` has another size or type, or
+    /// [`KernelError::Shape`] if `in_features` is no multiple of 8, if the weight or `shares` has another size or type, or
     /// if `gates` and `logit_only` contradict each other; else as [`PlanBuilder::dispatch`].
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: RouterExpertBindings<'_>, p: RouterExpertParams) -> Result<()> {
         check_router(Self::NAME, b.weight, self.weight_dtype, p.num_recursions, p.in_features)?;
@@ -107,12 +106,12 @@ impl RouterExpert {
                 expected: format!("the contrary with logit_only = {}", self.logit_only),
             });
         }
-        let shares = b.keep.map(|keep| (keep.dtype(), keep.num_elems()));
+        let shares = b.shares.map(|shares| (shares.dtype(), shares.num_elems()));
         if shares != self.scripted.then_some((DType::F32, p.num_recursions as usize)) {
             return Err(KernelError::Shape {
                 kernel: Self::NAME,
-                what: "keep",
-                found: b.keep.map_or_else(|| "no tensor".to_owned(), describe),
+                what: "shares",
+                found: b.shares.map_or_else(|| "no tensor".to_owned(), describe),
                 expected: if self.scripted { format!("F32 [{}]", p.num_recursions) } else { "none".to_owned() },
             });
         }
@@ -169,7 +168,7 @@ impl Kernel for RouterExpert {
             Binding::write(4, b.logits),
         ];
         bindings.extend(b.gates.map(|gates| Binding::write(5, gates)));
-        bindings.extend(b.keep.map(|keep| Binding::read(6, keep)));
+        bindings.extend(b.shares.map(|shares| Binding::read(6, shares)));
         bindings
     }
 
@@ -244,7 +243,7 @@ pub(super) mod tests {
                             weight: &weight,
                             logits: &logits.tensor,
                             gates: Some(&gates.tensor),
-                            keep: None,
+                            shares: None,
                         };
                         parity::run(gpu, |plan| {
                             plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, num_active as u32, 1]))
@@ -280,7 +279,7 @@ pub(super) mod tests {
                     weight: &parity::upload(gpu, &weight),
                     logits: &logits.tensor,
                     gates: Some(&gates.tensor),
-                    keep: None,
+                    shares: None,
                 };
                 let params = RouterExpertParams {
                     in_features: 8,
@@ -325,7 +324,7 @@ pub(super) mod tests {
                 weight: &parity::upload(gpu, &weight),
                 logits: &logits.tensor,
                 gates: None,
-                keep: None,
+                shares: None,
             };
             parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, 7, 1])));
             parity::assert_close(profile, &logits.read(gpu), &want, Tolerance::F32);
@@ -336,7 +335,7 @@ pub(super) mod tests {
     fn follows_the_script() {
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("router_expert script");
-            let keep = [1.0, 0.75, 0.0, 0.3];
+            let shares = [1.0, 0.75, 0.0, 0.3];
             let mut active = parity::some_rows(&mut rng, 500, 400);
             for entry in &mut active {
                 (entry.recursion, entry.sequence) = ([NONE, 0, 1, 2, 3][rng.below(5)], rng.below(40) as u32);
@@ -355,14 +354,14 @@ pub(super) mod tests {
                 let (logits, gates) = (Output::new(gpu, 500), Output::new(gpu, 500));
                 let (mut want_logits, mut want_gates) = (logits.read(gpu), gates.read(gpu));
                 router_expert(&kernel, &params, &active, &x, &weight, &mut want_logits, Some(&mut want_gates));
-                script(&params, &active, &keep, &mut want_logits);
+                script(&params, &active, &shares, &mut want_logits);
                 let bindings = RouterExpertBindings {
                     rows: &parity::row_set(gpu, &active),
                     x: &parity::upload(gpu, &x),
                     weight: &parity::upload(gpu, &weight),
                     logits: &logits.tensor,
                     gates: (!logit_only).then_some(&gates.tensor),
-                    keep: Some(&parity::upload(gpu, &keep)),
+                    shares: Some(&parity::upload(gpu, &shares)),
                 };
                 parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([1, 400, 1])));
                 let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
@@ -386,7 +385,7 @@ pub(super) mod tests {
             weight: &tensor,
             logits: &tensor,
             gates: None,
-            keep: None,
+            shares: None,
         };
         let params = RouterExpertParams {
             in_features: 64,
@@ -402,7 +401,7 @@ pub(super) mod tests {
         let short = RouterExpertParams { in_features: 60, ..params };
         assert!(message(RouterExpert::default(), short).contains("in_features has 60"));
         let scripted = RouterExpert { scripted: true, logit_only: true, ..RouterExpert::default() };
-        assert!(message(scripted, params).contains("keep has no tensor, expected F32 [1]"));
+        assert!(message(scripted, params).contains("shares has no tensor, expected F32 [1]"));
         let half = RouterExpert { weight_dtype: DType::F16, ..RouterExpert::default() };
         assert!(message(half, params).contains("weight has [64] of F32"));
     }

@@ -38,7 +38,7 @@ pub struct LayersState {
     /// `[R, C]`.
     pub router: Vec<f32>,
     /// Token choice's bias `[R]`, or the script's shares `[R]`.
-    pub bias_or_keep: Vec<f32>,
+    pub bias_or_shares: Vec<f32>,
     /// Recursions taken; updated.
     pub depth: u32,
     /// Blocks run; written.
@@ -123,7 +123,7 @@ pub fn decode_layers(
                             seed_high: p.seed_high,
                             ..Default::default()
                         };
-                        script(&params, &[before], &state.bias_or_keep, &mut decision);
+                        script(&params, &[before], &state.bias_or_shares, &mut decision);
                     }
                     selected = step.flags & ALWAYS != 0 || decision[0] >= p.threshold;
                     taken += u32::from(selected);
@@ -143,7 +143,7 @@ pub fn decode_layers(
                             })
                             .collect();
                         let score = |r: usize| {
-                            let bias = if bias { f64::from(state.bias_or_keep[r]) } else { 0.0 };
+                            let bias = if bias { f64::from(state.bias_or_shares[r]) } else { 0.0 };
                             gates[r] + bias + r as f64 * f64::from(p.depth_bias)
                         };
                         let best =

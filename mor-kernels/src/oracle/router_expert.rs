@@ -36,15 +36,18 @@ pub fn router_expert(
     }
 }
 
-/// Puts what the script decides in place of the logits of the rows `active`: `keep` `[R]` is the share of tokens that take
+/// Its fractional part, in units of 2^-32.
+const GOLDEN_RATIO: u32 = 0x9e37_79b9;
+
+/// Puts what the script decides in place of the logits of the rows `active`: `shares` `[R]` are those of all tokens that take
 /// each recursion.
-pub fn script(params: &RouterExpertParams, active: &[ActiveRow], keep: &[f32], logits: &mut [f32]) {
+pub fn script(params: &RouterExpertParams, active: &[ActiveRow], shares: &[f32], logits: &mut [f32]) {
     for entry in active {
         let recursion = entry.recursion.wrapping_add(1);
-        let Some(keep) = keep.get(recursion as usize) else { continue };
-        let place = entry.sequence * params.num_recursions + recursion;
-        let [bits, ..] = pcg4d([params.seed_low, params.seed_high, entry.position, place]);
-        let takes_it = f64::from(bits >> 8) / f64::from(1 << 24) < f64::from(*keep);
+        let Some(share) = shares.get(recursion as usize) else { continue };
+        let [begin, ..] = pcg4d([params.seed_low, params.seed_high, entry.sequence, 0]);
+        let bits = begin.wrapping_add(entry.position.wrapping_mul(GOLDEN_RATIO));
+        let takes_it = f64::from(bits >> 8) / f64::from(1 << 24) < f64::from(*share);
         logits[entry.row as usize] = if takes_it { 1.0 } else { -1.0 };
     }
 }

@@ -176,6 +176,9 @@ impl<'a> Recorder<'a> {
             }
             Mode::Expert | Mode::Token => {
                 self.record_set(plan, Selection::Begin, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
+                if self.begins_with_all() {
+                    self.record_expert_set(plan, 0)?;
+                }
                 if config.sharing == SharingStrategy::MiddleCycle {
                     self.record_embedding(plan, &step.layer_out)?;
                     let (input, end) = (LayerInput::from(&step.layer_out), LayerEnd::Stream(&step.hidden));
@@ -233,36 +236,47 @@ impl<'a> Recorder<'a> {
         }
     }
 
+    /// Whether the first recursion of expert choice takes all rows, whatever the router says: their list can be made while others are
+    /// at work, and the router, which has the gates left to say, can be at work beside the block's first norm.
+    fn begins_with_all(&self) -> bool {
+        self.config().mode == Mode::Expert && self.routing == Routing::Causal && self.model.takes_all(0)
+    }
+
+    /// Lists the rows that take recursion `r` by expert choice.
+    fn record_expert_set(&self, plan: &mut PlanBuilder<'_>, r: usize) -> Result<()> {
+        let step = self.step;
+        // The K/V sharing strategies need every token's keys of the first recursion.
+        let keep_all = r == 0 && self.config().kv != KvStrategy::RecursionWise;
+        let selection = match self.routing {
+            Routing::Causal => {
+                let decision = step.aux_logits.get(r).unwrap_or(&step.router_logits[r]);
+                let (threshold, always) = (self.model.threshold(), self.model.takes_all(r));
+                Selection::Expert { decision, threshold, always, keep_all }
+            }
+            Routing::TopK => {
+                let (decision, threshold) = (&step.topk_decision, 0.0);
+                Selection::Expert { decision, threshold, always: false, keep_all }
+            }
+        };
+        self.record_set(plan, selection, r, &step.recursions[r], Some(recursion_group(r as u32)))
+    }
+
     fn record_recursion(&self, plan: &mut PlanBuilder<'_>, r: usize) -> Result<()> {
         let (config, step) = (self.config(), self.step);
         let candidates = if r == 0 { &step.all } else { &step.recursions[r - 1] };
-        let selection = match config.mode {
-            Mode::Expert => {
-                self.record_expert_router(plan, r, candidates, r)?;
-                self.record_topk(plan, r)?;
-                // The K/V sharing strategies need every token's keys of the first recursion.
-                let keep_all = r == 0 && config.kv != KvStrategy::RecursionWise;
-                match self.routing {
-                    Routing::Causal => {
-                        let decision = step.aux_logits.get(r).unwrap_or(&step.router_logits[r]);
-                        let (threshold, always) = (self.model.threshold(), self.model.takes_all(r));
-                        Selection::Expert { decision, threshold, always, keep_all }
-                    }
-                    Routing::TopK => {
-                        let (decision, threshold) = (&step.topk_decision, 0.0);
-                        Selection::Expert { decision, threshold, always: false, keep_all }
-                    }
-                }
-            }
-            _ => {
-                if r == 0 {
-                    self.record_token_router(plan)?;
-                }
-                Selection::Token
-            }
-        };
         let set = &step.recursions[r];
-        self.record_set(plan, selection, r, set, Some(recursion_group(r as u32)))?;
+        if config.mode == Mode::Expert {
+            self.record_expert_router(plan, r, candidates, r)?;
+            self.record_topk(plan, r)?;
+            if r > 0 || !self.begins_with_all() {
+                self.record_expert_set(plan, r)?;
+            }
+        } else {
+            if r == 0 {
+                self.record_token_router(plan)?;
+            }
+            self.record_set(plan, Selection::Token, r, set, Some(recursion_group(r as u32)))?;
+        }
         let input = if config.mode == Mode::Token && r > 0 { &step.running } else { &step.hidden };
         self.record_block(plan, r, set, input)
     }

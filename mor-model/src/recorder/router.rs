@@ -69,8 +69,8 @@ impl<'a> Recorder<'a> {
                 scripted: script.is_some(),
                 ..RouterExpert::default()
             };
-            let keep = script.map(|(_, keep)| keep);
-            let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates, keep };
+            let shares = script.map(|(_, shares)| shares);
+            let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates, shares };
             let seed = script.map_or(0, |(seed, _)| seed);
             let num_recursions = config.num_recursions as u32;
             let params = RouterExpertParams {

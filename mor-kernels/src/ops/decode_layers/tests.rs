@@ -164,7 +164,7 @@ impl Case {
             keys,
             values,
             router: router_values,
-            bias_or_keep: vec![0.6, 0.5, 0.4],
+            bias_or_shares: vec![0.6, 0.5, 0.4],
             depth: 0,
             blocks: 0,
             logits: Vec::new(),
@@ -212,7 +212,7 @@ impl Case {
         let control = Output::from_words(gpu, &[self.last_tag, 0, 0, 0, 0, 0, 0]);
         let extra = match self.shape.routing {
             LayerRouting::Expert { scripted: true, .. } | LayerRouting::Token { bias: true, .. } => {
-                Some(parity::upload(gpu, &self.state.bias_or_keep))
+                Some(parity::upload(gpu, &self.state.bias_or_shares))
             }
             _ => None,
         };
@@ -240,7 +240,7 @@ impl Case {
             seen: &parity::upload_u32(gpu, &seen),
             partials: &partials.tensor,
             router: self.router.as_ref(),
-            bias_or_keep: extra.as_ref(),
+            bias_or_shares: extra.as_ref(),
         };
         let mut params = self.params;
         if fails {
@@ -381,15 +381,15 @@ fn exits_at_every_depth() {
         let routing = LayerRouting::Expert { gate: ExpertGate::Sigmoid, scripted: true };
         let shape = shape(SIZES[0], [DType::F32; 2], DType::F32, routing);
         let grid = *grids(gpu, &shape).last().expect("one workgroup does");
-        for keep in [[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]] {
+        for shares in [[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]] {
             let mut case = Case::new(gpu, &mut rng, shape, 50, [50, 40, 3]);
-            case.state.bias_or_keep = keep.to_vec();
-            let depth = keep.iter().take_while(|keep| **keep > 0.0).count() as u32;
-            assert_eq!(case.check(gpu, &format!("{profile} {keep:?}"), grid, false), depth, "{profile} {keep:?}");
+            case.state.bias_or_shares = shares.to_vec();
+            let depth = shares.iter().take_while(|share| **share > 0.0).count() as u32;
+            assert_eq!(case.check(gpu, &format!("{profile} {shares:?}"), grid, false), depth, "{profile} {shares:?}");
         }
         // Capacity 1 takes every row, whatever the script says.
         let mut case = Case::new(gpu, &mut rng, shape, 50, [50, 40, 3]);
-        case.state.bias_or_keep = vec![0.0; 3];
+        case.state.bias_or_shares = vec![0.0; 3];
         case.steps[1].flags |= ALWAYS;
         assert_eq!(case.check(gpu, "always", grid, false), 1);
     });
