@@ -160,8 +160,9 @@ fn source_row(first: u32, i: u32) -> u32 {
 #if STAGED
 const X_COLUMNS: u32 = TILE_K / X_UNIT;
 const TILE_UNITS: u32 = TILE_K / 8u;
-const X_LOADS: u32 = TILE_M * X_COLUMNS / THREADS;
-const W_LOADS: u32 = TILE_N * TILE_UNITS / THREADS;
+// Of a thread; some may have one less.
+const X_LOADS: u32 = (TILE_M * X_COLUMNS + THREADS - 1u) / THREADS;
+const W_LOADS: u32 = (TILE_N * TILE_UNITS + THREADS - 1u) / THREADS;
 // First unit of the last tiles.
 const LAST: u32 = (UNITS - 1u) / TILE_UNITS * TILE_UNITS;
 
@@ -280,17 +281,21 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
 #block STAGE SET
     for (var l = 0u; l < X_LOADS; l++) {
         let at = thread + l * THREADS;
-        let value = x_ahead[($SET) * X_LOADS + l];
+        if TILE_M * X_COLUMNS % THREADS == 0u || at < TILE_M * X_COLUMNS {
+            let value = x_ahead[($SET) * X_LOADS + l];
 #if NORM
-        square[l] += select(0.0, dot(value, value), staged < UNITS);
-        stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[$SET]);
+            square[l] += select(0.0, dot(value, value), staged < UNITS);
+            stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[$SET]);
 #else
-        stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
+            stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
 #endif
+        }
     }
     for (var l = 0u; l < W_LOADS; l++) {
         let at = thread + l * THREADS;
-        stage_w(tile_row(at, TILE_UNITS), at % TILE_UNITS, w_ahead[($SET) * W_LOADS + l]);
+        if TILE_N * TILE_UNITS % THREADS == 0u || at < TILE_N * TILE_UNITS {
+            stage_w(tile_row(at, TILE_UNITS), at % TILE_UNITS, w_ahead[($SET) * W_LOADS + l]);
+        }
     }
 #endblock
 
@@ -362,7 +367,7 @@ fn main(
 #if STAGED
     var x_from: array<u32, X_LOADS>;
     for (var l = 0u; l < X_LOADS; l++) {
-        let m = tile_row(thread + l * THREADS, X_COLUMNS);
+        let m = min(tile_row(thread + l * THREADS, X_COLUMNS), TILE_M - 1u);
         x_from[l] = source_row(first_entry, first_entry + m) * X_UNITS;
     }
     var w_from: array<u32, W_LOADS>;
@@ -478,8 +483,10 @@ fn main(
     }
 #if NORM
     for (var l = 0u; l < X_LOADS; l++) {
-        let at = tile_row(thread + l * THREADS, TILE_K / 4u) * SQUARES_STRIDE + column;
-        scratch[at / WIDTH][at % WIDTH] = square[l];
+        if TILE_M * X_COLUMNS % THREADS == 0u || thread + l * THREADS < TILE_M * X_COLUMNS {
+            let at = tile_row(thread + l * THREADS, TILE_K / 4u) * SQUARES_STRIDE + column;
+            scratch[at / WIDTH][at % WIDTH] = square[l];
+        }
     }
     workgroupBarrier();
     for (var m = thread; m < TILE_M; m += THREADS) {

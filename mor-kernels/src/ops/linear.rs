@@ -36,11 +36,14 @@ const PROCESSORS: u32 = 132;
 /// driver gives a processor 48 KiB of workgroup memory in all. Fitted to the products of 360M with so many inputs, of 16 to 2,048 rows;
 /// they differ from it by 2 to 8 %, in the root mean square. Those are here that together served layers of 135M, 360M and 1.7B best: of
 /// [`SHORT_LOOP_ROWS`] rows and more of 98 tiles and numbers of stages (`benches/runs/2026-11-29-nvidia-h200/linear-short-loops-tiles.txt`),
-/// of fewer of 79 (`linear-tiles-by-rows.txt` beside it).
-const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 20] = [
+/// and of 30 with other widths (`benches/runs/2026-11-30-nvidia-h200/linear-uneven-tiles.txt`), of fewer of 79 (`linear-tiles-by-rows.txt`
+/// beside the first).
+const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 22] = [
     ([128, 128, 32, 2, 2, 1, 2], [29.3, 34.5]),
     ([128, 128, 64, 4, 2, 1, 2], [20.7, 37.8]),
+    ([128, 112, 64, 4, 1, 2, 2], [20.3, 35.4]),
     ([96, 160, 32, 2, 2, 1, 2], [28.5, 33.7]),
+    ([96, 144, 64, 3, 3, 1, 2], [20.2, 37.2]),
     ([96, 128, 32, 2, 2, 1, 2], [25.8, 29.5]),
     ([96, 128, 64, 2, 4, 1, 2], [18.5, 32.2]),
     ([96, 96, 32, 2, 2, 1, 2], [23.5, 26.1]),
@@ -313,13 +316,9 @@ impl LinearTile {
         let threads = self.threads(caps);
         let staged = match self {
             LinearTile::Direct { .. } => true,
-            LinearTile::Staged { tile_m, tile_n, tile_k, .. }
-            | LinearTile::Cooperative { tile_m, tile_n, tile_k, .. } => {
-                // Units of x are 4 elements, or 8 of f16.
-                divides(tile_m * tile_k, threads, if self.multiplies_halves() { 8 } else { 4 })
-                    && divides(tile_n * tile_k, threads, 8)
-                    // The norm's sums: a thread loads one column of the tile of x.
-                    && divides(threads, tile_k / 4, 1)
+            // The norm's sums: a thread loads one column of the tile of x.
+            LinearTile::Staged { tile_k, .. } | LinearTile::Cooperative { tile_k, .. } => {
+                divides(threads, tile_k / 4, 1)
             }
         };
         staged && (1..=caps.max_workgroup_size).contains(&threads)
