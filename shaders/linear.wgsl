@@ -20,9 +20,9 @@
 //           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments
 //           of 16x16 each
 // Spec      IN_FEATURES multiple of 8; TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K
-//           multiple of 8, tiles of x and w whole numbers of vec4s and units for every thread, AHEAD tiles on their way,
-//           WRITTEN_OUT if compilers may write the loop over them out, SPLIT_K slices of TILE_K in whole vec4s, if there
-//           are several THREAD_M * THREAD_N a multiple of 4 and a slice's sums no more than the memory of the tiles;
+//           multiple of 8, AHEAD tiles on their way, WRITTEN_OUT if compilers may write the loop over them out, SPLIT_K
+//           slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a slice's sums no
+//           more than the memory of the tiles;
 //           COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N fragments of each subgroup, STEPS * 16 = TILE_K /
 //           SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if that is at most 64 and the epilogue allows, SLICED
 //           if SPLIT_K > 1, ROWS_EARLY if a thread has registers for its rows' entries while it multiplies, X_F16 and

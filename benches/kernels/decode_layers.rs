@@ -133,7 +133,7 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
         keys: floats(keys),
         values: floats(values),
         router: Vec::new(),
-        bias_or_keep: Vec::new(),
+        bias_or_shares: Vec::new(),
         depth: 0,
         blocks: 0,
         logits: Vec::new(),
@@ -214,7 +214,7 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             seen: &seen,
             partials: &partials,
             router: None,
-            bias_or_keep: None,
+            bias_or_shares: None,
         };
         let (plan, num_workgroups) = loop {
             let Some(num_workgroups) = numbers.next() else {

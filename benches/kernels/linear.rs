@@ -54,7 +54,14 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     }
     for (name, o, k) in [("down", 960, 2560), ("gate_up", 5120, 960)] {
         for n in [16, 64, 128, 512] {
-            product(criterion, gpu, &format!("tiles/360m/{name}/{n}"), [n, o, k], DType::F16, &candidates(gpu));
+            product(
+                criterion,
+                gpu,
+                &format!("tiles/360m/{name}/{n}"),
+                [n, o, k],
+                DType::F16,
+                &LinearTile::candidates(gpu.caps()),
+            );
         }
     }
 }
@@ -70,72 +77,6 @@ fn projections(shape: &Shape) -> [(&'static str, u32, u32); 4] {
     let q_dim = shape.num_attention_heads * shape.head_dim;
     let qkv = q_dim + 2 * shape.num_key_value_heads * shape.head_dim;
     [("qkv", qkv, c), ("o", c, q_dim), ("gate_up", 2 * mlp, c), ("down", c, mlp)]
-}
-
-fn candidates(gpu: &Gpu) -> Vec<LinearTile> {
-    let staged = |[tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead]: [u32; 7]| LinearTile::Staged {
-        tile_m,
-        tile_n,
-        tile_k,
-        thread_m,
-        thread_n,
-        split_k,
-        ahead,
-    };
-    let cooperative = |[tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead]: [u32; 7]| {
-        LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns: 4 }
-    };
-    let mut tiles = [
-        [8, 32, 64, 4, 4, 4, 1],
-        [16, 32, 64, 4, 2, 4, 1],
-        [16, 32, 64, 4, 2, 4, 2],
-        [16, 32, 128, 4, 2, 8, 2],
-        [16, 64, 64, 4, 4, 4, 2],
-        [32, 32, 32, 4, 4, 2, 2],
-        [32, 32, 64, 4, 4, 4, 1],
-        [32, 32, 64, 4, 4, 4, 2],
-        [64, 32, 32, 8, 4, 2, 2],
-        [64, 64, 16, 8, 4, 1, 2],
-        [64, 64, 32, 8, 4, 2, 2],
-        [128, 64, 16, 8, 8, 1, 2],
-    ]
-    .map(staged)
-    .to_vec();
-    if gpu.caps().cooperative_matrices {
-        tiles.extend(
-            [
-                [16, 16, 256, 1, 1, 8, 2],
-                [16, 16, 512, 1, 1, 8, 1],
-                [16, 32, 128, 1, 2, 4, 4],
-                [16, 32, 256, 1, 1, 8, 2],
-                [32, 32, 256, 1, 2, 4, 1],
-                [32, 48, 128, 2, 1, 4, 1],
-                [32, 64, 64, 1, 2, 2, 1],
-                [48, 64, 128, 1, 2, 4, 1],
-                [48, 96, 128, 1, 2, 4, 1],
-                [64, 32, 128, 2, 1, 4, 3],
-                [64, 48, 128, 4, 1, 2, 2],
-                [64, 64, 64, 2, 2, 1, 2],
-                [64, 64, 128, 2, 2, 2, 2],
-                [64, 80, 128, 2, 1, 4, 2],
-                [64, 80, 128, 4, 1, 2, 2],
-                [64, 96, 64, 4, 2, 1, 2],
-                [64, 160, 64, 2, 2, 2, 2],
-                [96, 96, 32, 2, 2, 1, 2],
-                [96, 96, 64, 3, 2, 1, 2],
-                [96, 128, 32, 2, 2, 1, 2],
-                [96, 128, 64, 2, 4, 1, 2],
-                [96, 160, 32, 2, 2, 1, 2],
-                [96, 160, 64, 2, 2, 2, 2],
-                [128, 96, 64, 4, 2, 1, 2],
-                [128, 128, 32, 2, 2, 1, 2],
-                [128, 128, 64, 2, 2, 2, 2],
-                [128, 128, 64, 4, 2, 1, 2],
-            ]
-            .map(cooperative),
-        );
-    }
-    tiles
 }
 
 /// Fields of a tile in few characters.

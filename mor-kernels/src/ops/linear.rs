@@ -197,12 +197,9 @@ impl LinearTile {
             let [tile_m, tile_n] = tile.size();
             num_rows.div_ceil(tile_m) * num_outputs.div_ceil(tile_n)
         };
-        let fits = |tile: LinearTile| {
-            // A tile of more rows than there are multiplies padding.
-            tile.size()[0] <= num_rows.next_multiple_of(FRAGMENT).max(FRAGMENT)
-                && tile.is_valid(caps)
-                && tile.storage_bytes(true) <= caps.max_workgroup_storage_bytes
-        };
+        // A tile of more rows than there are multiplies padding.
+        let most_rows = num_rows.next_multiple_of(FRAGMENT).max(FRAGMENT);
+        let fits = |tile: LinearTile| tile.size()[0] <= most_rows && tile.fits(caps);
         if half_products && caps.cooperative_matrices {
             let wide = num_outputs.is_multiple_of(4) && subgroup_width(caps) <= FRAGMENT * FRAGMENT / 4;
             // A processor takes its workgroups two at a time, the last perhaps alone.
@@ -224,6 +221,18 @@ impl LinearTile {
             .find(|&(tile, enough)| workgroups(tile) >= enough && fits(tile))
             .expect("the last tile fits every device within WebGPU's limits")
             .0
+    }
+
+    /// The tiles that [`LinearTile::for_shape`] chooses from on a GPU with `caps`, for multiples of 4 columns.
+    pub fn candidates(caps: &DeviceCaps) -> Vec<Self> {
+        let cooperative = COOPERATIVE_TILES.iter().filter(|_| caps.cooperative_matrices);
+        let cooperative = cooperative.map(|&(tile, _)| cooperative_tile(tile, 4));
+        staged_tiles().map(|(tile, _)| tile).chain(cooperative).filter(|tile| tile.fits(caps)).collect()
+    }
+
+    /// Whether a device with `caps` can run it, whatever it reads and ends with.
+    fn fits(self, caps: &DeviceCaps) -> bool {
+        self.is_valid(caps) && self.storage_bytes(true) <= caps.max_workgroup_storage_bytes
     }
 
     /// Whether [`PrologueKind::Norm`] is possible. Elsewhere every thread would compute the norm for itself.
@@ -314,14 +323,14 @@ impl LinearTile {
             return false;
         }
         let threads = self.threads(caps);
-        let staged = match self {
+        let sums_squares = match self {
             LinearTile::Direct { .. } => true,
-            // The norm's sums: a thread loads one column of the tile of x.
+            // A thread loads one column of the tile of x.
             LinearTile::Staged { tile_k, .. } | LinearTile::Cooperative { tile_k, .. } => {
                 divides(threads, tile_k / 4, 1)
             }
         };
-        staged && (1..=caps.max_workgroup_size).contains(&threads)
+        sums_squares && (1..=caps.max_workgroup_size).contains(&threads)
     }
 
     /// Workgroup memory, in bytes.

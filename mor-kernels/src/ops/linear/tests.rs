@@ -7,17 +7,20 @@ use crate::parity::{self, EpilogueCase, Output, Rng, Tolerance};
 
 const DTYPES: [DType; 5] = [DType::F32, DType::F16, DType::BF16, DType::Q8, DType::Q4];
 
-/// All tiles that [`LinearTile::for_shape`] may choose anywhere, as far as the device can run them.
+/// A tile of which threads load unequal numbers of vectors of x and units of w.
+const UNEVEN: LinearTile =
+    LinearTile::Staged { tile_m: 24, tile_n: 20, tile_k: 16, thread_m: 4, thread_n: 2, split_k: 2, ahead: 2 };
+
+/// All tiles that [`LinearTile::for_shape`] may choose anywhere, as far as the device can run them, and [`UNEVEN`].
 fn tiles(gpu: &Gpu) -> Vec<LinearTile> {
     if !gpu.caps().cooperative_matrices {
         println!("\"{}\" has no cooperative matrices: their tiles are not run", gpu.summary().name);
     }
     let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, 64, 64, false);
-    let cooperative = COOPERATIVE_TILES.iter().filter(|_| gpu.caps().cooperative_matrices);
-    let cooperative = cooperative.map(|&(tile, _)| cooperative_tile(tile, 2));
-    let fits = |tile: &LinearTile| tile.storage_bytes(true) <= gpu.caps().max_workgroup_storage_bytes;
-    let others = staged_tiles().map(|(tile, _)| tile).chain(cooperative);
-    std::iter::once(on_cpu).chain(others.filter(|tile| tile.is_valid(gpu.caps()) && fits(tile))).collect()
+    let mut tiles = vec![on_cpu, UNEVEN];
+    tiles.extend(LinearTile::candidates(gpu.caps()));
+    tiles.retain(|tile| tile.fits(gpu.caps()));
+    tiles
 }
 
 /// `tile` as wide as columns in multiples of `unit` allow.
@@ -62,7 +65,7 @@ fn every_cooperative_tile_suits_some_shape() {
             for num_outputs in [34, 576, 960, 1600, 2048, 3072, 5120, 6144, 16384] {
                 let tile = LinearTile::for_shape(&caps, num_rows, num_outputs, true);
                 assert!(tile.size()[0] <= num_rows, "{tile:?} for {num_rows} rows");
-                assert!(tile.is_valid(&caps) && tile.storage_bytes(true) <= kib << 10, "{tile:?} on {caps:?}");
+                assert!(tile.fits(&caps), "{tile:?} on {caps:?}");
                 assert!(tile.num_norm_parts(num_outputs).is_none_or(|parts| parts <= num_outputs / 16 + 8), "{tile:?}");
                 unused.retain(|other| *other != tile);
             }
