@@ -33,8 +33,8 @@ pub struct MorModel {
 
 /// Routing by draws in place of an expert-choice model's routers, for measurements alone: the routers of random weights
 /// mean nothing, and what a token computes depends on its depth. Of n tokens in a row `shares[r] * n` take recursion r, but for
-/// four at most in 8,192, as top-k routing has exactly so many of a sequence take it; whatever the capacity and the router bias.
-/// Routers still run and gate, so the cost is that of the model.
+/// a few, as top-k routing has exactly so many of a sequence take it; whatever the capacity and the router bias. Routers still run and
+/// gate, so the cost is that of the model.
 ///
 /// Draws depend on the seed, the token's position and its sequence's slot, on nothing that was computed.
 /// Top-k routing of full sequences does not follow them.
