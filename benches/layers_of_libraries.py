@@ -1,5 +1,5 @@
-"""How layers of a shape scale with their rows where CUDA's libraries compute them: cuBLAS's products and PyTorch's causal attention
-(FlashAttention) in f16, one after the other in a CUDA graph, without norms, rotation, activation, residuals and routing.
+"""How layers of a shape scale with their rows where CUDA's libraries compute them: cuBLAS's products and PyTorch's causal
+scaled_dot_product_attention in f16, one after the other in a CUDA graph, without norms, rotation, activation, residuals and routing.
 
 A Mixture-of-Recursions model of three recursions computes layers of all rows, of two thirds and of a third. What these take beside
 one another bounds how much faster it reads a prompt than the vanilla model of its shape. Needs PyTorch and a CUDA device:

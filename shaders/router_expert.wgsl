@@ -50,7 +50,8 @@ struct Params {
 
 // What stands for the logit of a token that has reached the recursion.
 fn script(entry: ActiveRow, recursion: u32) -> f32 {
-    return select(-1.0, 1.0, scripted_draw(params.seed_low, params.seed_high, entry.sequence, entry.position) < shares[recursion]);
+    let draw = scripted_draw(params.seed_low, params.seed_high, entry.sequence, entry.position);
+    return select(-1.0, 1.0, draw < shares[recursion]);
 }
 #endif
 

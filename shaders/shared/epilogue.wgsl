@@ -1,7 +1,7 @@
 // Where a linear kernel's results go. One of the flags STORE, GELU, RESIDUAL, SWIGLU, QKV, BLOCK_END is set, RESIDUAL_COPY only
-// beside RESIDUAL, RUNNING only beside BLOCK_END, DELTA only beside SWIGLU or QKV, ENCODED only beside RESIDUAL or BLOCK_END; results arrive as adjacent columns, two or (QUADS) four, because the loader interleaves weight rows so
-// that the two halves of a RoPE pair, and gate and up, stand side by side. QUADS: all columns of Params, and heads, are
-// multiples of 4.
+// beside RESIDUAL, RUNNING only beside BLOCK_END, DELTA only beside SWIGLU or QKV, ENCODED only beside RESIDUAL or BLOCK_END;
+// results arrive as adjacent columns, two or (QUADS) four, because the loader interleaves weight rows so that the two halves of
+// a RoPE pair, and gate and up, stand side by side. QUADS: all columns of Params, and heads, are multiples of 4.
 //
 // STORE             out[i, o] = scale * v                                        compact [n, out_stride]
 // GELU              out[i, o] = gelu(scale * v), the exact (erf) form            compact
