@@ -501,7 +501,7 @@ impl Tensor {
     pub fn zeros_uniform(gpu: &Gpu, label: &str, bytes: u64) -> Result<Self> {
         use wgpu::BufferUsages as U;
         let buffer = gpu.create_buffer(label, bytes, U::UNIFORM | U::COPY_DST)?;
-        Ok(Self::from_parts(buffer, label, DType::U32, &[bytes as usize / 4]))
+        Ok(Self::from_parts(buffer, bytes, label, DType::U32, &[bytes as usize / 4]))
     }
 }
 

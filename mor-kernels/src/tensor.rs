@@ -69,11 +69,16 @@ impl Tensor {
         let bytes = bytes.next_multiple_of(32).max(32);
         let usage = U::STORAGE | U::COPY_DST | U::COPY_SRC | U::INDIRECT;
         let buffer = gpu.create_buffer(label, bytes, usage)?;
-        Ok(Self::from_parts(buffer, label, dtype, shape))
+        Ok(Self::from_parts(buffer, bytes, label, dtype, shape))
     }
 
-    pub(crate) fn from_parts(buffer: wgpu::Buffer, label: &str, dtype: DType, shape: &[usize]) -> Self {
-        let num_bytes = buffer.size();
+    pub(crate) fn from_parts(
+        buffer: wgpu::Buffer,
+        num_bytes: u64,
+        label: &str,
+        dtype: DType,
+        shape: &[usize],
+    ) -> Self {
         Self { buffer, offset: 0, num_bytes, texels: None, label: label.to_owned(), shape: shape.to_vec(), dtype }
     }
 

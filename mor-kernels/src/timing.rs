@@ -73,7 +73,7 @@ fn stamps(gpu: &Gpu, count: u32, record: impl FnOnce(&mut wgpu::CommandEncoder, 
     gpu.wait_idle()?;
     let failed = |reason: String| KernelError::Device { adapter: gpu.summary().name.clone(), reason };
     let view = staging.get_mapped_range(..).map_err(|error| failed(error.to_string()))?;
-    let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&view[..]);
+    let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&view[..bytes as usize]);
     Ok(ticks.iter().map(|tick| tick.wrapping_sub(ticks[0]) as f64 * nanos_per_tick / 1e3).collect())
 }
 

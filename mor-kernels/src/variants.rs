@@ -235,6 +235,7 @@ fn add_linear(list: &mut List) {
             for (prologue, epilogue) in [
                 (P::CompactF16, EpilogueKind::Residual),
                 (P::CompactF16, EpilogueKind::Scaled),
+                (P::StreamF16, EpilogueKind::QkvF16),
                 (P::Compact, EpilogueKind::SwiGluF16),
                 (scaled, EpilogueKind::SwiGluF16),
                 (scaled, EpilogueKind::QkvF16),
@@ -290,8 +291,12 @@ fn add_routers(list: &mut List) {
         for x_by_row in [false, true] {
             for gate in [ExpertGate::Sigmoid, ExpertGate::Tanh, ExpertGate::None] {
                 for (logit_only, scripted) in [(false, false), (true, false), (false, true), (true, true)] {
-                    let kernel = RouterExpert::default();
-                    list.add(&RouterExpert { gate, weight_dtype, x_by_row, logit_only, scripted, ..kernel });
+                    let kernel = RouterExpert::new(&list.caps, 960);
+                    let kernel = RouterExpert { gate, weight_dtype, x_by_row, logit_only, scripted, ..kernel };
+                    list.add(&kernel);
+                    if x_by_row && !logit_only {
+                        list.add(&RouterExpert { norms: true, ..kernel });
+                    }
                 }
             }
             for num_recursions in [2, 3, 4, 16] {

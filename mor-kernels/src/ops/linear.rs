@@ -89,8 +89,8 @@ pub struct Linear {
     pub in_features: u32,
     /// Element type of the weight.
     pub weight_dtype: DType,
-    /// Input side; [`PrologueKind::Norm`] where [`LinearTile::fuses_norm`], [`PrologueKind::CompactF16`] and
-    /// [`PrologueKind::Scaled`] where [`LinearTile::multiplies_halves`], never [`PrologueKind::Merge`].
+    /// Input side; [`PrologueKind::Norm`] where [`LinearTile::fuses_norm`], kinds that [`PrologueKind::reads_halves`] where
+    /// [`LinearTile::multiplies_halves`], never [`PrologueKind::Merge`].
     pub prologue: PrologueKind,
     /// Output side; [`EpilogueKind::SwiGluF16`] and [`EpilogueKind::Scaled`] where [`LinearTile::multiplies_halves`].
     pub epilogue: EpilogueKind,
@@ -406,12 +406,11 @@ impl Linear {
             return unfit("prologue", format!("{prologue:?}"), &format!("{:?}", self.prologue));
         }
         match prologue {
-            PrologueKind::Compact | PrologueKind::Stream => {}
-            PrologueKind::CompactF16 if self.tile.multiplies_halves() => {}
-            PrologueKind::Scaled { .. } if self.tile.multiplies_halves() => {}
-            PrologueKind::CompactF16 | PrologueKind::Scaled { .. } => {
+            _ if prologue.reads_halves() && !self.tile.multiplies_halves() => {
                 return unfit("prologue", format!("{prologue:?}"), "f32 for this tile");
             }
+            PrologueKind::Compact | PrologueKind::CompactF16 | PrologueKind::Scaled { .. } => {}
+            PrologueKind::Stream | PrologueKind::StreamF16 => {}
             PrologueKind::Norm if self.tile.fuses_norm() => {}
             PrologueKind::Norm => {
                 return unfit("prologue", "Norm".to_owned(), "a tile that fuses it, or rms_norm before");
@@ -455,13 +454,14 @@ impl Kernel for Linear {
     type Bindings<'a> = LinearBindings<'a>;
 
     fn definitions(&self, caps: &DeviceCaps) -> Definitions {
+        use PrologueKind as K;
         let [tile_m, tile_n] = self.tile.size();
         let definitions = Definitions::new()
             .u32("IN_FEATURES", self.in_features)
             .u32("TILE_M", tile_m)
             .u32("TILE_N", tile_n)
-            .flag("X_BY_ROW", matches!(self.prologue, PrologueKind::Stream | PrologueKind::Norm))
-            .flag("X_F16", matches!(self.prologue, PrologueKind::CompactF16 | PrologueKind::Scaled { .. }))
+            .flag("X_BY_ROW", matches!(self.prologue, K::Stream | K::StreamF16 | K::Norm))
+            .flag("X_F16", self.prologue.reads_halves())
             .flag("NORM", self.prologue == PrologueKind::Norm);
         let definitions = match self.prologue {
             PrologueKind::Scaled { num_parts } => definitions.flag("SCALED", true).u32("PARTS", num_parts),

@@ -60,6 +60,8 @@ pub enum PrologueKind {
     CompactF16,
     /// [`Prologue::Stream`].
     Stream,
+    /// [`Prologue::Stream`] of f16.
+    StreamF16,
     /// [`Prologue::Scaled`].
     Scaled {
         /// Parts of the squares of a row.
@@ -76,12 +78,22 @@ pub enum PrologueKind {
     },
 }
 
+impl PrologueKind {
+    /// Whether the kernel reads x in f16; of [`Linear`](super::Linear) alone, where [`LinearTile::multiplies_halves`].
+    ///
+    /// [`LinearTile::multiplies_halves`]: super::LinearTile::multiplies_halves
+    pub fn reads_halves(self) -> bool {
+        matches!(self, PrologueKind::CompactF16 | PrologueKind::StreamF16 | PrologueKind::Scaled { .. })
+    }
+}
+
 impl<'a> Prologue<'a> {
     /// What to specialise the kernel for.
     pub fn kind(&self) -> PrologueKind {
         match *self {
             Prologue::Compact { x } if x.dtype() == DType::F16 => PrologueKind::CompactF16,
             Prologue::Compact { .. } => PrologueKind::Compact,
+            Prologue::Stream { x } if x.dtype() == DType::F16 => PrologueKind::StreamF16,
             Prologue::Stream { .. } => PrologueKind::Stream,
             Prologue::Scaled { num_parts, .. } => PrologueKind::Scaled { num_parts },
             Prologue::Norm { .. } => PrologueKind::Norm,
@@ -243,8 +255,7 @@ impl LinearDecode {
             return Err(KernelError::Shape { kernel: Self::NAME, what: "outputs and inputs", found, expected });
         }
         let (prologue, epilogue) = (b.prologue.kind(), b.epilogue.kind());
-        let reads_halves = matches!(prologue, PrologueKind::CompactF16 | PrologueKind::Scaled { .. });
-        if reads_halves || matches!(epilogue, EpilogueKind::SwiGluF16 | EpilogueKind::Scaled) {
+        if prologue.reads_halves() || matches!(epilogue, EpilogueKind::SwiGluF16 | EpilogueKind::Scaled) {
             let (found, expected) = (format!("{prologue:?} and {epilogue:?}"), "f32".to_owned());
             return Err(KernelError::Shape { kernel: Self::NAME, what: "activations", found, expected });
         }

@@ -22,7 +22,7 @@ pub fn router_expert(
     for (i, entry) in active.iter().enumerate() {
         let row = entry.row as usize;
         let from = if kernel.x_by_row { row } else { i };
-        let k = params.in_features as usize;
+        let k = kernel.in_features as usize;
         let Some(weight) = weight.chunks(k).nth(entry.recursion.wrapping_add(1) as usize) else { continue };
         let logit = router_logit(&x[from * k..][..k], weight, params.input_scale);
         logits[row] = logit as f32;

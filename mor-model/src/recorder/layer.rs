@@ -20,14 +20,23 @@ use crate::{Gating, KvStrategy};
 #[derive(Clone, Copy)]
 pub(super) struct LayerInput<'a> {
     pub(super) stream: &'a Tensor,
-    /// Parts of the squares of the rows that store keys and values, where the layer before has begun this one's first norm: see
-    /// [`Epilogue::Scaled`].
-    pub(super) num_norm_parts: Option<u32>,
+    pub(super) normed: Normed,
+}
+
+/// What others have done of a norm, for rows whose products read halves.
+#[derive(Clone, Copy)]
+pub(super) enum Normed {
+    No,
+    /// The product before has left so many parts of the squares of each row of its list: see [`Epilogue::Scaled`].
+    Begun { num_parts: u32 },
+    /// Routers have made all that may be listed, each at its place in the stream: see
+    /// [`RouterNorm`](mor_kernels::ops::RouterNorm).
+    ByRow,
 }
 
 impl<'a> From<&'a Tensor> for LayerInput<'a> {
     fn from(stream: &'a Tensor) -> Self {
-        Self { stream, num_norm_parts: None }
+        Self { stream, normed: Normed::No }
     }
 }
 
@@ -48,15 +57,15 @@ pub(super) enum LayerEnd<'a> {
 
 impl<'a> Recorder<'a> {
     /// Layer `layer` over `rows` of the stream `input`; those that store keys and values are `stores`. Returns what it leaves of the
-    /// next layer's norm, of [`LayerInput::num_norm_parts`].
+    /// next layer's norm.
     pub(super) fn record_layer(
         &self,
         plan: &mut PlanBuilder<'_>,
         layer: usize,
         [rows, stores]: [&RowSet; 2],
-        LayerInput { stream: input, num_norm_parts }: LayerInput<'_>,
+        LayerInput { stream: input, normed }: LayerInput<'_>,
         end: LayerEnd<'_>,
-    ) -> Result<Option<u32>> {
+    ) -> Result<Normed> {
         let (config, step) = (self.config(), self.step);
         let weights: &'a LayerWeights = &self.model.weights().layers[layer];
         let place = self.model.kv_layout().layer(layer);
@@ -78,12 +87,18 @@ impl<'a> Recorder<'a> {
         let all_columns = q_dim + 2 * kv_dim;
         let stores_kv = place.write_group.is_some();
         let stores_apart = stores_kv && !std::ptr::eq(rows, stores);
-        let norm = |rows, x, weight, num_parts| match (self.halves(rows), num_parts) {
-            (Some(halves), Some(num_parts)) => Input::Scaled { x: &halves.normed, squares: &halves.squares, num_parts },
+        let norm = |rows, x, weight, normed| match (self.halves(rows), normed) {
+            (Some(HalfTensors { normed, squares, .. }), Normed::Begun { num_parts }) => {
+                Input::Scaled { x: normed, squares, num_parts }
+            }
+            (Some(HalfTensors { normed, .. }), Normed::ByRow) => Input::Stream { x: normed },
             _ => Input::Norm { x, weight },
         };
-        let first_norm =
-            |rows| norm(rows, input, &weights.input_layernorm, num_norm_parts.filter(|_| std::ptr::eq(rows, stores)));
+        let first_normed = |rows: &RowSet| match normed {
+            Normed::Begun { .. } if !std::ptr::eq(rows, stores) => Normed::No,
+            _ => normed,
+        };
+        let first_norm = |rows| norm(rows, input, &weights.input_layernorm, first_normed(rows));
         let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache, delta: false };
         let behind_q = LinearParams { delta_start: step.q.shape()[0] as u32 * q_dim, ..base };
         if stores_apart {
@@ -102,16 +117,15 @@ impl<'a> Recorder<'a> {
         let all = |projection: &'a Projection| (projection, 0..projection.weight.num_rows as u32);
         // The end of a product whose rows a norm with `next_weight` reads.
         let between = |product: (&Projection, Input<'_>), residual, out, next_weight: &'a Tensor| {
-            let num_parts = self.num_norm_parts(rows, weights, product);
-            let epilogue = match (self.halves(rows), num_parts) {
-                (Some(HalfTensors { normed: next_x, squares: next_squares, .. }), Some(_)) => {
-                    Epilogue::Scaled { residual, out, next_weight, next_x, next_squares }
+            match (self.halves(rows), self.num_norm_parts(rows, weights, product)) {
+                (Some(HalfTensors { normed: next_x, squares: next_squares, .. }), Some(num_parts)) => {
+                    let epilogue = Epilogue::Scaled { residual, out, next_weight, next_x, next_squares };
+                    (epilogue, Normed::Begun { num_parts })
                 }
-                _ => Epilogue::Residual { residual, out, copy: None },
-            };
-            (epilogue, num_parts)
+                _ => (Epilogue::Residual { residual, out, copy: None }, Normed::No),
+            }
         };
-        let (o, num_parts) =
+        let (o, middle_normed) =
             between((&weights.o_proj, attended), input, &step.middle, &weights.post_attention_layernorm);
         self.record_projection(plan, rows, attended, all(&weights.o_proj), o, base)?;
 
@@ -120,17 +134,17 @@ impl<'a> Recorder<'a> {
         let swiglu = Epilogue::SwiGlu { out: mlp, delta: false };
         let behind_mlp =
             LinearParams { out_stride: mlp_dim, delta_start: step.mlp.shape()[0] as u32 * mlp_dim, ..base };
-        let second_norm = norm(rows, &step.middle, &weights.post_attention_layernorm, num_parts);
+        let second_norm = norm(rows, &step.middle, &weights.post_attention_layernorm, middle_normed);
         self.record_projection(plan, rows, second_norm, all(&weights.gate_up_proj), swiglu, behind_mlp)?;
 
         let (residual, encoding) = (&step.middle, weights.encoding.as_ref());
         let activated = Input::Compact { x: mlp };
-        let mut num_norm_parts = None;
+        let mut next_normed = Normed::No;
         let down = match end {
             LayerEnd::Between { out, next } if encoding.is_none() => {
                 let next_weight = &self.model.weights().layers[next].input_layernorm;
-                let (down, num_parts) = between((&weights.down_proj, activated), residual, out, next_weight);
-                num_norm_parts = num_parts;
+                let (down, normed) = between((&weights.down_proj, activated), residual, out, next_weight);
+                next_normed = normed;
                 down
             }
             LayerEnd::Stream(out) | LayerEnd::Between { out, .. } => match encoding {
@@ -151,7 +165,7 @@ impl<'a> Recorder<'a> {
             },
         };
         self.record_projection(plan, rows, activated, all(&weights.down_proj), down, base)?;
-        Ok(num_norm_parts)
+        Ok(next_normed)
     }
 
     /// Records attention of the queries in `step.q`; returns what `o_proj` reads.

@@ -19,7 +19,7 @@ use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::RowSet;
 use mor_kernels::tensor::Tensor;
 
-use self::layer::{LayerEnd, LayerInput};
+use self::layer::{LayerEnd, LayerInput, Normed};
 pub use self::phase::{MAX_FEW_ROWS, Phase};
 use crate::model::MorModel;
 use crate::step_tensors::{DepthwiseTensors, KvTensors, SampleTensors, StepTensors};
@@ -151,7 +151,7 @@ impl<'a> Recorder<'a> {
                 for l in layers {
                     plan.part(if l == 0 { PRELUDE } else { BLOCK });
                     let end = LayerEnd::Between { out, next: l + 1 };
-                    input.num_norm_parts = self.record_layer(plan, l, [&step.all; 2], input, end)?;
+                    input.normed = self.record_layer(plan, l, [&step.all; 2], input, end)?;
                 }
                 Ok(input)
             }
@@ -170,7 +170,7 @@ impl<'a> Recorder<'a> {
                     let rows = self.record_ends(plan, l, set)?;
                     let goes_on = l + 1 < config.num_hidden_layers && self.model.layout().recursion(l + 1) == recursion;
                     let end = if goes_on { LayerEnd::Between { out, next: l + 1 } } else { LayerEnd::Stream(out) };
-                    input.num_norm_parts = self.record_layer(plan, l, [rows, set], input, end)?;
+                    input.normed = self.record_layer(plan, l, [rows, set], input, end)?;
                 }
                 Ok(input)
             }
@@ -265,8 +265,14 @@ impl<'a> Recorder<'a> {
         let (config, step) = (self.config(), self.step);
         let candidates = if r == 0 { &step.all } else { &step.recursions[r - 1] };
         let set = &step.recursions[r];
+        let mut input = LayerInput::from(&step.hidden);
         if config.mode == Mode::Expert {
-            self.record_expert_router(plan, r, candidates, r)?;
+            let first_layer = &self.model.weights().layers[self.model.layout().block_layers(r as u32)[0]];
+            let norm_weight = Some(&first_layer.input_layernorm).filter(|_| self.routers_norm(candidates));
+            if norm_weight.is_some() {
+                input.normed = Normed::ByRow;
+            }
+            self.record_expert_router(plan, r, candidates, r, norm_weight)?;
             self.record_topk(plan, r)?;
             if r > 0 || !self.begins_with_all() {
                 self.record_expert_set(plan, r)?;
@@ -277,14 +283,16 @@ impl<'a> Recorder<'a> {
             }
             self.record_set(plan, Selection::Token, r, set, Some(recursion_group(r as u32)))?;
         }
-        let input = if config.mode == Mode::Token && r > 0 { &step.running } else { &step.hidden };
+        if config.mode == Mode::Token && r > 0 {
+            input.stream = &step.running;
+        }
         self.record_block(plan, r, set, input)
     }
 
     /// The layers of recursion `r` over the rows of `set`; in depth-wise batching, where `r` is 0, of any recursion.
-    fn record_block(&self, plan: &mut PlanBuilder<'_>, r: usize, set: &RowSet, input: &'a Tensor) -> Result<()> {
-        let step = self.step;
-        let (mut input, out) = (LayerInput::from(input), &step.layer_out);
+    fn record_block(&self, plan: &mut PlanBuilder<'_>, r: usize, set: &RowSet, input: LayerInput<'a>) -> Result<()> {
+        let (mut input, step) = (input, self.step);
+        let out = &step.layer_out;
         let layers = self.model.layout().block_layers(r as u32);
         // In depth-wise batching some rows store, and the others read the first recursion's cache.
         let some_store = step.depthwise.is_some() && self.config().kv == KvStrategy::Sharing;
@@ -296,8 +304,8 @@ impl<'a> Recorder<'a> {
                 Mode::Vanilla | Mode::Recursive => LayerEnd::Stream(&step.hidden),
             };
             let rows = self.record_ends(plan, *l, set)?;
-            let num_norm_parts = self.record_layer(plan, *l, [rows, stores], input, end)?;
-            input = LayerInput { stream: out, num_norm_parts };
+            let normed = self.record_layer(plan, *l, [rows, stores], input, end)?;
+            input = LayerInput { stream: out, normed };
         }
         Ok(())
     }
@@ -342,7 +350,7 @@ impl<'a> Recorder<'a> {
             }
         }
         match config.mode {
-            Mode::Expert => self.record_expert_router(plan, 0, all, 0)?,
+            Mode::Expert => self.record_expert_router(plan, 0, all, 0, None)?,
             Mode::Token => self.record_token_router(plan)?,
             Mode::Vanilla | Mode::Recursive => {}
         }
@@ -353,7 +361,7 @@ impl<'a> Recorder<'a> {
             // Those that store keys and values.
             self.record_slots(plan, SlotPhase::At(0), &self.depthwise().at, true)?;
         }
-        self.record_block(plan, 0, block, if token { &step.running } else { &step.hidden })?;
+        self.record_block(plan, 0, block, if token { &step.running } else { &step.hidden }.into())?;
         if config.mode == Mode::Expert {
             self.record_next_routers(plan, block)?;
         }
@@ -366,12 +374,12 @@ impl<'a> Recorder<'a> {
         let max_depth = self.model.max_depth();
         if routers.router.hidden.is_empty() && max_depth > 1 {
             // The last matrices lie in one tensor, from which each row picks its own.
-            return self.record_expert_router(plan, 1, block, 0);
+            return self.record_expert_router(plan, 1, block, 0, None);
         }
         let at = &self.depthwise().at;
         for r in 1..max_depth {
             self.record_slots(plan, SlotPhase::At(r as u32 - 1), at, false)?;
-            self.record_expert_router(plan, r, at, 0)?;
+            self.record_expert_router(plan, r, at, 0, None)?;
         }
         Ok(())
     }

@@ -3,8 +3,8 @@
 use mor_kernels::Result;
 use mor_kernels::epilogue::{Epilogue, LinearParams};
 use mor_kernels::ops::{
-    ExpertGate, RouterExpert, RouterExpertBindings, RouterExpertParams, RouterToken, RouterTokenBindings,
-    RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, TokenGate,
+    ExpertGate, RouterExpert, RouterExpertBindings, RouterExpertParams, RouterNorm, RouterToken,
+    RouterTokenBindings, RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, TokenGate,
 };
 use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::RowSet;
@@ -41,17 +41,26 @@ impl<'a> Recorder<'a> {
         Ok(RouterInput { x: out, by_row: false, scale: 1.0 })
     }
 
+    /// Whether the routers of a prompt's `rows` norm them as well, for the block that they may go on to: those of linear routers,
+    /// which read all of a row, where the block multiplies halves.
+    pub(super) fn routers_norm(&self, rows: &RowSet) -> bool {
+        let routers = self.model.weights().routers.as_ref().expect("expert choice has routers");
+        routers.router.hidden.is_empty() && self.halves(rows).is_some()
+    }
+
     /// Scores `rows` for recursion `r`, their next; linear routers, for each row's own. Results go to the tensors at
-    /// index `to`.
+    /// index `to`. With the weight of a norm, rows that `routers_norm` become [`HalfTensors::normed`](super::HalfTensors), by row.
     pub(super) fn record_expert_router(
         &self,
         plan: &mut PlanBuilder<'_>,
         r: usize,
         rows: &RowSet,
         to: usize,
+        norm_weight: Option<&Tensor>,
     ) -> Result<()> {
         let (config, step) = (self.config(), self.step);
         let routers = self.model.weights().routers.as_ref().expect("expert choice has routers");
+        let norm = norm_weight.zip(self.halves(rows)).map(|(weight, halves)| RouterNorm { weight, y: &halves.normed });
         let gate = match config.router_func {
             RouterFunc::Sigmoid => ExpertGate::Sigmoid,
             RouterFunc::Tanh => ExpertGate::Tanh,
@@ -61,25 +70,28 @@ impl<'a> Recorder<'a> {
             let input = self.record_router_hidden(plan, rows, router.hidden.get(r), (1.0 / temp) as f32)?;
             // The auxiliary router decides where there is one.
             let script = self.model.script().filter(|_| gates.is_none() || routers.aux.is_none());
+            let norm = norm.filter(|_| gates.is_some());
+            let num_recursions = config.num_recursions as u32;
+            let in_features = router.output.num_elems() as u32 / num_recursions;
             let kernel = RouterExpert {
                 gate,
                 weight_dtype: router.output.dtype(),
                 x_by_row: input.by_row,
                 logit_only: gates.is_none(),
                 scripted: script.is_some(),
-                ..RouterExpert::default()
+                norms: norm.is_some(),
+                ..RouterExpert::new(plan.gpu().caps(), in_features)
             };
             let shares = script.map(|(_, shares)| shares);
-            let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates, shares };
+            let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates, shares, norm };
             let seed = script.map_or(0, |(seed, _)| seed);
-            let num_recursions = config.num_recursions as u32;
             let params = RouterExpertParams {
-                in_features: router.output.num_elems() as u32 / num_recursions,
                 input_scale: input.scale,
                 alpha: config.alpha as f32,
                 num_recursions,
                 seed_low: seed as u32,
                 seed_high: (seed >> 32) as u32,
+                eps: config.rms_norm_eps as f32,
             };
             kernel.record(plan, bindings, params)
         };
