@@ -1,23 +1,26 @@
-// decode_layers: a decode step of one row, from its token to its logits, in one dispatch whose workgroups wait for each other.
+// decode_layers: decode steps of one row, from a token to its logits and the next token, in one dispatch whose workgroups wait for
+//           each other.
 // Math      hidden = embed_tokens[token]; a layer of steps[s], x its input stream: m = x + o(attention(qkv(norm(x))));
 //           y = m + down(swiglu(gate_up(norm(m)))); y into its output stream, or hidden += gate * y at a block's end.
 //           Before a block: EXPERT gates l = input_scale * dot(hidden, router[r]) and ends at l < threshold; TOKEN
 //           chooses the depth at the first. logits = lm_head(norm(hidden)); partials as of sample_partial, of the tokens
-//           whose logits are a workgroup's
+//           whose logits are a workgroup's; of these sample_token draws, or, with params.num_tokens > 0, every workgroup
+//           does, and goes on with the next row until it has drawn so many or the sequence ends
 // Why       a layer is five phases of some microseconds; as dispatches each costs as much again to begin and to end.
 //           Here the weights of the next phase are on their way while the last one's results are waited for, and an
-//           early exit skips what is left
+//           early exit skips what is left. A dispatch takes some 35 us to begin and to end: hence several tokens
 // Shapes    active_rows [1], the row to draw for; steps [num_steps]; qkv_proj, o_proj, gate_up_proj, down_proj
 //           [matrices, O, K], embed_tokens, lm_head [V, C] units of 16 bytes, or quantised rows; norms [N, C]; rope
 //           [positions, D / 2, 2]; pages [sequences, groups, max_pages]; kv_lengths [sequences, groups]; rows [1]; depth
 //           [1]; keys, values [slots of all caches, G, D] f32 or f16; logits [V], V up to the next even number; control
 //           [4 + R]; sampling [S]; seen [S, seen_words]; partials [NUM_WORKGROUPS, 4]; router [R, C]; bias [R]; shares [R];
-//           mail [hidden C; running C; layer C; middle C; q; k; v; attention H S D; statistics H S 2; mlp] of (bits, tag)
+//           mail [hidden C; running C; layer C; middle C; q; k; v; attention H S D; statistics H S 2; mlp; partials
+//           NUM_WORKGROUPS 4] of (bits, tag); results [sequences, RESULTS, 2], a ring by position of (token, depth)
 // Bindings  0 params uniform; 1 steps uniform; 2 active_rows write; 3 qkv_proj read; 4 o_proj read; 5 gate_up_proj read;
 //           6 down_proj read; 7 norms read; 8 rope read; 9 pages read; 10 kv_lengths write; 11 rows write; 12 depth
 //           write; 13 keys write; 14 values write; 15 logits write; 16 mail write; 17 control write; 18 embed_tokens
 //           read; 19 lm_head read; 20 sampling read; 21 seen read; 22 partials write; 23 router read [ROUTED]; 24 bias read
-//           [BIAS]; 24 shares read [SCRIPTED]
+//           [BIAS]; 24 shares read [SCRIPTED]; 25 results write
 // Grid      (NUM_WORKGROUPS, 1, 1), all of which must run at a time
 // Spec      WORKGROUP_SIZE threads in teams of LANES; NUM_WORKGROUPS; MAX_STEPS of the table; MAX_GROUPS; HIDDEN_SIZE,
 //           MLP_DIM, NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS, HEAD_DIM multiples of 8. Of the type of a layer's
@@ -39,12 +42,12 @@
 //           STREAM_TURNS times of a stream, and of other activations BATCH_TURNS times before it waits anew; STAGED_MERGED
 //           where parts of attention are merged for it. MIN_TEMPERATURE: greedy below; SUBGROUP; ROUTED, by EXPERT (SIGMOID,
 //           TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS), ROUTERS at a time; KV_F16; ROUTER_F16,
-//           ROUTER_BF16 or neither
-// Limits    needs subgroups and coherent storage; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
-//           wait for; 16 * STAGED + 8 * NUM_TEAM_SUMS + 8 * STREAMS * OWN_PAIRS + 4 * TEAMS + 12 * MAX_GROUPS + 28
+//           ROUTER_BF16 or neither; RESULTS
+// Limits    needs subgroups and coherent storage; num_tokens without top-k, top-p, min-p and repetition penalty alone; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
+//           wait for; 16 * STAGED + 8 * NUM_TEAM_SUMS + 8 * STREAMS * OWN_PAIRS + 4 * TEAMS + 12 * MAX_GROUPS + 48
 //           bytes of workgroup memory, with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value
-//           that is polled params.poll_limit times in vain ends the step: control[2] = 1, flags of the row =
-//           ROW_FAILED, K/V lengths as before
+//           that is polled params.poll_limit times in vain ends the step: control[2] = 1, flags of its row =
+//           ROW_FAILED, K/V lengths as before it
 // Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split. Quantised: the
 //           activation is off by less than 2^-15 of the greatest of eight, whose products with codes are exact. partials:
 //           as sample_partial, but of other parts, from which a draw may differ by rounding
@@ -86,6 +89,7 @@ struct Params {
     alpha: f32,
     threshold: f32,
     depth_bias: f32,
+    num_tokens: u32,
 }
 
 // A layer. Mirrors LayerStep of mor-kernels/src/ops/decode_layers.rs.
@@ -139,6 +143,7 @@ const ALWAYS: u32 = 4u;
 @group(0) @binding(20) var<storage, read> sampling: array<Sampling>;
 @group(0) @binding(21) var<storage, read> seen: array<u32>;
 @group(0) @binding(22) var<storage, read_write> partials: array<vec4<u32>>;
+@group(0) @binding(25) var<storage, read_write> results: array<vec2<u32>>;
 #if ROUTED
 @group(0) @binding(23) var<storage, read> router: array<RouterUnit>;
 #endif
@@ -176,6 +181,8 @@ const NEW_VALUE: u32 = NEW_KEY + KV_DIM;
 const ATTENTION: u32 = NEW_VALUE + KV_DIM;
 const STATISTICS: u32 = ATTENTION + MAX_SPLITS * Q_DIM;
 const MLP: u32 = STATISTICS + 2u * MAX_SPLITS * NUM_ATTENTION_HEADS;
+const PARTIALS: u32 = MLP + MLP_DIM;
+const MAIL: u32 = PARTIALS + 4u * NUM_WORKGROUPS;
 
 #if KV_F16
 // vec4s of 8 elements of a head.
@@ -263,9 +270,12 @@ struct KvPlace {
 // Of the row in the caches of each group.
 var<workgroup> kv_places: array<KvPlace, MAX_GROUPS>;
 var<private> kv_group: u32;
-// Recursions that the row's depth counts, and blocks that it ran.
+// The row of the step.
+var<workgroup> own_row: Row;
+// Recursions that its depth counts, and blocks that it ran; steps that are complete.
 var<workgroup> taken: u32;
 var<workgroup> blocks: u32;
+var<workgroup> num_complete: u32;
 
 #import decode_layers/products
 
@@ -275,11 +285,9 @@ var<workgroup> blocks: u32;
 
 #import decode_layers/routing
 
-// Where the row's keys and values of a group are.
-fn kv_place(group: u32) -> KvPlace {
-    let place = rows[0].sequence * params.num_groups + group;
-    let slot = kv_lengths[place];
-    let first_page = place * params.max_pages;
+// Where the row's keys and values of a group are, behind those of `slot` others.
+fn kv_place(group: u32, slot: u32) -> KvPlace {
+    let first_page = (own_row.sequence * params.num_groups + group) * params.max_pages;
     return KvPlace(pages[first_page + slot / PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE, slot + 1u, first_page);
 }
 
@@ -308,45 +316,109 @@ fn embedded(token: u32, column: u32) -> vec2<f32> {
 #endif
 }
 
-// What sample_partial does, for the tokens whose logits are of this workgroup, which must have been written.
-fn draw_partial() {
-    let row = rows[0];
-    let s = sampling[row.sequence];
-    let source = source_of(s, 0u, row.sequence);
+// What sample_partial does, for the tokens whose logits are of this workgroup, which must have been written; then, where tokens are drawn
+// here, what sample_token does, of all workgroups' partials: the token that follows, or NONE if they do not come.
+//
+// The stages are one loop, and end with one call: of forms with a function for the workgroup's and one for all workgroups' tokens
+// NVIDIA's driver 580 made kernels of some types that hang or find no token (benches/runs/2026-11-30-nvidia-h200, calls 26 to 28).
+fn draw(s: Sampling) -> u32 {
+    let source = source_of(s, 0u, own_row.sequence);
+    let has_noise = !is_greedy(s) && !has_threshold(s);
+    var relative = source;
+    // (key, token) of the most likely one, then of the one that is drawn, if any is.
+    var partial = vec4<u32>(0u, NONE, 0u, NONE);
     var best = vec2<u32>(0u, NONE);
-    // A thread's tokens ascend, so the first of equals stays.
-    for (var i = thread; 2u * pair_number(i / 2u) < HEAD_ROWS; i += WORKGROUP_SIZE) {
-        let token = 2u * pair_number(i / 2u) + i % 2u;
-        if token < HEAD_ROWS {
-            let key = token_key(source, token);
-            if key > best.x {
-                best = vec2<u32>(key, token);
-            }
+    for (var stage = 0u; stage < select(2u, 4u, params.num_tokens > 0u); stage++) {
+        let is_drawn = stage % 2u == 1u;
+        if is_drawn && !has_noise {
+            continue;
         }
-    }
-    best = workgroup_best(best, thread, lane);
-    var drawn = vec2<u32>(0u, NONE);
-    if !is_greedy(s) && !has_threshold(s) && best.x != 0u {
-        let relative = relative_to(source, s, best.x);
-        for (var i = thread; 2u * pair_number(i / 2u) < HEAD_ROWS; i += WORKGROUP_SIZE) {
-            let token = 2u * pair_number(i / 2u) + i % 2u;
-            if token < HEAD_ROWS {
-                let key = token_key(source, token);
-                let score = token_score(relative, s, row.position, token, key);
-                if key != 0u && score > drawn.x {
-                    drawn = vec2<u32>(score, token);
+        // A thread's tokens, or workgroups, ascend, so the first of equals stays.
+        var own = vec2<u32>(0u, NONE);
+        if stage < 2u {
+            for (var i = thread; 2u * pair_number(i / 2u) < HEAD_ROWS; i += WORKGROUP_SIZE) {
+                let token = 2u * pair_number(i / 2u) + i % 2u;
+                if token < HEAD_ROWS {
+                    let key = token_key(source, token);
+                    var score = key;
+                    if is_drawn && key != 0u {
+                        score = token_score(relative, s, own_row.position, token, key);
+                    }
+                    if score > own.x {
+                        own = vec2<u32>(score, token);
+                    }
                 }
             }
+        } else {
+            if stage == 2u {
+                tag += 1u;
+                if thread < 4u {
+                    mail[PARTIALS + 4u * own_workgroup + thread] = vec2<u32>(partial[thread], tag);
+                }
+            }
+            for (var w = thread; w < NUM_WORKGROUPS; w += WORKGROUP_SIZE) {
+                let at = PARTIALS + 4u * w;
+                var elements: array<vec2<u32>, 4>;
+                loop {
+                    elements = array<vec2<u32>, 4>(mail[at], mail[at + 1u], mail[at + 2u], mail[at + 3u]);
+                    let tags = vec4<u32>(elements[0].y, elements[1].y, elements[2].y, elements[3].y);
+                    if all(tags == vec4<u32>(tag)) || !keeps_waiting() {
+                        break;
+                    }
+                }
+                var found = vec2<u32>(elements[0].x, elements[1].x);
+                if is_drawn {
+                    found = vec2<u32>(elements[2].x, elements[3].x);
+                    if found.x != 0u {
+                        found.x = token_score(relative, s, own_row.position, found.y, found.x);
+                    }
+                }
+                if found.x > own.x || (found.x == own.x && found.y < own.y) {
+                    own = found;
+                }
+            }
+            if !all_is_there() {
+                return NONE;
+            }
         }
-        drawn = workgroup_best(drawn, thread, lane);
-        drawn.x = token_key(source, drawn.y);
+        let of_workgroup = workgroup_best(own, thread, lane);
+        if !is_drawn {
+            best = of_workgroup;
+            // Where nothing has a key, nothing is compared.
+            relative = relative_to(source, s, best.x);
+        }
+        if stage == 0u {
+            partial = vec4<u32>(best, 0u, NONE);
+        } else if stage == 1u && of_workgroup.y != NONE {
+            partial = vec4<u32>(partial.xy, token_key(source, of_workgroup.y), of_workgroup.y);
+        } else if stage == 3u && of_workgroup.y != NONE {
+            best = of_workgroup;
+        }
+    }
+    if thread == 0u && params.num_tokens == 0u {
+        partials[own_workgroup] = partial;
+    }
+    // Of NaN alone none has a key above 0.
+    return select(best.y, 0u, best.x == 0u);
+}
+
+// The step is complete: the row's keys and values count.
+fn complete_step() {
+    for (var s = thread; s < params.num_steps; s += WORKGROUP_SIZE) {
+        // Each recursion has a group of its own.
+        if (steps[s].flags & BLOCK_BEGIN) != 0u && steps[s].recursion < blocks {
+            kv_places[steps[s].group].len += 1u;
+        }
     }
     if thread == 0u {
-        partials[own_workgroup] = vec4<u32>(best, drawn);
+        if params.unshared_group != NONE {
+            kv_places[params.unshared_group].len += 1u;
+        }
+        num_complete += 1u;
     }
 }
 
-// From the token to its logits; false if results do not come.
+// Steps from the row on, each from the token to its logits; false if results do not come.
 fn run_layers() -> bool {
     let pair = pair_number(thread);
 #if ROUTED
@@ -359,240 +431,275 @@ fn run_layers() -> bool {
     var ahead_norm: array<f32, STREAM_TURNS * OWN>;
     var ahead_keys: array<KvUnit, KEYS>;
     var ahead_values: array<KvUnit, KEYS>;
-    if has_pair_DOWN() {
-        let embedding = embedded(rows[0].token, 2u * pair);
-        own_streams[thread] = embedding;
-        post_stream(0u, 2u * pair, embedding);
-    }
-    // All at once, for each is three loads that wait for each other.
-    for (var group = thread; group < params.num_groups; group += WORKGROUP_SIZE) {
-        kv_places[group] = kv_place(group);
-    }
+    var num_turns = max(params.num_tokens, 1u);
+    for (var turn = 0u; turn < num_turns; turn++) {
+        if thread == 0u {
+            taken = 0u;
+            blocks = 0u;
+        }
+        if has_pair_DOWN() {
+            let embedding = embedded(own_row.token, 2u * pair);
+            own_streams[thread] = embedding;
+            post_stream(0u, 2u * pair, embedding);
+        }
+        // All at once, for each is loads that wait for each other.
+        for (var group = thread; group < params.num_groups; group += WORKGROUP_SIZE) {
+            if turn == 0u {
+                kv_places[group] = kv_place(group, kv_lengths[own_row.sequence * params.num_groups + group]);
+            } else {
+                kv_places[group] = kv_place(group, kv_places[group].len - 1u);
+            }
+        }
 #if SCRIPTED
-    // As in router_expert.
-    for (var r = thread; r < min(params.num_recursions, MAX_GROUPS); r += WORKGROUP_SIZE) {
-        let draw = scripted_draw(params.seed_low, params.seed_high, rows[0].sequence, rows[0].position);
-        script[r] = select(-1.0, 1.0, draw < shares[r]);
-    }
+        // As in router_expert.
+        for (var r = thread; r < min(params.num_recursions, MAX_GROUPS); r += WORKGROUP_SIZE) {
+            let draw = scripted_draw(params.seed_low, params.seed_high, own_row.sequence, own_row.position);
+            script[r] = select(-1.0, 1.0, draw < shares[r]);
+        }
 #endif
-    // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
-    workgroupBarrier();
-    var hidden_tag = tag;
-    // The step whose first norm is on its way.
-    var sent_for = NONE;
-    for (var s = 0u; s < params.num_steps; s++) {
-        let begins = (steps[s].flags & BLOCK_BEGIN) != 0u;
+        // Nobody waits for a thread of its own workgroup: it might not run meanwhile.
+        workgroupBarrier();
+        var hidden_tag = tag;
+        // The step whose first norm is on its way.
+        var sent_for = NONE;
+        for (var s = 0u; s < params.num_steps; s++) {
+            let begins = (steps[s].flags & BLOCK_BEGIN) != 0u;
 #if TOKEN
-        if begins && steps[s].recursion > 0u && workgroupUniformLoad(&routed).x <= f32(steps[s].recursion) {
-            // The rest of the shared block is left out.
-            s = params.coda - 1u;
-            continue;
-        }
-#endif
-        // At most one turn, here and below, which keeps compilers from moving loads to where their results are used.
-        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
-            prefetch_QKV(steps[coming].qkv_proj, &ahead);
-        }
-        // That of the first step, and that after an exit.
-        for (var coming = s; coming != sent_for; coming = sent_for) {
-            prefetch_norm(2u * steps[coming].norms * HIDDEN_SIZE, &ahead_norm);
-        }
-        kv_group = steps[s].group;
-        prefetch_kv(steps[s].first_slot, &ahead_keys, &ahead_values);
-
-        // Queries, keys and values.
-        let column = 2u * pair;
-        var angle = vec2<f32>();
-        if has_pair_QKV() && column < Q_DIM + KV_DIM {
-            angle = rope[rows[0].position * (HEAD_DIM / 2u) + column % HEAD_DIM / 2u];
-        }
-        var input_tag = hidden_tag;
-        var router_at = NONE;
-#if ROUTED
-        if steps[s].input == 2u {
-            input_tag = layer_tag;
-        }
-#endif
-#if EXPERT
-        if begins {
-            router_at = steps[s].recursion * HIDDEN_SIZE;
-        }
-#endif
-#if TOKEN
-        if steps[s].input == 1u {
-            input_tag = running_tag;
-        }
-        if begins && steps[s].recursion == 0u {
-            router_at = 0u;
-        }
-#endif
-        if !stage_stream_QKV(steps[s].input * HIDDEN_SIZE, input_tag, &ahead_norm, router_at) {
-            return false;
-        }
-        if begins {
-            var passes = 1u;
-#if EXPERT
-            if route(steps[s].recursion).x < params.threshold && (steps[s].flags & ALWAYS) == 0u {
+            if begins && steps[s].recursion > 0u && workgroupUniformLoad(&routed).x <= f32(steps[s].recursion) {
                 // The rest of the shared block is left out.
                 s = params.coda - 1u;
                 continue;
             }
-#elif TOKEN
-            if steps[s].recursion == 0u {
-                passes = u32(route().x);
-            } else {
-                passes = 0u;
-            }
 #endif
-            if thread == 0u {
-                taken += passes;
-                blocks += 1u;
+            // At most one turn, here and below, which keeps compilers from moving loads to where their results are used.
+            for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+                prefetch_QKV(steps[coming].qkv_proj, &ahead);
             }
-        }
-        let qkv_factor = norm_factor();
-        multiply_QKV(steps[s].qkv_proj, &ahead);
-        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
-            prefetch_norm((2u * steps[coming].norms + 1u) * HIDDEN_SIZE, &ahead_norm);
-        }
-        workgroupBarrier();
-        tag += 1u;
-        if has_pair_QKV() {
-            let v = product_QKV(thread) * qkv_factor;
-            let rotated = vec2<f32>(v.x * angle.x - v.y * angle.y, v.y * angle.x + v.x * angle.y);
-            if column < Q_DIM {
-                post_pair(QUERY + column, rotated);
-            } else if column < Q_DIM + KV_DIM {
-                post_pair(NEW_KEY + column - Q_DIM, rotated);
-                store_kv(true, steps[s].first_slot, column - Q_DIM, rotated);
-            } else {
-                post_pair(NEW_VALUE + column - Q_DIM - KV_DIM, v);
-                store_kv(false, steps[s].first_slot, column - Q_DIM - KV_DIM, v);
+            // That of the first step, and that after an exit.
+            for (var coming = s; coming != sent_for; coming = sent_for) {
+                prefetch_norm(2u * steps[coming].norms * HIDDEN_SIZE, &ahead_norm);
             }
-        }
+            kv_group = steps[s].group;
+            prefetch_kv(steps[s].first_slot, &ahead_keys, &ahead_values);
 
-        workgroupBarrier();
-        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
-            prefetch_O(steps[coming].o_proj, &ahead);
-        }
-        if !attend(steps[s].first_slot, &ahead_keys, &ahead_values) {
-            return false;
-        }
-        tag += 1u;
-
-        if !stage_attention() {
-            return false;
-        }
-        multiply_O(steps[s].o_proj, &ahead);
-        workgroupBarrier();
-        tag += 1u;
-        var own_middle = vec2<f32>();
-        if has_pair_O() {
-            own_middle = own_streams[steps[s].input * OWN_PAIRS + thread] + product_O(thread);
-            post_stream(MIDDLE, column, own_middle);
-        }
-
-        workgroupBarrier();
-        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
-            prefetch_GATE_UP(steps[coming].gate_up_proj, &ahead);
-        }
-        if !stage_stream_GATE_UP(MIDDLE, tag, &ahead_norm, NONE) {
-            return false;
-        }
-        let mlp_factor = norm_factor();
-        multiply_GATE_UP(steps[s].gate_up_proj, &ahead);
-        sent_for = s + 1u;
-#if TOKEN
-        // What is not yet the last recursion's goes on.
-        let goes_on = routed.x != f32(steps[s].recursion + 1u);
-        if (steps[s].flags & BLOCK_END) != 0u && !goes_on {
-            sent_for = params.coda;
-        }
-#endif
-        for (var coming = sent_for; coming < params.num_steps; coming += params.num_steps) {
-            prefetch_norm(2u * steps[coming].norms * HIDDEN_SIZE, &ahead_norm);
-        }
-        workgroupBarrier();
-        tag += 1u;
-        if has_pair_GATE_UP() {
-            let v = product_GATE_UP(thread) * mlp_factor;
-            post(MLP + place(pair, MLP_DIM), v.x / (1.0 + exp(-v.x)) * v.y, tag);
-        }
-
-        workgroupBarrier();
-        for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
-            prefetch_DOWN(steps[coming].down_proj, &ahead);
-        }
-        if !stage_mail_DOWN(MLP, MLP_DIM) {
-            return false;
-        }
-        multiply_DOWN(steps[s].down_proj, &ahead);
-        workgroupBarrier();
-        tag += 1u;
-        var y = vec2<f32>();
-        if has_pair_DOWN() {
-            y = own_middle + product_DOWN(thread);
-        }
-        var output = 0u;
+            // Queries, keys and values.
+            let column = 2u * pair;
+            var angle = vec2<f32>();
+            if has_pair_QKV() && column < Q_DIM + KV_DIM {
+                angle = rope[own_row.position * (HEAD_DIM / 2u) + column % HEAD_DIM / 2u];
+            }
+            var input_tag = hidden_tag;
+            var router_at = NONE;
 #if ROUTED
-        output = steps[s].output;
-        if (steps[s].flags & BLOCK_END) != 0u {
-            output = 0u;
-#if TOKEN
-            output = u32(goes_on);
-#endif
-            if output == 0u && has_pair_DOWN() {
-                y = own_streams[thread] + select(routed.y, 1.0, params.additive != 0u) * y;
+            if steps[s].input == 2u {
+                input_tag = layer_tag;
             }
-        }
-        if output == 2u {
-            layer_tag = tag;
-        }
+#endif
+#if EXPERT
+            if begins {
+                router_at = steps[s].recursion * HIDDEN_SIZE;
+            }
 #endif
 #if TOKEN
-        if output == 1u {
-            running_tag = tag;
-        }
+            if steps[s].input == 1u {
+                input_tag = running_tag;
+            }
+            if begins && steps[s].recursion == 0u {
+                router_at = 0u;
+            }
 #endif
-        if output == 0u {
-            hidden_tag = tag;
+            if !stage_stream_QKV(steps[s].input * HIDDEN_SIZE, input_tag, &ahead_norm, router_at) {
+                return false;
+            }
+            if begins {
+                var passes = 1u;
+#if EXPERT
+                if route(steps[s].recursion).x < params.threshold && (steps[s].flags & ALWAYS) == 0u {
+                    // The rest of the shared block is left out.
+                    s = params.coda - 1u;
+                    continue;
+                }
+#elif TOKEN
+                if steps[s].recursion == 0u {
+                    passes = u32(route().x);
+                } else {
+                    passes = 0u;
+                }
+#endif
+                if thread == 0u {
+                    taken += passes;
+                    blocks += 1u;
+                }
+            }
+            let qkv_factor = norm_factor();
+            multiply_QKV(steps[s].qkv_proj, &ahead);
+            for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+                prefetch_norm((2u * steps[coming].norms + 1u) * HIDDEN_SIZE, &ahead_norm);
+            }
+            workgroupBarrier();
+            tag += 1u;
+            if has_pair_QKV() {
+                let v = product_QKV(thread) * qkv_factor;
+                let rotated = vec2<f32>(v.x * angle.x - v.y * angle.y, v.y * angle.x + v.x * angle.y);
+                if column < Q_DIM {
+                    post_pair(QUERY + column, rotated);
+                } else if column < Q_DIM + KV_DIM {
+                    post_pair(NEW_KEY + column - Q_DIM, rotated);
+                    store_kv(true, steps[s].first_slot, column - Q_DIM, rotated);
+                } else {
+                    post_pair(NEW_VALUE + column - Q_DIM - KV_DIM, v);
+                    store_kv(false, steps[s].first_slot, column - Q_DIM - KV_DIM, v);
+                }
+            }
+
+            workgroupBarrier();
+            for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+                prefetch_O(steps[coming].o_proj, &ahead);
+            }
+            if !attend(steps[s].first_slot, &ahead_keys, &ahead_values) {
+                return false;
+            }
+            tag += 1u;
+
+            if !stage_attention() {
+                return false;
+            }
+            multiply_O(steps[s].o_proj, &ahead);
+            workgroupBarrier();
+            tag += 1u;
+            var own_middle = vec2<f32>();
+            if has_pair_O() {
+                own_middle = own_streams[steps[s].input * OWN_PAIRS + thread] + product_O(thread);
+                post_stream(MIDDLE, column, own_middle);
+            }
+
+            workgroupBarrier();
+            for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+                prefetch_GATE_UP(steps[coming].gate_up_proj, &ahead);
+            }
+            if !stage_stream_GATE_UP(MIDDLE, tag, &ahead_norm, NONE) {
+                return false;
+            }
+            let mlp_factor = norm_factor();
+            multiply_GATE_UP(steps[s].gate_up_proj, &ahead);
+            sent_for = s + 1u;
+#if TOKEN
+            // What is not yet the last recursion's goes on.
+            let goes_on = routed.x != f32(steps[s].recursion + 1u);
+            if (steps[s].flags & BLOCK_END) != 0u && !goes_on {
+                sent_for = params.coda;
+            }
+#endif
+            for (var coming = sent_for; coming < params.num_steps; coming += params.num_steps) {
+                prefetch_norm(2u * steps[coming].norms * HIDDEN_SIZE, &ahead_norm);
+            }
+            workgroupBarrier();
+            tag += 1u;
+            if has_pair_GATE_UP() {
+                let v = product_GATE_UP(thread) * mlp_factor;
+                post(MLP + place(pair, MLP_DIM), v.x / (1.0 + exp(-v.x)) * v.y, tag);
+            }
+
+            workgroupBarrier();
+            for (var coming = s; coming < params.num_steps; coming += params.num_steps) {
+                prefetch_DOWN(steps[coming].down_proj, &ahead);
+            }
+            if !stage_mail_DOWN(MLP, MLP_DIM) {
+                return false;
+            }
+            multiply_DOWN(steps[s].down_proj, &ahead);
+            workgroupBarrier();
+            tag += 1u;
+            var y = vec2<f32>();
+            if has_pair_DOWN() {
+                y = own_middle + product_DOWN(thread);
+            }
+            var output = 0u;
+#if ROUTED
+            output = steps[s].output;
+            if (steps[s].flags & BLOCK_END) != 0u {
+                output = 0u;
+#if TOKEN
+                output = u32(goes_on);
+#endif
+                if output == 0u && has_pair_DOWN() {
+                    y = own_streams[thread] + select(routed.y, 1.0, params.additive != 0u) * y;
+                }
+            }
+            if output == 2u {
+                layer_tag = tag;
+            }
+#endif
+#if TOKEN
+            if output == 1u {
+                running_tag = tag;
+            }
+#endif
+            if output == 0u {
+                hidden_tag = tag;
+            }
+            if has_pair_DOWN() {
+                own_streams[output * OWN_PAIRS + thread] = y;
+                post_stream(output * HIDDEN_SIZE, column, y);
+            }
+            workgroupBarrier();
         }
-        if has_pair_DOWN() {
-            own_streams[output * OWN_PAIRS + thread] = y;
-            post_stream(output * HIDDEN_SIZE, column, y);
+        if (own_row.flags & ROW_SAMPLE) == 0u {
+            complete_step();
+            return true;
         }
-        workgroupBarrier();
-    }
-    if (rows[0].flags & ROW_SAMPLE) == 0u {
-        return true;
-    }
-    var ahead_head: array<Unit_HEAD, 2u * HEAD_PREFETCH>;
-    prefetch_HEAD(0u, &ahead_head);
-    prefetch_norm(params.final_norm * HIDDEN_SIZE, &ahead_norm);
-    if !stage_stream_HEAD(0u, hidden_tag, &ahead_norm, NONE) {
-        return false;
-    }
-    let factor = norm_factor();
-    for (var round = 0u; round < HEAD_ROUNDS; round += HEAD_ABREAST) {
-        let products = multiply_rounds_HEAD(0u, round, &ahead_head);
-        for (var i = 0u; i < HEAD_ABREAST; i++) {
-            let row = first_row_HEAD(round + i);
-            if lane < 2u && row < HEAD_ROWS {
-                logits[row + lane] = products[i] * factor;
+        var ahead_head: array<Unit_HEAD, 2u * HEAD_PREFETCH>;
+        prefetch_HEAD(0u, &ahead_head);
+        prefetch_norm(params.final_norm * HIDDEN_SIZE, &ahead_norm);
+        if !stage_stream_HEAD(0u, hidden_tag, &ahead_norm, NONE) {
+            return false;
+        }
+        let factor = norm_factor();
+        for (var round = 0u; round < HEAD_ROUNDS; round += HEAD_ABREAST) {
+            let products = multiply_rounds_HEAD(0u, round, &ahead_head);
+            for (var i = 0u; i < HEAD_ABREAST; i++) {
+                let row = first_row_HEAD(round + i);
+                if lane < 2u && row < HEAD_ROWS {
+                    logits[row + lane] = products[i] * factor;
+                }
             }
         }
+        // Whoever sees the partials may read logits, keys and values too.
+        storageBarrier();
+        let sampled = sampling[own_row.sequence];
+        let token = draw(sampled);
+        if !all_is_there() {
+            return false;
+        }
+        if params.num_tokens > 0u && thread == 0u {
+            if own_workgroup == 0u {
+                let at = own_row.sequence * RESULTS + own_row.position % RESULTS;
+                results[at] = vec2<u32>(token, params.base_depth + taken);
+            }
+            // As in sample_token.
+            let is_end = any(sampled.eos == vec4<u32>(token)) || own_row.position + 2u >= sampled.limit;
+            let flags = select(ROW_ACTIVE | ROW_SAMPLE, 0u, is_end);
+            own_row = Row(token, own_row.position + 1u, own_row.sequence, flags);
+        }
+        complete_step();
+        // What others have stored by now is read from here on.
+        storageBarrier();
+        if workgroupUniformLoad(&own_row).flags == 0u {
+            num_turns = turn;
+        }
+        tag += 1u;
     }
-    storageBarrier();
-    draw_partial();
     return true;
 }
 
-// What the last workgroup to leave does: the next dispatch finds counts of 0 and tags that nothing has. The row's lengths and depth
-// are now as the step makes them, or as they were before it, and the row is listed for its draw, or none is.
+// What the last workgroup to leave does: the next dispatch finds counts of 0 and tags that nothing has. Lengths are now
+// as the complete steps make them, and the row of the last one is listed for its draw; none is if one is not complete.
 fn conclude() {
-    var last_tag = first_tag + max(5u * params.num_steps, params.trial_rounds);
+    // Of a step five a layer, and the draw's.
+    var last_tag = first_tag + max(max(params.num_tokens, 1u) * (5u * params.num_steps + 2u), params.trial_rounds);
     if last_tag >= FEW_TAGS_LEFT {
         // Before tags come again that places still have.
-        for (var i = 0u; i < max(MLP + MLP_DIM, 2u * NUM_WORKGROUPS); i++) {
+        for (var i = 0u; i < max(MAIL, 2u * NUM_WORKGROUPS); i++) {
             mail[i] = vec2<u32>();
         }
         last_tag = 0u;
@@ -605,25 +712,30 @@ fn conclude() {
     let row = rows[0];
     var listed = ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, NONE, END_NOTHING);
     if (row.flags & ROW_ACTIVE) != 0u {
+        if num_complete > 0u {
+            let first_length = row.sequence * params.num_groups;
+            for (var s = 0u; s < params.num_steps; s++) {
+                let step = steps[s];
+                if (step.flags & BLOCK_BEGIN) != 0u {
+                    let more = kv_places[step.group].len - 1u - kv_lengths[first_length + step.group];
+                    atomicAdd(&control[4u + step.recursion], more);
+                }
+            }
+            for (var group = 0u; group < params.num_groups; group++) {
+                kv_lengths[first_length + group] = kv_places[group].len - 1u;
+            }
+        }
+        if params.num_tokens > 0u {
+            rows[0] = own_row;
+        }
         if atomicLoad(&control[2]) != 0u {
             rows[0].flags = ROW_FAILED;
         } else {
-            let first_length = row.sequence * params.num_groups;
-            if params.unshared_group != NONE {
-                kv_lengths[first_length + params.unshared_group] += 1u;
-            }
-            for (var s = 0u; s < params.num_steps; s++) {
-                let step = steps[s];
-                if (step.flags & BLOCK_BEGIN) != 0u && step.recursion < blocks {
-                    atomicAdd(&control[4u + step.recursion], 1u);
-                    kv_lengths[first_length + step.group] += 1u;
-                }
-            }
             depth[0] = params.base_depth + taken;
             if (row.flags & ROW_SAMPLE) != 0u {
                 listed.row = 0u;
                 listed.sequence = row.sequence;
-                listed.position = row.position;
+                listed.position = row.position + num_complete - 1u;
                 listed.recursion = params.base_depth + taken;
             }
         }
@@ -665,16 +777,18 @@ fn main(
     tag = first_tag;
     if thread == 0u {
         has_failed = atomicLoad(&control[2]);
-        taken = 0u;
-        blocks = 0u;
+        own_row = rows[0];
+        num_complete = 0u;
     }
     if all_is_there() {
         if params.trial_rounds > 0u {
             try_rounds();
-        } else if (rows[0].flags & ROW_ACTIVE) != 0u {
+        } else if (own_row.flags & ROW_ACTIVE) != 0u {
             run_layers();
         }
     }
+    // Its threads have counted what is complete.
+    workgroupBarrier();
     if thread == 0u && atomicAdd(&control[1], 1u) == NUM_WORKGROUPS - 1u {
         conclude();
     }

@@ -7,7 +7,7 @@ use mor_bench::{SHAPES, Shape, is_wanted, record, time_read};
 use mor_kernels::gpu::Gpu;
 use mor_kernels::ops::{
     AttentionShape, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, GpuSampling, GridExchange, LayerRouting,
-    LayerStep, LayersShape,
+    LayerStep, LayersShape, SampleToken,
 };
 use mor_kernels::oracle::decode_layers::{LayersState, decode_layers};
 use mor_kernels::parity::{self, Output, Rng, Tolerance};
@@ -189,6 +189,7 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
         let mail = Tensor::zeros(gpu, "mail", DType::U32, &[largest.mail_elems(), 2]).expect("a small buffer fits");
         let control = Output::from_words(gpu, &[0; 4]);
         let partials = parity::upload_u32(gpu, &vec![0; 4 * most as usize]);
+        let results = parity::upload_u32(gpu, &[0; 2 * SampleToken::RESULTS as usize]);
         let mut numbers = largest.workgroups_to_try(gpu).expect("the device answers").into_iter();
         let bindings = DecodeLayersBindings {
             steps: &table,
@@ -213,6 +214,7 @@ fn layers(criterion: &mut Criterion, gpu: &Gpu, what: &str, sizes: &Shape, shape
             sampling: &sampling,
             seen: &seen,
             partials: &partials,
+            results: &results,
             router: None,
             bias_or_shares: None,
         };

@@ -32,13 +32,8 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 shares: None,
                 norm: norms.then_some(norm),
             };
-            let params = RouterExpertParams {
-                input_scale: 1.0,
-                alpha: 0.1,
-                num_recursions: 1,
-                eps: 1e-5,
-                ..Default::default()
-            };
+            let params =
+                RouterExpertParams { input_scale: 1.0, alpha: 0.1, num_recursions: 1, eps: 1e-5, ..Default::default() };
             let id = format!("{}/{num_rows}{}", shape.name, if norms { "/normed" } else { "" });
             let grid = Grid::Fixed([1, num_rows as u32, 1]);
             let Some(plan) = record(gpu, &id, |plan| plan.dispatch(&kernel, &bindings, &params, grid)) else {

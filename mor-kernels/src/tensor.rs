@@ -72,13 +72,7 @@ impl Tensor {
         Ok(Self::from_parts(buffer, bytes, label, dtype, shape))
     }
 
-    pub(crate) fn from_parts(
-        buffer: wgpu::Buffer,
-        num_bytes: u64,
-        label: &str,
-        dtype: DType,
-        shape: &[usize],
-    ) -> Self {
+    pub(crate) fn from_parts(buffer: wgpu::Buffer, num_bytes: u64, label: &str, dtype: DType, shape: &[usize]) -> Self {
         Self { buffer, offset: 0, num_bytes, texels: None, label: label.to_owned(), shape: shape.to_vec(), dtype }
     }
 

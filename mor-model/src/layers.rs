@@ -1,4 +1,4 @@
-//! [`LayersTensors`]: a decode step of one sequence, up to its logits, in one dispatch, where model and device allow it.
+//! [`LayersTensors`]: decode steps of one sequence in one dispatch, where model and device allow it.
 
 use mor_kernels::ops::{
     ALWAYS, BLOCK_BEGIN, BLOCK_END, DecodeLayers, DecodeLayersBindings, DecodeLayersParams, ExpertGate, GridExchange,
@@ -21,7 +21,7 @@ const LAYER: u32 = 2;
 /// Rounds of a trial of the kernel itself.
 const TRIAL_ROUNDS: u32 = 100;
 
-/// What a step needs that is one dispatch up to its logits, [`DecodeLayers`].
+/// What steps need that are one dispatch, [`DecodeLayers`].
 #[derive(Clone, Debug)]
 pub struct LayersTensors {
     kernel: DecodeLayers,
@@ -83,6 +83,7 @@ impl LayersTensors {
             alpha: config.alpha as f32,
             threshold: model.threshold(),
             depth_bias: model.depth_control().router_bias,
+            num_tokens: 0,
         };
         // The trial below is run in any case; what is kept saves the search. A software rasteriser needs none,
         // and passes trials that it should fail, since it ends loops.
@@ -134,8 +135,16 @@ impl LayersTensors {
         Ok(control[2] == 0)
     }
 
-    /// Records the step over the row `step.rows`, up to `step.logits`; a token is to be drawn for the rows that are returned, of
-    /// the parts that are returned.
+    /// So many steps, one after the other, which draw their tokens themselves: for samplings that are
+    /// [plain](mor_kernels::ops::GpuSampling::is_plain). 0 for a step whose token another kernel draws.
+    #[must_use]
+    pub fn with_tokens(mut self, num_tokens: usize) -> Self {
+        self.params.num_tokens = num_tokens as u32;
+        self
+    }
+
+    /// Records the steps from the row `step.rows` on. Of a step whose token they do not draw, that is to be done for the rows that are
+    /// returned, of the parts that are returned.
     ///
     /// # Errors
     /// As [`PlanBuilder::dispatch`].
@@ -146,9 +155,9 @@ impl LayersTensors {
         step: &StepTensors,
         kv: &KvTensors,
         sample: &SampleTensors,
-    ) -> Result<(&RowSet, &Tensor)> {
+    ) -> Result<Option<(&RowSet, &Tensor)>> {
         self.kernel.record(plan, self.bindings(model, step, kv, sample), self.params)?;
-        Ok((&self.sampled, &self.partials))
+        Ok((self.params.num_tokens == 0).then_some((&self.sampled, &self.partials)))
     }
 
     fn bindings<'a>(
@@ -185,6 +194,7 @@ impl LayersTensors {
             sampling: &sample.sampling,
             seen: &sample.seen,
             partials: &self.partials,
+            results: &sample.results,
             router: routers.map(|routers| &routers.router.output),
             bias_or_shares: model
                 .script()

@@ -192,8 +192,10 @@ impl Engine {
     const SUBMITS_IN_FLIGHT: usize = 3;
     /// Decode steps or ticks of one submit: about two tokens each. More would cost the host less, and let it know later
     /// that a slot is free, which nobody waits for where there is one; a device of unknown speed begins with two all the same.
+    /// Persistent steps can be one dispatch, which takes long to begin and to end.
     const STEPS_PER_SUBMIT: usize = 2;
     const STEPS_PER_SUBMIT_ALONE: usize = 4;
+    const STEPS_PER_SUBMIT_PERSISTENT: usize = 8;
     const TICKS_PER_SUBMIT: usize = 4;
     /// A submit should take less than this, far below any watchdog.
     const BUDGET: Duration = Duration::from_millis(100);
@@ -227,6 +229,7 @@ impl Engine {
         let starts_slow = !matches!(model.gpu().summary().kind, AdapterKind::Discrete | AdapterKind::Cpu);
         let config = model.config();
         let (ticks, ticks_of_token) = match runner.batching() {
+            Batching::Lockstep if runner.is_persistent() && !starts_slow => (Self::STEPS_PER_SUBMIT_PERSISTENT, 1),
             Batching::Lockstep if options.num_slots == 1 && !starts_slow => (Self::STEPS_PER_SUBMIT_ALONE, 1),
             Batching::Lockstep => (Self::STEPS_PER_SUBMIT, 1),
             Batching::Depthwise => (Self::TICKS_PER_SUBMIT, model.max_depth()),

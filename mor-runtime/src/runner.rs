@@ -152,8 +152,10 @@ pub struct Runner {
     decode_tensors: StepTensors,
     /// What a wait in vain took out of use; it has counted rows.
     given_up: Option<LayersTensors>,
-    /// By number of slots and of key splits.
-    decode: BTreeMap<(usize, u32), Arc<Plan>>,
+    /// By number of slots, of key splits, and of steps that draw their tokens themselves, 0 for others.
+    decode: BTreeMap<(usize, u32, usize), Arc<Plan>>,
+    /// Whether persistent steps can draw the tokens of the sequence in the only slot themselves.
+    draws_plainly: bool,
     prefill_tensors: Option<StepTensors>,
     /// By number of rows and of prompts that end.
     prefill: BTreeMap<(usize, usize), Arc<Plan>>,
@@ -241,6 +243,7 @@ impl Runner {
             decode_tensors,
             given_up: None,
             decode: BTreeMap::new(),
+            draws_plainly: false,
             prefill_tensors: None,
             prefill: BTreeMap::new(),
             prefill_rows: options.prefill_rows,
@@ -321,6 +324,7 @@ impl Runner {
             Some(lengths) => self.kv.set_lengths(writes, slot, lengths),
             None => self.kv.clear(writes, slot),
         }
+        self.draws_plainly = sampling.is_plain();
         let bytes = bytemuck::bytes_of(sampling);
         writes.push(&self.sample.sampling, (slot * bytes.len()) as u64, bytes);
         let mut bits = vec![0_u32; self.sample.seen.shape()[1]];
@@ -373,7 +377,10 @@ impl Runner {
         if let Some((_, tensors)) = &prefill {
             write_rows(model, tensors, work.feeds);
         }
-        let decode = (work.ticks > 0).then(|| self.decode_plan(model, num_slots, work.max_context)).transpose()?;
+        let (steps_of_plan, plans) = self.ticks_of_plan(work.ticks);
+        let context = work.max_context;
+        let decode =
+            (work.ticks > 0).then(|| self.plan_of_ticks(model, num_slots, context, steps_of_plan)).transpose()?;
         let mut submission = Submission::new(model.gpu());
         for copy in work.copies {
             for (tensor, bytes) in self.kv.class_buffers(copy.class) {
@@ -391,16 +398,16 @@ impl Runner {
                 submission.hand_over();
             }
         }
-        for _ in 0..work.ticks {
+        for _ in 0..plans {
             submission.plan(decode.as_ref().expect("recorded above"));
         }
         let next_rows = submission.read(&self.sample.next_rows, 0, (num_slots * size_of::<Row>()) as u64)?;
         let bytes = num_slots * SampleToken::RESULTS as usize * 8;
         let results = submission.read(&self.sample.results, 0, bytes as u64)?;
         submission.submit();
-        let of_tick = decode.map_or(0, |plan| plan.num_dispatches());
+        let of_plan = decode.map_or(0, |plan| plan.num_dispatches());
         let prefill = prefill.map(|(plan, _)| plan);
-        let num_dispatches = work.ticks * of_tick + prefill.as_ref().map_or(0, |plan| plan.num_dispatches());
+        let num_dispatches = plans * of_plan + prefill.as_ref().map_or(0, |plan| plan.num_dispatches());
         Ok(Pending { prefill, depths, next_rows, results, num_dispatches, rows_written: self.rows_written })
     }
 
@@ -449,6 +456,22 @@ impl Runner {
     /// # Errors
     /// As [`PlanBuilder::dispatch`] and [`PlanBuilder::finish`] the first time.
     pub fn decode_plan(&mut self, model: &MorModel, num_slots: usize, max_context: usize) -> Result<Arc<Plan>> {
+        self.plan_of_ticks(model, num_slots, max_context, self.ticks_of_plan(1).0)
+    }
+
+    /// How many of `ticks` a plan has that draws its tokens itself, 0 of others, and how often it is run for all.
+    fn ticks_of_plan(&self, ticks: usize) -> (usize, usize) {
+        if self.is_persistent() && self.draws_plainly { (ticks, usize::from(ticks > 0)) } else { (0, ticks) }
+    }
+
+    /// The same of `drawn` steps that draw their tokens themselves, or of one that does not, or a tick, for 0.
+    fn plan_of_ticks(
+        &mut self,
+        model: &MorModel,
+        num_slots: usize,
+        max_context: usize,
+        drawn: usize,
+    ) -> Result<Arc<Plan>> {
         // Few sizes, so that few plans exist.
         let num_slots = num_slots.next_power_of_two().min(self.num_slots());
         let num_splits = match num_slots {
@@ -457,10 +480,11 @@ impl Runner {
             }
             _ => 1,
         };
-        if let Some(plan) = self.decode.get(&(num_slots, num_splits)) {
+        if let Some(plan) = self.decode.get(&(num_slots, num_splits, drawn)) {
             return Ok(Arc::clone(plan));
         }
-        let tensors = self.decode_tensors.limited_to(num_slots);
+        let mut tensors = self.decode_tensors.limited_to(num_slots);
+        tensors.layers = tensors.layers.map(|layers| layers.with_tokens(drawn));
         let mut plan = PlanBuilder::new(model.gpu())?;
         let phase = if self.batch_invariant { Phase::Invariant } else { Phase::Decode { num_splits } };
         match self.batching {
@@ -479,7 +503,7 @@ impl Runner {
             dispatches = plan.num_dispatches(),
             "recorded the plan of a decode step"
         );
-        self.decode.insert((num_slots, num_splits), Arc::clone(&plan));
+        self.decode.insert((num_slots, num_splits, drawn), Arc::clone(&plan));
         Ok(plan)
     }
 

@@ -90,18 +90,48 @@ fn a_wait_in_vain_costs_no_token() {
         return;
     }
     for mor in models() {
-        let want = generate(&mut session(&mor, false), &request(&PROMPT, 24), None);
-        assert_eq!(want.tokens.len(), 24);
+        let want = generate(&mut session(&mor, false), &request(&PROMPT, 72), None);
+        assert_eq!(want.tokens.len(), 72);
         // Never; with the prompt; when the first results are in; amid steps; in the last ones.
         for fails in [None, Some(0), Some(1), Some(2), Some(4)] {
             let mut session = session(&mor, true);
-            session.prepare_decode(40).expect("the caches fit");
+            session.prepare_decode(80).expect("the caches fit");
             assert!(session.is_persistent(), "{mor}");
-            let found = generate(&mut session, &request(&PROMPT, 24), fails);
+            let found = generate(&mut session, &request(&PROMPT, 72), fails);
             assert_eq!(session.is_persistent(), fails.is_none(), "{mor} {fails:?}");
             assert_eq!((&found.tokens, &found.depths), (&want.tokens, &want.depths), "{mor} {fails:?}");
             assert_eq!(found.kv_entries, want.kv_entries, "{mor} {fails:?}");
         }
+    }
+}
+
+/// Those that the kernel draws itself, several tokens a dispatch, and those that need more than that.
+#[test]
+fn every_sampling_draws_the_same() {
+    if !is_possible() {
+        return;
+    }
+    let random = SamplingParams { temperature: 0.9, seed: 3, ..SamplingParams::greedy() };
+    let samplings = [
+        random.clone(),
+        SamplingParams { top_k: 5, ..random.clone() },
+        SamplingParams { min_p: 0.1, ..random.clone() },
+        SamplingParams { repetition_penalty: 1.5, ..SamplingParams::greedy() },
+    ];
+    for mor in models() {
+        let [mut persistent, mut other] = [true, false].map(|persistent| session(&mor, persistent));
+        for sampling in &samplings {
+            let request = GenerateRequest { sampling: sampling.clone(), ..request(&PROMPT, 30) };
+            let [found, want] = [&mut persistent, &mut other].map(|session| generate(session, &request, None));
+            assert_eq!((&found.tokens, &found.depths), (&want.tokens, &want.depths), "{mor} {sampling:?}");
+            assert_eq!(found.kv_entries, want.kv_entries, "{mor} {sampling:?}");
+        }
+        assert!(persistent.is_persistent(), "{mor}");
+        // An end among the tokens of a dispatch.
+        let all = generate(&mut other, &request(&PROMPT, 30), None).tokens;
+        let stop = GenerateRequest { stop_tokens: vec![all[12]], ..request(&PROMPT, 30) };
+        let [found, want] = [&mut persistent, &mut other].map(|session| generate(session, &stop, None));
+        assert_eq!((found.tokens, found.finish_reason), (want.tokens, want.finish_reason), "{mor}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Runs a decode step of one row, from its token to its logits, in one dispatch.
+//! Runs decode steps of one row, each from a token to its logits and the next token, in one dispatch.
 
 mod products;
 #[cfg(all(test, feature = "oracle"))]
@@ -10,7 +10,7 @@ use super::grid_exchange::GridExchange;
 use super::router_expert::{ExpertGate, check_router};
 use super::router_token::TokenGate;
 use super::sample_partial::{BEST_BYTES, SamplePartial};
-use super::sample_token::{MIN_TEMPERATURE, check_sizes};
+use super::sample_token::{MIN_TEMPERATURE, SampleToken, check_sizes};
 use crate::caps::DeviceCaps;
 use crate::error::{KernelError, Result};
 use crate::gpu::Gpu;
@@ -64,8 +64,9 @@ pub struct LayersShape {
     pub routing: LayerRouting,
 }
 
-/// A decode step of one row in one dispatch, whose workgroups wait for each other between the phases of a layer: embedding, layers
-/// and head. The draw comes after, from the list, the logits and the partials that it leaves.
+/// Decode steps of one row in one dispatch, whose workgroups wait for each other between the phases of a layer: embedding, layers,
+/// head and draw. Without [`DecodeLayersParams::num_tokens`] a single one, and the draw comes after, from the list, the logits and the
+/// partials that it leaves.
 ///
 /// It needs a device that runs all of them at a time and whose coherent storage is coherent:
 /// [`DecodeLayers::workgroups_to_try`] says how many may, a trial whether they do.
@@ -181,6 +182,10 @@ pub struct DecodeLayersParams {
     pub threshold: f32,
     /// Added to token choice's scores once per recursion.
     pub depth_bias: f32,
+    /// Tokens that the kernel draws, fewer than [`SampleToken::RESULTS`]: it goes on with the row that follows each, until the sequence
+    /// ends. Only where the most likely token or one of all tokens is drawn: [`GpuSampling::is_plain`](super::GpuSampling::is_plain).
+    /// 0: it stops at the logits, and [`SampleToken`] draws.
+    pub num_tokens: u32,
 }
 
 /// Tensors of a call.
@@ -188,7 +193,7 @@ pub struct DecodeLayersParams {
 pub struct DecodeLayersBindings<'a> {
     /// Uniform of [`LayerStep`], as many as the table has room for.
     pub steps: &'a Tensor,
-    /// `[1]` of [`Row`](crate::rows::Row); written where a workgroup waits in vain.
+    /// `[1]` of [`Row`](crate::rows::Row); written where the kernel draws, and where a workgroup waits in vain.
     pub rows: &'a Tensor,
     /// Of one row or more: the row if a token is to be drawn, or none. Its counts are not written: a
     /// [`fixed`](RowSet::fixed) set.
@@ -230,8 +235,10 @@ pub struct DecodeLayersBindings<'a> {
     pub sampling: &'a Tensor,
     /// `[sequences, seen_words]` u32: a bit for every token of the sequence so far.
     pub seen: &'a Tensor,
-    /// `[num_workgroups, 4]` u32, written: as [`SamplePartial`] of the tokens whose logits are a workgroup's.
+    /// `[num_workgroups, 4]` u32, written unless the kernel draws: as [`SamplePartial`] of the tokens whose logits are a workgroup's.
     pub partials: &'a Tensor,
+    /// `[sequences, RESULTS, 2]` u32, written where the kernel draws: as [`SampleToken`]'s.
+    pub results: &'a Tensor,
     /// `[R, C]`, of routed models.
     pub router: Option<&'a Tensor>,
     /// Token choice: `[R]` f32; a script: `[R]` shares.
@@ -308,7 +315,7 @@ impl DecodeLayers {
             let limit = caps.max_workgroup_storage_bytes;
             return refuse("workgroup memory in bytes", storage, limit, "the device offers");
         }
-        let buffers = 23;
+        let buffers = 24;
         if buffers > caps.max_storage_buffers {
             return refuse("storage bindings", buffers, caps.max_storage_buffers, "the device offers");
         }
@@ -340,8 +347,8 @@ impl DecodeLayers {
         let (heads, q_dim) = (self.shape.attention.num_attention_heads, self.q_dim());
         let attention = self.max_splits() * (q_dim + 2 * heads);
         let layer = 4 * self.shape.hidden_size + q_dim + 2 * self.kv_dim() + attention + self.shape.mlp_dim;
-        // A trial takes two for each workgroup.
-        layer.max(2 * self.num_workgroups) as usize
+        // A draw takes four for each workgroup, behind the others; a trial two.
+        (layer + 4 * self.num_workgroups) as usize
     }
 
     /// Elements next to each other that a thread stages of an activation: where matrices are quantised, eight become digits together.
@@ -450,6 +457,9 @@ impl DecodeLayers {
             let expected = format!("{} elements of 2", self.mail_elems());
             return refuse("mail", b.mail.num_elems().to_string(), expected);
         }
+        if p.num_tokens >= SampleToken::RESULTS {
+            return refuse("num_tokens", p.num_tokens.to_string(), format!("fewer than {}", SampleToken::RESULTS));
+        }
         check_sizes(Self::NAME, p.vocab_size, p.logits_stride, p.seen_words)?;
         SamplePartial::check_partials(Self::NAME, b.partials, 1, self.num_workgroups)?;
         let (routed, extra) = match self.shape.routing {
@@ -511,6 +521,7 @@ impl Kernel for DecodeLayers {
             .u32("STREAMS", self.streams())
             .u32("OWN_PAIRS", self.own_pairs())
             .f32("MIN_TEMPERATURE", MIN_TEMPERATURE)
+            .u32("RESULTS", SampleToken::RESULTS)
             .flag("SUBGROUP", true)
             .flag("ROUTED", shape.routing != LayerRouting::Fixed)
             .flag("EXPERT", matches!(shape.routing, LayerRouting::Expert { .. }))
@@ -559,6 +570,7 @@ impl Kernel for DecodeLayers {
             Binding::read(20, b.sampling),
             Binding::read(21, b.seen),
             Binding::write(22, b.partials),
+            Binding::write(25, b.results),
         ];
         bindings.extend(b.router.map(|router| Binding::read(23, router)));
         bindings.extend(b.bias_or_shares.map(|tensor| Binding::read(24, tensor)));
@@ -573,6 +585,6 @@ impl Kernel for DecodeLayers {
         let is_scripted = matches!(self.shape.routing, LayerRouting::Expert { scripted: true, .. });
         let routing = routing + if is_scripted { 4 * self.max_groups() } else { 0 };
         let own_streams = 8 * self.streams() * self.own_pairs();
-        16 * staged + 8 * team_sums + own_streams + 4 * teams + routing + BEST_BYTES + 12 * self.max_groups() + 12
+        16 * staged + 8 * team_sums + own_streams + 4 * teams + routing + BEST_BYTES + 12 * self.max_groups() + 32
     }
 }

@@ -328,12 +328,8 @@ pub(super) mod tests {
                     shares: None,
                     norm: None,
                 };
-                let params = RouterExpertParams {
-                    input_scale: 1.0,
-                    alpha: 1.0,
-                    num_recursions: 1,
-                    ..Default::default()
-                };
+                let params =
+                    RouterExpertParams { input_scale: 1.0, alpha: 1.0, num_recursions: 1, ..Default::default() };
                 // More workgroups than rows: the padding entries end them.
                 let grid = Grid::Fixed([1, scales.len() as u32 + 5, 1]);
                 parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, grid));
@@ -354,12 +350,7 @@ pub(super) mod tests {
             let active = parity::some_rows(&mut rng, 9, 7);
             let (x, weight) = (rng.normals(9 * 64), rng.normals(64));
             let kernel = RouterExpert { logit_only: true, ..RouterExpert::new(gpu.caps(), 64) };
-            let params = RouterExpertParams {
-                input_scale: 1.0,
-                alpha: 1.0,
-                num_recursions: 1,
-                ..Default::default()
-            };
+            let params = RouterExpertParams { input_scale: 1.0, alpha: 1.0, num_recursions: 1, ..Default::default() };
             let logits = Output::new(gpu, 9);
             let mut want = logits.read(gpu);
             router_expert(&kernel, &params, &active, &x, &weight, &mut want, None);
@@ -491,12 +482,7 @@ pub(super) mod tests {
             shares: None,
             norm: None,
         };
-        let params = RouterExpertParams {
-            input_scale: 1.0,
-            alpha: 1.0,
-            num_recursions: 1,
-            ..Default::default()
-        };
+        let params = RouterExpertParams { input_scale: 1.0, alpha: 1.0, num_recursions: 1, ..Default::default() };
         let kernel = RouterExpert::new(gpu.caps(), 64);
         let mut message = |kernel: RouterExpert, bindings| {
             kernel.record(&mut plan, bindings, params).expect_err("must be refused").to_string()

@@ -56,6 +56,14 @@ pub struct GpuSampling {
     pub eos: [u32; 4],
 }
 
+impl GpuSampling {
+    /// Whether the most likely token is drawn, or one of all tokens, whichever they are and whatever came before.
+    pub fn is_plain(&self) -> bool {
+        let keeps_all = self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0;
+        self.repetition_penalty == 1.0 && (self.temperature < MIN_TEMPERATURE || keeps_all)
+    }
+}
+
 impl Default for GpuSampling {
     /// Greedy, without penalty or end.
     fn default() -> Self {

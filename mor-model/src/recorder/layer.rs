@@ -28,7 +28,9 @@ pub(super) struct LayerInput<'a> {
 pub(super) enum Normed {
     No,
     /// The product before has left so many parts of the squares of each row of its list: see [`Epilogue::Scaled`].
-    Begun { num_parts: u32 },
+    Begun {
+        num_parts: u32,
+    },
     /// Routers have made all that may be listed, each at its place in the stream: see
     /// [`RouterNorm`](mor_kernels::ops::RouterNorm).
     ByRow,
@@ -116,14 +118,15 @@ impl<'a> Recorder<'a> {
 
         let all = |projection: &'a Projection| (projection, 0..projection.weight.num_rows as u32);
         // The end of a product whose rows a norm with `next_weight` reads.
-        let between = |product: (&Projection, Input<'_>), residual, out, next_weight: &'a Tensor| {
-            match (self.halves(rows), self.num_norm_parts(rows, weights, product)) {
-                (Some(HalfTensors { normed: next_x, squares: next_squares, .. }), Some(num_parts)) => {
-                    let epilogue = Epilogue::Scaled { residual, out, next_weight, next_x, next_squares };
-                    (epilogue, Normed::Begun { num_parts })
-                }
-                _ => (Epilogue::Residual { residual, out, copy: None }, Normed::No),
+        let between = |product: (&Projection, Input<'_>), residual, out, next_weight: &'a Tensor| match (
+            self.halves(rows),
+            self.num_norm_parts(rows, weights, product),
+        ) {
+            (Some(HalfTensors { normed: next_x, squares: next_squares, .. }), Some(num_parts)) => {
+                let epilogue = Epilogue::Scaled { residual, out, next_weight, next_x, next_squares };
+                (epilogue, Normed::Begun { num_parts })
             }
+            _ => (Epilogue::Residual { residual, out, copy: None }, Normed::No),
         };
         let (o, middle_normed) =
             between((&weights.o_proj, attended), input, &step.middle, &weights.post_attention_layernorm);

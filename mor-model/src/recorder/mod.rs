@@ -74,9 +74,11 @@ impl MorModel {
         let recorder = Recorder { model: self, step, kv, sample, phase, routing, draws_for_few };
         if let Some(layers) = &step.layers {
             plan.part(BLOCK);
-            let (sampled, partials) = layers.record(plan, self, step, kv, sample)?;
-            plan.part(CODA);
-            return recorder.record_token(plan, sampled, partials);
+            if let Some((sampled, partials)) = layers.record(plan, self, step, kv, sample)? {
+                plan.part(CODA);
+                recorder.record_token(plan, sampled, partials)?;
+            }
+            return Ok(());
         }
         plan.part(PRELUDE);
         let input = recorder.record_layers(plan, after_recursion)?;

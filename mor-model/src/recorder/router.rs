@@ -3,8 +3,8 @@
 use mor_kernels::Result;
 use mor_kernels::epilogue::{Epilogue, LinearParams};
 use mor_kernels::ops::{
-    ExpertGate, RouterExpert, RouterExpertBindings, RouterExpertParams, RouterNorm, RouterToken,
-    RouterTokenBindings, RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, TokenGate,
+    ExpertGate, RouterExpert, RouterExpertBindings, RouterExpertParams, RouterNorm, RouterToken, RouterTokenBindings,
+    RouterTokenParams, RouterTopk, RouterTopkBindings, RouterTopkParams, TokenGate,
 };
 use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::RowSet;
@@ -83,7 +83,8 @@ impl<'a> Recorder<'a> {
                 ..RouterExpert::new(plan.gpu().caps(), in_features)
             };
             let shares = script.map(|(_, shares)| shares);
-            let bindings = RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates, shares, norm };
+            let bindings =
+                RouterExpertBindings { rows, x: input.x, weight: &router.output, logits, gates, shares, norm };
             let seed = script.map_or(0, |(seed, _)| seed);
             let params = RouterExpertParams {
                 input_scale: input.scale,

@@ -17,6 +17,8 @@ const NUM_GROUPS: usize = 1 + NUM_RECURSIONS;
 /// Odd, and more than a round of one workgroup.
 const VOCAB_SIZE: u32 = 333;
 const TOKEN: u32 = 291;
+/// Most tokens drawn in a dispatch.
+const NUM_TOKENS: usize = 5;
 
 /// A model of a first layer, two layers that recur three times and a last layer, and one row of it.
 struct Case {
@@ -147,6 +149,7 @@ impl Case {
             alpha: 0.7,
             threshold: 0.0,
             depth_bias: 0.0,
+            num_tokens: 0,
         };
         let state = LayersState {
             qkv_proj,
@@ -156,7 +159,7 @@ impl Case {
             embed_tokens,
             lm_head,
             norms: (0..(2 * steps.len() + 1) * c).map(|_| 1.0 + 0.1 * rng.normal()).collect(),
-            rope: (0..(position + 1) * head_dim / 2)
+            rope: (0..(position + NUM_TOKENS) * head_dim / 2)
                 .map(|i| [(i as f32 * 0.37).cos(), (i as f32 * 0.37).sin()])
                 .collect(),
             pages,
@@ -173,8 +176,14 @@ impl Case {
         Self { shape, params, steps, row, last_tag: 0, state, weights: [qkv, o, gate_up, down, embed, head], router }
     }
 
-    /// Runs the kernel of `num_workgroups` and compares with the oracle; with `fails`, that nothing has changed.
-    fn check(&self, gpu: &Gpu, what: &str, num_workgroups: u32, fails: bool) -> u32 {
+    /// Runs the kernel of `num_workgroups`; tokens are drawn as `sampling` says, after those of `is_seen`.
+    fn run(
+        &self,
+        gpu: &Gpu,
+        num_workgroups: u32,
+        params: &DecodeLayersParams,
+        (sampling, is_seen): (&GpuSampling, &[u32]),
+    ) -> Ran {
         let max_steps = self.steps.len() as u32 + 3;
         let kernel = DecodeLayers::new(gpu.caps(), self.shape, max_steps, num_workgroups).expect("it fits");
         let caches = [&self.state.keys, &self.state.values].map(|cache| match self.shape.attention.kv_dtype {
@@ -194,21 +203,13 @@ impl Case {
         let sampled = RowSet::from_rows(gpu, "sampled", &[ActiveRow { row: 5, ..ActiveRow::ABSENT }]).expect("it fits");
         let kv_lengths = Output::from_words(gpu, &self.state.kv_lengths);
         let depth = Output::from_words(gpu, &[self.state.depth]);
-        let sampling = GpuSampling {
-            temperature: 0.8,
-            repetition_penalty: 2.0,
-            seed_low: 7,
-            seed_high: 9,
-            ..GpuSampling::default()
-        };
-        // Of the second of two sequences every third token.
         let seen_words = VOCAB_SIZE.div_ceil(32) as usize;
-        let is_seen: Vec<u32> = (0..VOCAB_SIZE).step_by(3).collect();
         let mut seen = vec![0; 2 * seen_words];
-        for token in &is_seen {
+        for token in is_seen {
             seen[seen_words + *token as usize / 32] |= 1 << (token % 32);
         }
         let partials = Output::new(gpu, 4 * num_workgroups as usize);
+        let results = Output::from_words(gpu, &[NONE; 2 * 2 * SampleToken::RESULTS as usize]);
         let control = Output::from_words(gpu, &[self.last_tag, 0, 0, 0, 0, 0, 0]);
         let extra = match self.shape.routing {
             LayerRouting::Expert { scripted: true, .. } | LayerRouting::Token { bias: true, .. } => {
@@ -236,47 +237,98 @@ impl Case {
             control: &control.tensor,
             embed_tokens: &self.weights[4],
             lm_head: &self.weights[5],
-            sampling: &parity::upload_u32(gpu, bytemuck::cast_slice(&[GpuSampling::default(), sampling])),
+            sampling: &parity::upload_u32(gpu, bytemuck::cast_slice(&[GpuSampling::default(), *sampling])),
             seen: &parity::upload_u32(gpu, &seen),
             partials: &partials.tensor,
+            results: &results.tensor,
             router: self.router.as_ref(),
             bias_or_shares: extra.as_ref(),
         };
+        parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, params, Grid::Fixed([num_workgroups, 1, 1])));
+        let values = |cache: &Tensor| -> Vec<f32> {
+            if cache.dtype() == DType::F32 {
+                return gpu.read(cache).expect("the device answers");
+            }
+            let halves: Vec<half::f16> = gpu.read(cache).expect("the device answers");
+            halves.iter().map(|h| h.to_f32()).collect()
+        };
+        let rows: Vec<Row> = gpu.read(&row).expect("the device answers");
+        let listed: Vec<ActiveRow> = gpu.read(&sampled.active).expect("the device answers");
+        Ran {
+            row: rows[0],
+            listed: listed[0],
+            kv_lengths: kv_lengths.read_u32(gpu),
+            depth: depth.read_u32(gpu)[0],
+            control: control.read_u32(gpu),
+            mail: mail.read_u32(gpu),
+            logits: logits.read(gpu)[..VOCAB_SIZE as usize].to_vec(),
+            partials: partials.read_u32(gpu),
+            results: results.read_u32(gpu),
+            caches: [values(&caches[0]), values(&caches[1])],
+        }
+    }
+
+    /// Of all slots that hold something by now.
+    fn assert_caches(&self, what: &str, caches: &[Vec<f32>; 2], want: &LayersState) {
+        for (name, got, want) in [("keys", &caches[0], &want.keys), ("values", &caches[1], &want.values)] {
+            let at: Vec<usize> = (0..want.len()).filter(|i| !want[*i].is_nan()).collect();
+            let [got, want] = [got, want].map(|list| at.iter().map(|i| list[*i]).collect::<Vec<f32>>());
+            parity::assert_close(&format!("{what} {name}"), &got, &want, self.tolerance());
+        }
+    }
+
+    /// Eight layers of f32 sums, and keys and values whose last bit may turn.
+    fn tolerance(&self) -> Tolerance {
+        match self.shape.attention.kv_dtype {
+            DType::F16 => Tolerance::F16,
+            _ => Tolerance { absolute: 1e-4, relative: 1e-4 },
+        }
+    }
+
+    /// Tags that are taken after `num_tokens` steps from the first on.
+    fn tags(&self, num_tokens: usize) -> u32 {
+        self.last_tag + 1 + num_tokens as u32 * (5 * self.steps.len() as u32 + 2)
+    }
+
+    /// Compares a step of the kernel of `num_workgroups` with the oracle; with `fails`, that nothing has changed.
+    fn check(&self, gpu: &Gpu, what: &str, num_workgroups: u32, fails: bool) -> u32 {
+        let sampling = GpuSampling {
+            temperature: 0.8,
+            repetition_penalty: 2.0,
+            seed_low: 7,
+            seed_high: 9,
+            ..GpuSampling::default()
+        };
+        let is_seen: Vec<u32> = (0..VOCAB_SIZE).step_by(3).collect();
         let mut params = self.params;
         if fails {
             // A GPU runs as many as there are; there it is the first poll that is in vain.
             params.poll_limit = 1;
         }
-        parity::run(gpu, |plan| plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([num_workgroups, 1, 1])));
-
-        let rows: Vec<Row> = gpu.read(&row).expect("the device answers");
-        let listed: Vec<ActiveRow> = gpu.read(&sampled.active).expect("the device answers");
+        let ran = self.run(gpu, num_workgroups, &params, (&sampling, &is_seen));
         if fails {
-            assert_eq!(rows[0], Row { flags: ROW_FAILED, ..self.row }, "{what}: the row can be fed again");
-            assert_eq!(kv_lengths.read_u32(gpu), self.state.kv_lengths, "{what}: lengths as before the step");
-            assert_eq!(control.read_u32(gpu)[1..], [0, 1, 0, 0, 0, 0], "{what}");
-            assert_eq!(listed[0], ActiveRow::ABSENT, "{what}: nothing to draw for");
+            assert_eq!(ran.row, Row { flags: ROW_FAILED, ..self.row }, "{what}: the row can be fed again");
+            assert_eq!(ran.kv_lengths, self.state.kv_lengths, "{what}: lengths as before the step");
+            assert_eq!(ran.control[1..], [0, 1, 0, 0, 0, 0], "{what}");
+            assert_eq!(ran.listed, ActiveRow::ABSENT, "{what}: nothing to draw for");
             return 0;
         }
         let mut want = self.state.clone();
         decode_layers(&self.shape, &self.params, &self.steps, &self.row, &mut want);
-        assert_eq!(rows[0], self.row, "{what}: the row stays");
-        assert_eq!(depth.read_u32(gpu), [want.depth], "{what}: depth");
+        assert_eq!(ran.row, self.row, "{what}: the row stays");
+        assert_eq!(ran.depth, want.depth, "{what}: depth");
         let (sequence, position) = (self.row.sequence, self.row.position);
         let drawn = ActiveRow { row: 0, sequence, position, recursion: want.depth, ..ActiveRow::ABSENT };
-        assert_eq!(listed[0], drawn, "{what}: what to draw for");
-        assert_eq!(kv_lengths.read_u32(gpu), want.kv_lengths, "{what}: lengths");
+        assert_eq!(ran.listed, drawn, "{what}: what to draw for");
+        assert_eq!(ran.kv_lengths, want.kv_lengths, "{what}: lengths");
         let took = |r: u32| u32::from(want.blocks > r);
-        let tags = self.last_tag + 5 * self.steps.len() as u32 + 1;
+        let tags = self.tags(1);
         let are_few = tags >= FEW_TAGS_LEFT;
         let tags = if are_few { 0 } else { tags };
-        assert_eq!(control.read_u32(gpu), [tags, 0, 0, 0, took(0), took(1), took(2)], "{what}: counts");
-        assert_eq!(mail.read_u32(gpu).iter().all(|word| *word == 0), are_few, "{what}: mail is cleared with the tags");
-        // Eight layers of f32 sums, and keys and values whose last bit may turn.
-        let is_half = self.shape.attention.kv_dtype == DType::F16;
-        let tolerance = if is_half { Tolerance::F16 } else { Tolerance { absolute: 1e-4, relative: 1e-4 } };
-        let got = &logits.read(gpu)[..VOCAB_SIZE as usize];
-        parity::assert_close(&format!("{what} logits"), got, &want.logits, tolerance);
+        assert_eq!(ran.control, [tags, 0, 0, 0, took(0), took(1), took(2)], "{what}: counts");
+        assert_eq!(ran.mail.iter().all(|word| *word == 0), are_few, "{what}: mail is cleared with the tags");
+        let got = &ran.logits[..];
+        parity::assert_close(&format!("{what} logits"), got, &want.logits, self.tolerance());
         let of_workgroup = |w: u32| -> Vec<usize> {
             let pairs = (w..VOCAB_SIZE.div_ceil(2)).step_by(num_workgroups as usize);
             pairs.flat_map(|pair| [2 * pair as usize, 2 * pair as usize + 1]).filter(|t| *t < got.len()).collect()
@@ -284,7 +336,7 @@ impl Case {
         let parts: Vec<_> = (0..num_workgroups).map(of_workgroup).collect();
         let best = sample_parts(got, &sampling, &is_seen, position, &parts);
         let chances = scores(got, &sampling, &is_seen, position);
-        for (w, (got, want)) in partials.read_u32(gpu).as_chunks::<4>().0.iter().zip(&best).enumerate() {
+        for (w, (got, want)) in ran.partials.as_chunks::<4>().0.iter().zip(&best).enumerate() {
             assert_eq!(got[..2], want[..2], "{what}: most likely of workgroup {w}");
             // The logarithm of a device is off by some units in the last place.
             let as_good = got[3] == want[3] || chances[got[3] as usize] >= chances[want[3] as usize] - 1e-4;
@@ -293,20 +345,60 @@ impl Case {
                 "{what}: drawn of workgroup {w}: {got:?}, {want:?}"
             );
         }
-        for (name, cache, want) in [("keys", &caches[0], &want.keys), ("values", &caches[1], &want.values)] {
-            let got: Vec<f32> = if is_half {
-                let halves: Vec<half::f16> = gpu.read(cache).expect("the device answers");
-                halves.iter().map(|h| h.to_f32()).collect()
-            } else {
-                gpu.read(cache).expect("the device answers")
-            };
-            // But for slots that hold nothing.
-            let at: Vec<usize> = (0..want.len()).filter(|i| !want[*i].is_nan()).collect();
-            let [got, want] = [&got, want].map(|list| at.iter().map(|i| list[*i]).collect::<Vec<f32>>());
-            parity::assert_close(&format!("{what} {name}"), &got, &want, tolerance);
-        }
+        self.assert_caches(what, &ran.caches, &want);
         want.blocks
     }
+    /// Compares steps of the kernel that draw their tokens as `sampling` says with steps of the oracle, and what is drawn with what these
+    /// say of all tokens; the sequence ends at `limit` tokens.
+    fn check_draws(&self, gpu: &Gpu, what: &str, num_workgroups: u32, sampling: &GpuSampling) {
+        let params = DecodeLayersParams { num_tokens: NUM_TOKENS as u32, ..self.params };
+        let ran = self.run(gpu, num_workgroups, &params, (sampling, &[]));
+        let (mut want, mut row) = (self.state.clone(), self.row);
+        let mut took = [0; NUM_RECURSIONS];
+        let mut num_drawn = 0;
+        while num_drawn < NUM_TOKENS && row.flags & ROW_ACTIVE != 0 {
+            want.blocks = 0;
+            decode_layers(&self.shape, &self.params, &self.steps, &row, &mut want);
+            took.iter_mut().take(want.blocks as usize).for_each(|took| *took += 1);
+            let ring = SampleToken::RESULTS as usize;
+            let at = row.sequence as usize * ring + row.position as usize % ring;
+            let [token, depth] = [ran.results[2 * at], ran.results[2 * at + 1]];
+            assert_eq!(depth, want.depth, "{what}: depth at {}", row.position);
+            // Sums and logarithms of a device are off by some units in the last place.
+            let chances = scores(&want.logits, sampling, &[], row.position);
+            let best = chances.iter().copied().fold(f64::MIN, f64::max);
+            assert!(chances[token as usize] >= best - 1e-2, "{what}: token {token} at {}", row.position);
+            num_drawn += 1;
+            let is_end = sampling.eos.contains(&token) || row.position + 2 >= sampling.limit;
+            let flags = if is_end { 0 } else { ROW_ACTIVE | ROW_SAMPLE };
+            row = Row { token, position: row.position + 1, flags, ..row };
+        }
+        assert_eq!(ran.row, row, "{what}: the row that follows");
+        assert_eq!(ran.results.iter().filter(|word| **word != NONE).count(), 2 * num_drawn, "{what}: results");
+        assert_eq!(ran.depth, want.depth, "{what}: depth");
+        let (sequence, position) = (row.sequence, row.position - 1);
+        let last = ActiveRow { row: 0, sequence, position, recursion: want.depth, ..ActiveRow::ABSENT };
+        assert_eq!(ran.listed, last, "{what}: the last row that was complete");
+        assert_eq!(ran.kv_lengths, want.kv_lengths, "{what}: lengths");
+        let [a, b, c] = took;
+        assert_eq!(ran.control, [self.tags(NUM_TOKENS), 0, 0, 0, a, b, c], "{what}: counts");
+        parity::assert_close(&format!("{what} logits"), &ran.logits, &want.logits, self.tolerance());
+        self.assert_caches(what, &ran.caches, &want);
+    }
+}
+
+/// What a run of the kernel leaves.
+struct Ran {
+    row: Row,
+    listed: ActiveRow,
+    kv_lengths: Vec<u32>,
+    depth: u32,
+    control: Vec<u32>,
+    mail: Vec<u32>,
+    logits: Vec<f32>,
+    partials: Vec<u32>,
+    results: Vec<u32>,
+    caches: [Vec<f32>; 2],
 }
 
 /// Workgroups to test with: one where the shape lets it do all the work, and as many as run at a time, or some of them.
@@ -369,6 +461,36 @@ fn matches_oracle() {
                 let what = format!("{profile} {shape:?} position {position} x{num_workgroups}");
                 let blocks = case.check(gpu, &what, num_workgroups, false);
                 println!("{what}: {blocks} blocks");
+            }
+        }
+    });
+}
+
+#[test]
+fn draws_tokens_one_after_the_other() {
+    on_fit_profiles(|gpu, profile| {
+        let mut rng = Rng::new("decode_layers draws");
+        let expert = LayerRouting::Expert { gate: ExpertGate::Sigmoid, scripted: true };
+        let token =
+            LayerRouting::Token { gate: TokenGate::Softmax, bias: false, num_recursions: NUM_RECURSIONS as u32 };
+        let greedy = GpuSampling { top_k: 3, top_p: 0.5, ..GpuSampling::default() };
+        let random = GpuSampling { temperature: 0.8, seed_low: 7, seed_high: 9, ..GpuSampling::default() };
+        assert!(greedy.is_plain() && random.is_plain());
+        for (i, routing) in [LayerRouting::Fixed, expert, token].into_iter().enumerate() {
+            let kv_dtype = if i == 1 { DType::F16 } else { DType::F32 };
+            let shape = shape(SIZES[i], [[DType::F32; 2], [DType::F16; 2], [DType::F32; 2]][i], kv_dtype, routing);
+            // Across a page's end.
+            let position = 2 * PAGE_SIZE as usize - 2;
+            let case = Case::new(gpu, &mut rng, shape, position, [position, 40, 2]);
+            for num_workgroups in grids(gpu, &shape) {
+                for sampling in [greedy, random] {
+                    // Never in these steps; in the third of them.
+                    for limit in [u32::MAX, position as u32 + 4] {
+                        let sampling = GpuSampling { limit, ..sampling };
+                        let what = format!("{profile} {routing:?} x{num_workgroups} {sampling:?}");
+                        case.check_draws(gpu, &what, num_workgroups, &sampling);
+                    }
+                }
             }
         }
     });
