@@ -384,7 +384,7 @@ pub(crate) struct LoadArgs {
     dtype: DtypeArg,
     #[command(flatten)]
     quantize: QuantizeArg,
-    /// Decode one sequence in two dispatches a step, if the model and the device allow it; faster
+    /// Decode one sequence in a dispatch for several tokens, if the model and the device allow it; faster
     #[arg(long)]
     persistent: bool,
 }

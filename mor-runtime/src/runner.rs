@@ -137,7 +137,8 @@ pub struct RunnerOptions {
     /// prefill its tiles of keys and a last layer of few rows, and few sequences their kernels of few rows and the splitting of keys. Without it, such
     /// circumstances change the order of sums, and results by rounding: see [`Runner::rounding`].
     pub batch_invariant: bool,
-    /// Runs all layers of the decode steps of a single slot in one dispatch, whose workgroups wait for each other, where model and
+    /// Runs all layers of the decode steps of a single slot in one dispatch, whose workgroups wait for each other, and all steps of a
+    /// submit where the most likely token is drawn or one of all ([`GpuSampling::is_plain`]), where model and
     /// device allow it ([`LayersTensors`]); decode is in lockstep then. Should a workgroup ever wait in vain, steps go on layer by
     /// layer.
     pub persistent: bool,

@@ -86,7 +86,7 @@ pub struct BatchOptions {
     /// Computes a sequence to the same bits whatever runs beside it; see
     /// [`RunnerOptions::batch_invariant`](crate::runner::RunnerOptions::batch_invariant).
     pub batch_invariant: bool,
-    /// With one sequence at a time, runs all layers of a decode step in one dispatch; see
+    /// With one sequence at a time, runs all layers of a decode step in one dispatch, or several steps; see
     /// [`RunnerOptions::persistent`](crate::runner::RunnerOptions::persistent).
     pub persistent: bool,
 }
