@@ -1,5 +1,4 @@
-// decode_layers: decode steps of one row, from a token to its logits and the next token, in one dispatch whose workgroups wait for
-//           each other.
+// decode_layers: decode steps of one row, each from a token to the next one, in one dispatch whose workgroups wait for each other.
 // Math      hidden = embed_tokens[token]; a layer of steps[s], x its input stream: m = x + o(attention(qkv(norm(x))));
 //           y = m + down(swiglu(gate_up(norm(m)))); y into its output stream, or hidden += gate * y at a block's end.
 //           Before a block: EXPERT gates l = input_scale * dot(hidden, router[r]) and ends at l < threshold; TOKEN
@@ -43,11 +42,12 @@
 //           where parts of attention are merged for it. MIN_TEMPERATURE: greedy below; SUBGROUP; ROUTED, by EXPERT (SIGMOID,
 //           TANH or neither; SCRIPTED) or TOKEN (SOFTMAX or neither; BIAS), ROUTERS at a time; KV_F16; ROUTER_F16,
 //           ROUTER_BF16 or neither; RESULTS
-// Limits    needs subgroups and coherent storage; num_tokens without top-k, top-p, min-p and repetition penalty alone; NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all
-//           wait for; 16 * STAGED + 8 * NUM_TEAM_SUMS + 8 * STREAMS * OWN_PAIRS + 4 * TEAMS + 12 * MAX_GROUPS + 48
-//           bytes of workgroup memory, with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value
-//           that is polled params.poll_limit times in vain ends the step: control[2] = 1, flags of its row =
-//           ROW_FAILED, K/V lengths as before it
+// Limits    needs subgroups and coherent storage; num_tokens > 0 where no top-k, top-p, min-p or penalty is asked for;
+//           NUM_WORKGROUPS <= C / 2, MLP_DIM, so that each has a part in what all wait for; 16 * STAGED
+//           + 8 * NUM_TEAM_SUMS + 8 * STREAMS * OWN_PAIRS + 4 * TEAMS + 12 * MAX_GROUPS + 48 bytes of workgroup memory,
+//           with ROUTED 8 + 4 * ROUTERS * TEAMS more, with SCRIPTED 4 * MAX_GROUPS. A value that is polled
+//           params.poll_limit times in vain ends the step: control[2] = 1, flags of its row = ROW_FAILED, K/V lengths as
+//           before it
 // Numerics  f32; partial sums by lanes, then teams; softmax with the maximum of all keys of a split. Quantised: the
 //           activation is off by less than 2^-15 of the greatest of eight, whose products with codes are exact. partials:
 //           as sample_partial, but of other parts, from which a draw may differ by rounding
