@@ -319,6 +319,23 @@ mod tests {
     const VOCABS: [usize; 9] = [1, 7, 33, 97, 255, 256, 257, 4096, 49152];
 
     #[test]
+    fn is_plain_where_nothing_is_cut_off() {
+        let greedy = GpuSampling::default();
+        let random = GpuSampling { temperature: 0.8, ..greedy };
+        let cut = GpuSampling { top_k: 5, top_p: 0.9, min_p: 0.1, ..greedy };
+        assert!(greedy.is_plain() && random.is_plain() && cut.is_plain());
+        for sampling in [
+            GpuSampling { top_k: 5, ..random },
+            GpuSampling { top_p: 0.9, ..random },
+            GpuSampling { min_p: 0.1, ..random },
+            GpuSampling { repetition_penalty: 1.1, ..random },
+            GpuSampling { repetition_penalty: 1.1, ..greedy },
+        ] {
+            assert!(!sampling.is_plain(), "{sampling:?}");
+        }
+    }
+
+    #[test]
     fn greedy_is_exact() {
         parity::on_every_profile(|gpu, profile| {
             let mut rng = Rng::new("sample_token greedy");
