@@ -125,7 +125,7 @@ const ALWAYS: u32 = 4u;
 @group(0) @binding(4) var<storage, read> o_proj: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read> gate_up_proj: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read> down_proj: array<vec4<u32>>;
-@group(0) @binding(7) var<storage, read> norms: array<f32>;
+@group(0) @binding(7) var<storage, read> norms: array<NormUnit>;
 @group(0) @binding(8) var<storage, read> rope: array<vec2<f32>>;
 @group(0) @binding(9) var<storage, read> pages: array<u32>;
 @group(0) @binding(10) var<storage, read_write> kv_lengths: array<u32>;
@@ -215,6 +215,14 @@ struct Unit_$T {
 #endif
 }
 #endfor
+
+// The OWN elements of a norm's weight that a thread stages next to each other: one load, since eight keep units busy that others
+// wait for.
+#if DIGITS
+alias NormUnit = mat2x4<f32>;
+#else
+alias NormUnit = f32;
+#endif
 
 #if ROUTED
 #if ROUTER_F16
@@ -572,10 +580,8 @@ fn run_layers() -> bool {
             return false;
         }
         if params.num_tokens > 0u && thread == 0u {
-            if own_workgroup == 0u {
-                let at = own_row.sequence * RESULTS + own_row.position % RESULTS;
-                results[at] = vec2<u32>(token, params.base_depth + taken);
-            }
+            let at = own_row.sequence * RESULTS + own_row.position % RESULTS;
+            results[at] = vec2<u32>(token, params.base_depth + taken);
             // As in sample_token.
             let is_end = any(sampled.eos == vec4<u32>(token)) || own_row.position + 2u >= sampled.limit;
             let flags = select(ROW_ACTIVE | ROW_SAMPLE, 0u, is_end);
@@ -612,7 +618,7 @@ fn conclude() {
     let row = rows[0];
     var listed = ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, NONE, END_NOTHING);
     if (row.flags & ROW_ACTIVE) != 0u {
-        if num_complete > 0u {
+        if num_complete > 0u && (params.num_tokens > 0u || atomicLoad(&control[2]) == 0u) {
             let first_length = row.sequence * params.num_groups;
             for (var s = 0u; s < params.num_steps; s++) {
                 let step = steps[s];

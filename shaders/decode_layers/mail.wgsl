@@ -14,8 +14,13 @@ fn own_number(turn: u32) -> u32 {
 // Sends for a thread's elements of a norm's weight.
 fn prefetch_norm(at: u32, ahead_norm: ptr<function, array<f32, STREAM_TURNS * OWN>>) {
 #repeat turn STREAM_TURNS
+    let unit = norms[at / OWN + own_number(turn)];
 #repeat i OWN
-    (*ahead_norm)[turn * OWN + i] = norms[at + own_number(turn) * OWN + i];
+#if DIGITS
+    (*ahead_norm)[turn * OWN + i] = unit[i / 4u][i % 4u];
+#else
+    (*ahead_norm)[turn * OWN + i] = unit;
+#endif
 #endrepeat
 #endrepeat
 }
