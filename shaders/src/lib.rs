@@ -24,6 +24,7 @@ shaders![
     "cross_entropy",
     "decode_layers",
     "decode_layers/attention",
+    "decode_layers/dispatch",
     "decode_layers/draw",
     "decode_layers/mail",
     "decode_layers/products",

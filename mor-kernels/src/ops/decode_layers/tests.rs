@@ -348,8 +348,9 @@ impl Case {
         self.assert_caches(what, &ran.caches, &want);
         want.blocks
     }
+
     /// Compares steps of the kernel that draw their tokens as `sampling` says with steps of the oracle, and what is drawn with what these
-    /// say of all tokens; the sequence ends at `limit` tokens.
+    /// say of all tokens; the sequence ends at the limit of `sampling`.
     fn check_draws(&self, gpu: &Gpu, what: &str, num_workgroups: u32, sampling: &GpuSampling) {
         let params = DecodeLayersParams { num_tokens: NUM_TOKENS as u32, ..self.params };
         let ran = self.run(gpu, num_workgroups, &params, (sampling, &[]));
