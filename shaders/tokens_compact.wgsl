@@ -1,14 +1,16 @@
 // tokens_compact: decide which rows are active now, list them in position order, give them K/V slots and size the grids.
-// Math      active = [r : keep(r)] ascending; slot of the j-th kept row of a sequence = kv_lengths + j
+// Math      active = [r : keep(r)] ascending; slot of the j-th kept row of a sequence = kv_lengths + j;
+//           FIRST: the same rows in a second list, with slots of another group, as those of recursion 0
 // Why       counts stay on the device: the list and the indirect grids are all that later kernels need
 // Shapes    rows [T]; decision [T] f32; depth [T]; kv_lengths [sequences, groups]; pages [sequences, groups, max_pages];
 //           active_out [T + ROW_PADDING + 1]; dispatch [4 + 3 * MAX_GRIDS]; slots [sequences, groups, max_positions]
 // Bindings  0 params uniform; 1 grids uniform; 2 rows read; 3 depth write; 4 active_out write; 5 dispatch write;
-//           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS]
+//           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS];
+//           10 first_out write [FIRST]; 11 first_dispatch write [FIRST]
 // Grid      (1, 1, 1): one workgroup, which goes through WORKGROUP_SIZE * EACH rows at a time, EACH neighbours a thread
 // Spec      WORKGROUP_SIZE power of two, EACH at most 32: 4 * WORKGROUP_SIZE bytes of workgroup memory, KV: twice as many and 4
 //           more; BEGIN, EXPERT, TOKEN, FIXED, SAMPLE or ENDS: which rows; KV: they store or read K/V; KV_SLOTS: the table lists
-//           keys, not pages (hybrid caches)
+//           keys, not pages (hybrid caches); FIRST, beside BEGIN and KV: the first recursion takes all
 // Limits    rows of a sequence are contiguous and ascend in position; params.num_rows <= T; ENDS: a row to be sampled is the
 //           last of its sequence
 // Numerics  integers; a row is selected if its decision >= params.threshold (NaN does not pass)
@@ -28,6 +30,7 @@ struct Params {
     max_positions: u32,
     first_hybrid_group: u32,
     threshold: f32,
+    first_group: u32,
 }
 
 struct Grids {
@@ -56,6 +59,14 @@ struct Grids {
 #if KV_SLOTS
 @group(0) @binding(9) var<storage, read_write> slots: array<u32>;
 #endif
+#if FIRST
+@group(0) @binding(10) var<storage, read_write> first_out: array<vec4<u32>>;
+@group(0) @binding(11) var<storage, read_write> first_dispatch: array<u32>;
+// Lists that are made.
+const LISTS: u32 = 2u;
+#else
+const LISTS: u32 = 1u;
+#endif
 
 fn row_at(r: u32) -> Row {
     let row = rows[r];
@@ -66,6 +77,13 @@ fn list(place: u32, entry: ActiveRow) {
     active_out[2u * place] = vec4<u32>(entry.row, entry.sequence, entry.position, entry.kv_slot);
     active_out[2u * place + 1u] = vec4<u32>(entry.kv_len, entry.kv_table, entry.recursion, entry.end);
 }
+
+#if FIRST
+fn list_first(place: u32, entry: ActiveRow) {
+    first_out[2u * place] = vec4<u32>(entry.row, entry.sequence, entry.position, entry.kv_slot);
+    first_out[2u * place + 1u] = vec4<u32>(entry.kv_len, entry.kv_table, entry.recursion, entry.end);
+}
+#endif
 
 // Recursions that row r has taken, and what the router says of its next, where rows are chosen by these.
 fn depth_of(r: u32) -> u32 {
@@ -115,6 +133,11 @@ fn physical(sequence: u32, group: u32, slot: u32) -> u32 {
     return page * PAGE_SIZE + slot % PAGE_SIZE;
 }
 
+// The group that rows of a list are stored in.
+fn write_group(l: u32) -> u32 {
+    return select(params.write_group, params.first_group, l == 1u);
+}
+
 // Listed rows before the sequence that the last row so far belongs to.
 var<workgroup> before_last: u32;
 // Which of its rows a thread lists, a bit each.
@@ -145,14 +168,17 @@ fn main(@builtin(local_invocation_index) thread: u32) {
         }
 #if KV
         let following = row_at(min(first_own + EACH, last));
-        // Of their sequences: entries stored before this step, and whether these are the last rows.
-        var stored: array<u32, EACH>;
+        // Of their sequences: entries stored before this step in each list's group, and whether these are the last rows.
+        var stored: array<u32, EACH * LISTS>;
         var is_last: array<bool, EACH>;
-        if params.write_group != NONE {
+        for (var l = 0u; l < LISTS; l++) {
+            if write_group(l) == NONE {
+                continue;
+            }
             for (var e = 0u; e < EACH; e++) {
                 let is_active = (own[e].flags & ROW_ACTIVE) != 0u;
                 let sequence = select(0u, own[e].sequence, is_active);
-                stored[e] = kv_lengths[sequence * params.num_groups + params.write_group];
+                stored[l * EACH + e] = kv_lengths[sequence * params.num_groups + write_group(l)];
                 var next = following.sequence;
                 if e + 1u < EACH {
                     next = own[min(e + 1u, EACH - 1u)].sequence;
@@ -243,10 +269,23 @@ fn main(@builtin(local_invocation_index) thread: u32) {
                 }
 #endif
                 list(place, entry);
+#if FIRST
+                entry.recursion = 0u;
+                entry.end = END_GATED;
+                entry.kv_table = (row.sequence * params.num_groups + params.first_group) * params.max_pages;
+                let slot = stored[EACH + e] + place - before[e];
+                entry.kv_slot = physical(row.sequence, params.first_group, slot);
+                entry.kv_len = slot + 1u;
+                list_first(place, entry);
+#endif
             }
 #if BEGIN
             if r < params.num_rows {
+#if FIRST
+                depth[r] = kept[e] & 1u;
+#else
                 depth[r] = 0u;
+#endif
             }
 #elif SAMPLE
             // Reads depths only.
@@ -268,7 +307,12 @@ fn main(@builtin(local_invocation_index) thread: u32) {
         for (var e = 0u; e < EACH; e++) {
             if is_last[e] {
                 let end = before_own + countOneBits(bits & ((2u << e) - 1u));
-                kv_lengths[own[e].sequence * params.num_groups + params.write_group] = stored[e] + end - before[e];
+                for (var l = 0u; l < LISTS; l++) {
+                    if write_group(l) != NONE {
+                        let length = stored[l * EACH + e] + end - before[e];
+                        kv_lengths[own[e].sequence * params.num_groups + write_group(l)] = length;
+                    }
+                }
             }
         }
         if thread == WORKGROUP_SIZE - 1u {
@@ -278,17 +322,28 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     }
     for (var i = thread; i < ROW_PADDING; i += WORKGROUP_SIZE) {
         list(total + i, ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, NONE, END_NOTHING));
+#if FIRST
+        list_first(total + i, ActiveRow(NONE, 0u, 0u, NONE, 0u, 0u, NONE, END_NOTHING));
+#endif
     }
     if thread == 0u {
         active_out[arrayLength(&active_out) - 2u].x = total;
         // Rows listed so far: work done, to be checked against depths.
         dispatch[0] += total;
+#if FIRST
+        first_out[arrayLength(&first_out) - 2u].x = total;
+        first_dispatch[0] += total;
+#endif
     }
     for (var g = thread; g < grids.count; g += WORKGROUP_SIZE) {
         let grid = grids.entries[g];
         let empty = total == 0u;
-        dispatch[4u + 3u * g] = select(grid.x, 0u, empty);
-        dispatch[5u + 3u * g] = (total + grid.y - 1u) / grid.y;
-        dispatch[6u + 3u * g] = select(grid.z, 0u, empty);
+        let size = vec3<u32>(select(grid.x, 0u, empty), (total + grid.y - 1u) / grid.y, select(grid.z, 0u, empty));
+        for (var i = 0u; i < 3u; i++) {
+            dispatch[4u + 3u * g + i] = size[i];
+#if FIRST
+            first_dispatch[4u + 3u * g + i] = size[i];
+#endif
+        }
     }
 }

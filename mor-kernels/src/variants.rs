@@ -317,7 +317,11 @@ fn add_tokens_compact(list: &mut List) {
         for (kv, kv_slots) in [(false, false), (true, false), (true, true)] {
             for workgroup_size in [32, 64, 128, 256, 512, 1024].into_iter().filter(|size| *size <= most) {
                 let rows_each = if workgroup_size == most { 4 } else { 1 };
-                list.add(&TokensCompact { mode, kv, kv_slots, workgroup_size, rows_each });
+                let kernel = TokensCompact { mode, kv, kv_slots, first: false, workgroup_size, rows_each };
+                list.add(&kernel);
+                if mode == "BEGIN" && kv && !kv_slots {
+                    list.add(&TokensCompact { first: true, ..kernel });
+                }
             }
         }
     }

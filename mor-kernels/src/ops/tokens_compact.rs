@@ -11,8 +11,11 @@ use crate::tensor::Tensor;
 /// Which rows are kept, with the tensors that decide.
 #[derive(Clone, Copy, Debug)]
 pub enum Selection<'a> {
-    /// All rows of the step; their depths start at 0.
-    Begin,
+    /// All rows of the step; their depths start at 0, or at 1 where there is a `first` recursion.
+    Begin {
+        /// The first recursion, if it takes all rows: its list is made along.
+        first: Option<FirstRecursion<'a>>,
+    },
     /// Expert choice: rows selected at every recursion before this one and whose decision value is >= the threshold.
     Expert {
         /// `[T]` f32: router logits, or the sign that `router_topk` writes.
@@ -32,6 +35,15 @@ pub enum Selection<'a> {
     Sample,
     /// Rows to be sampled that take this recursion, each the last of its sequence: they attend to all that this has stored.
     Ends,
+}
+
+/// A first recursion that takes all rows of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct FirstRecursion<'a> {
+    /// Its list, written.
+    pub active: &'a RowSet,
+    /// Group its rows are stored in and attend to.
+    pub group: u32,
 }
 
 /// The K/V groups that the listed rows write and read, with the tensors that describe them.
@@ -71,6 +83,7 @@ pub struct TokensCompact {
     pub(crate) mode: &'static str,
     pub(crate) kv: bool,
     pub(crate) kv_slots: bool,
+    pub(crate) first: bool,
     pub(crate) workgroup_size: u32,
     /// Rows of a thread at a time, at most [`MOST_EACH`].
     pub(crate) rows_each: u32,
@@ -91,6 +104,7 @@ pub struct TokensCompactParams {
     max_positions: u32,
     first_hybrid_group: u32,
     threshold: f32,
+    first_group: u32,
 }
 
 /// Tensors and sizes of a call.
@@ -108,7 +122,7 @@ pub struct TokensCompactBindings<'a> {
     pub selection: Selection<'a>,
     /// Recursion index, 0-based, where the selection has one.
     pub recursion: u32,
-    /// K/V bookkeeping, where the rows attend.
+    /// K/V bookkeeping, where the rows of one of the lists attend.
     pub kv: Option<KvGroups<'a>>,
     /// Longest sequence the tables hold.
     pub max_positions: u32,
@@ -118,7 +132,11 @@ impl TokensCompact {
     /// Records the kernel over the first rows, as many as the list has room for.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if there are fewer rows than the list has room for; else as [`PlanBuilder::dispatch`].
+    /// [`KernelError::Shape`] if there are fewer rows than the list has room for, or another list has another size; else as
+    /// [`PlanBuilder::dispatch`].
+    ///
+    /// # Panics
+    /// If the first recursion's list is to be made without K/V groups, or for hybrid caches.
     pub fn record(plan: &mut PlanBuilder<'_>, b: &TokensCompactBindings<'_>) -> Result<()> {
         let (rows, found) = (b.active.capacity, b.rows.num_elems() / 4);
         if rows > found {
@@ -129,13 +147,24 @@ impl TokensCompact {
                 expected: format!("{rows}, the capacity of the list"),
             });
         }
+        if let Selection::Begin { first: Some(FirstRecursion { active, .. }) } = b.selection {
+            if active.capacity != rows {
+                return Err(KernelError::Shape {
+                    kernel: Self::NAME,
+                    what: "list of the first recursion",
+                    found: active.capacity.to_string(),
+                    expected: format!("{rows}, as many rows as that of all"),
+                });
+            }
+            assert!(b.kv.is_some_and(|kv| kv.hybrid.is_none()), "two lists have pages of two groups");
+        }
         let (kernel, params) = Self::specialise(plan.gpu().caps(), b);
         plan.dispatch(&kernel, b, &params, Grid::Fixed([1, 1, 1]))
     }
 
     fn specialise(caps: &DeviceCaps, b: &TokensCompactBindings<'_>) -> (Self, TokensCompactParams) {
         let mode = match b.selection {
-            Selection::Begin => "BEGIN",
+            Selection::Begin { .. } => "BEGIN",
             Selection::Expert { .. } => "EXPERT",
             Selection::Token => "TOKEN",
             Selection::Fixed => "FIXED",
@@ -146,7 +175,9 @@ impl TokensCompact {
         let hybrid = b.kv.and_then(|kv| kv.hybrid);
         let workgroup_size = num_rows.next_power_of_two().clamp(32, most_threads(caps));
         let rows_each = if caps.is_cpu { 1 } else { num_rows.div_ceil(workgroup_size).clamp(1, MOST_EACH) };
-        let kernel = Self { mode, kv: b.kv.is_some(), kv_slots: hybrid.is_some(), workgroup_size, rows_each };
+        let first = if let Selection::Begin { first } = b.selection { first } else { None };
+        let (kv, kv_slots) = (b.kv.is_some(), hybrid.is_some());
+        let kernel = Self { mode, kv, kv_slots, first: first.is_some(), workgroup_size, rows_each };
         let (threshold, always, keep_all) = match b.selection {
             Selection::Expert { threshold, always, keep_all, .. } => (threshold, always, keep_all),
             _ => (0.0, false, false),
@@ -163,6 +194,7 @@ impl TokensCompact {
             max_positions: b.max_positions,
             first_hybrid_group: hybrid.and_then(|hybrid| hybrid.first_group).unwrap_or(NONE),
             threshold,
+            first_group: first.map_or(NONE, |first| first.group),
         };
         (kernel, params)
     }
@@ -188,6 +220,7 @@ impl Kernel for TokensCompact {
             .flag(self.mode, true)
             .flag("KV", self.kv)
             .flag("KV_SLOTS", self.kv_slots)
+            .flag("FIRST", self.first)
     }
 
     fn bindings<'a>(&self, b: &Self::Bindings<'a>) -> Vec<Binding<'a>> {
@@ -202,8 +235,12 @@ impl Kernel for TokensCompact {
             bindings.extend([Binding::write(6, kv.lengths), Binding::read(7, kv.pages)]);
             bindings.extend(kv.hybrid.map(|hybrid| Binding::write(9, hybrid.slots)));
         }
-        if let Selection::Expert { decision, .. } = b.selection {
-            bindings.push(Binding::read(8, decision));
+        match b.selection {
+            Selection::Expert { decision, .. } => bindings.push(Binding::read(8, decision)),
+            Selection::Begin { first: Some(FirstRecursion { active, .. }) } => {
+                bindings.extend([Binding::write(10, &active.active), Binding::write(11, &active.dispatch)]);
+            }
+            _ => {}
         }
         bindings
     }
@@ -265,8 +302,13 @@ mod tests {
             slots: vec![7; num_sequences * NUM_GROUPS * max_positions],
         };
         let decision_gpu = parity::upload(gpu, &decision);
+        let first = RowSet::new(gpu, "first", num_rows).expect("fits");
         let (mode, selection) = match case {
-            0 => (Mode::Begin, Selection::Begin),
+            0 => (Mode::Begin, Selection::Begin { first: None }),
+            13 | 14 => {
+                let first = FirstRecursion { active: &first, group: 3 };
+                (Mode::Begin, Selection::Begin { first: Some(first) })
+            }
             1 => (Mode::Token, Selection::Token),
             2 => (Mode::Fixed, Selection::Fixed),
             3 | 10 => (Mode::Sample, Selection::Sample),
@@ -277,7 +319,7 @@ mod tests {
                 (Mode::Expert(&decision, threshold, always, keep_all), selection)
             }
         };
-        let reads_only = matches!(case, 7 | 10..);
+        let reads_only = matches!(case, 7 | 10..=12 | 14);
         let write = if reads_only { None } else { Some(2) };
         let hybrid = match case {
             8 => Some(Some(3)),
@@ -298,6 +340,13 @@ mod tests {
         let mut want = tokens_compact(&rows, mode, sizes, &mut want_state);
         let num_listed = want.len() as u32;
         want.resize(want.len() + ROW_PADDING as usize, ActiveRow::ABSENT);
+        let with_first = matches!(case, 13 | 14);
+        let want_first = with_first.then(|| {
+            let sizes = Sizes { recursion: 0, write: Some(3), read: 3, ..sizes };
+            let mut want = tokens_compact(&rows, Mode::Expert(&decision, threshold, true, false), sizes, &mut want_state);
+            want.resize(want.len() + ROW_PADDING as usize, ActiveRow::ABSENT);
+            want
+        });
 
         let depth = parity::Output::from_words(gpu, &state.depth);
         let lengths = parity::Output::from_words(gpu, &state.lengths);
@@ -331,15 +380,18 @@ mod tests {
             plan.intern_grid(grid)
         });
         let what = format!("case {case} T={num_rows} N={num_sequences}");
-        let got: Vec<ActiveRow> = gpu.read(&active.active).expect("the device answers");
-        assert_eq!(got[..want.len()], want, "{what}");
-        assert_eq!(got[got.len() - 1].row, num_listed, "{what}");
+        let workgroups = if num_listed == 0 { [0, 0, 0] } else { [17, num_listed.div_ceil(8), 3] };
+        for (set, want) in [(&active, Some(want)), (&first, want_first)] {
+            let Some(want) = want else { continue };
+            let got: Vec<ActiveRow> = gpu.read(&set.active).expect("the device answers");
+            assert_eq!(got[..want.len()], want, "{what}");
+            assert_eq!(got[got.len() - 1].row, num_listed, "{what}");
+            let dispatch: Vec<u32> = gpu.read(&set.dispatch).expect("the device answers");
+            assert_eq!((dispatch[0], &dispatch[4..7]), (num_listed, &workgroups[..]), "{what}");
+        }
         assert_eq!(depth.read_u32(gpu), want_state.depth, "{what} depth");
         assert_eq!(lengths.read_u32(gpu), want_state.lengths, "{what} lengths");
         assert_eq!(slots.read_u32(gpu), want_state.slots, "{what} slots");
-        let dispatch: Vec<u32> = gpu.read(&active.dispatch).expect("the device answers");
-        let workgroups = if num_listed == 0 { [0, 0, 0] } else { [17, num_listed.div_ceil(8), 3] };
-        assert_eq!((dispatch[0], &dispatch[4..7]), (num_listed, &workgroups[..]), "{what}");
     }
 
     #[test]
@@ -349,7 +401,7 @@ mod tests {
             for (num_rows, num_sequences) in
                 [(1, 1), (7, 3), (33, 2), (255, 1), (256, 5), (257, 2), (1030, 3), (2050, 4), (8192, 40)]
             {
-                for case in 0..13 {
+                for case in 0..15 {
                     check(gpu, &mut rng, num_rows, num_sequences, case);
                 }
             }

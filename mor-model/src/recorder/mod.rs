@@ -14,7 +14,7 @@ mod rows;
 mod tokens;
 
 use mor_kernels::Result;
-use mor_kernels::ops::{DepthRule, Selection, SlotPhase};
+use mor_kernels::ops::{DepthRule, FirstRecursion, Selection, SlotPhase};
 use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::RowSet;
 use mor_kernels::tensor::Tensor;
@@ -158,7 +158,7 @@ impl<'a> Recorder<'a> {
                 Ok(input)
             }
             Mode::Recursive => {
-                self.record_set(plan, Selection::Begin, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
+                self.record_set(plan, Selection::Begin { first: None }, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
                 for (r, set) in step.recursions.iter().enumerate() {
                     self.record_set(plan, Selection::Fixed, r, set, Some(recursion_group(r as u32)))?;
                 }
@@ -177,10 +177,8 @@ impl<'a> Recorder<'a> {
                 Ok(input)
             }
             Mode::Expert | Mode::Token => {
-                self.record_set(plan, Selection::Begin, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
-                if self.begins_with_all() {
-                    self.record_expert_set(plan, 0)?;
-                }
+                let first = self.first_recursion();
+                self.record_set(plan, Selection::Begin { first }, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
                 if config.sharing == SharingStrategy::MiddleCycle {
                     self.record_embedding(plan, &step.layer_out)?;
                     let (input, end) = (LayerInput::from(&step.layer_out), LayerEnd::Stream(&step.hidden));
@@ -238,10 +236,14 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// Whether the first recursion of expert choice takes all rows, whatever the router says: their list can be made while others are
-    /// at work, and the router, which has the gates left to say, can be at work beside the block's first norm.
-    fn begins_with_all(&self) -> bool {
-        self.config().mode == Mode::Expert && self.routing == Routing::Causal && self.model.takes_all(0)
+    /// The first recursion of expert choice where it takes all rows, whatever the router says: their list is made with that of all rows,
+    /// and the router has the gates left to say. Lists of slots are made apart: both lists and a table of slots are more
+    /// bindings than WebGPU's default limits have.
+    fn first_recursion(&self) -> Option<FirstRecursion<'a>> {
+        let (config, step) = (self.config(), self.step);
+        let takes_all = config.mode == Mode::Expert && self.routing == Routing::Causal && self.model.takes_all(0);
+        (takes_all && config.kv != KvStrategy::Hybrid)
+            .then(|| FirstRecursion { active: &step.recursions[0], group: recursion_group(0) as u32 })
     }
 
     /// Lists the rows that take recursion `r` by expert choice.
@@ -276,7 +278,7 @@ impl<'a> Recorder<'a> {
             }
             self.record_expert_router(plan, r, candidates, r, norm_weight)?;
             self.record_topk(plan, r)?;
-            if r > 0 || !self.begins_with_all() {
+            if r > 0 || self.first_recursion().is_none() {
                 self.record_expert_set(plan, r)?;
             }
         } else {

@@ -58,15 +58,16 @@ impl Recorder<'_> {
                 |l: &usize| self.model.layout().recursion(*l).map_or(UNSHARED_GROUP, recursion_group) == group;
             (0..self.config().num_hidden_layers).find(of_group).map(|l| kv_layout.layer(l))
         });
-        let kv = layer.map(|layer| {
+        let makes_two = matches!(selection, Selection::Begin { first: Some(_) });
+        let kv = (layer.is_some() || makes_two).then(|| {
             let hybrid = self.kv.slots.as_ref().and_then(|slots| {
                 let first_group = (!is_drawn && group == Some(recursion_group(0))).then(|| recursion_group(0) as u32);
                 (group != Some(UNSHARED_GROUP)).then_some(Hybrid { slots, first_group })
             });
             KvGroups {
                 // Rows that are drawn for have stored theirs.
-                write: layer.write_group.filter(|_| !is_drawn).map(|group| group as u32),
-                read: layer.read_group as u32,
+                write: layer.and_then(|layer| layer.write_group).filter(|_| !is_drawn).map(|group| group as u32),
+                read: layer.map_or(0, |layer| layer.read_group as u32),
                 num_groups: kv_layout.num_groups() as u32,
                 lengths: &self.kv.lengths,
                 pages: &self.kv.pages,
