@@ -8,7 +8,7 @@
 //           which fills a GPU whose output has few tiles; COOPERATIVE: matrix units multiply. Otherwise, for software
 //           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads one
 //           row of x for all
-// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32, compact f16 (X_F16); w [O, K] units of 8
+// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32, compact f16 (X_F16); K a multiple of 8; w [O, K] units of 8
 //           or quantised rows; norm_weight [K] f32; next_x [n, O] f16; next_squares, x_squares [parts, n] f32, parts
 //           part_stride apart; outputs as the epilogue says; row-major
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
@@ -19,10 +19,10 @@
 // Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output. A slice's threads own
 //           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments
 //           of 16x16 each
-// Spec      IN_FEATURES multiple of 8; TILE_M <= ROW_PADDING, TILE_N, THREAD_M, THREAD_N even; X_BY_ROW; STAGED: TILE_K
-//           multiple of 8, AHEAD tiles on their way, WRITTEN_OUT if compilers may write the loop over them out, SPLIT_K
-//           slices of TILE_K in whole vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a slice's sums no
-//           more than the memory of the tiles;
+// Spec      IN_FEATURES = K, or ANY_K: one kernel for products that differ in nothing else; TILE_M <= ROW_PADDING, TILE_N, THREAD_M,
+//           THREAD_N even; X_BY_ROW; STAGED: TILE_K multiple of 8, WHOLE_TILES if that divides K, AHEAD tiles on their way,
+//           WRITTEN_OUT if compilers may write the loop over them out, SPLIT_K slices of TILE_K in whole vec4s, if there are
+//           several THREAD_M * THREAD_N a multiple of 4 and a slice's sums no more than the memory of the tiles;
 //           COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N fragments of each subgroup, STEPS * 16 = TILE_K /
 //           SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if that is at most 64 and the epilogue allows, SLICED
 //           if SPLIT_K > 1, ROWS_EARLY if a thread has registers for its rows' entries while it multiplies, X_F16 and
@@ -100,8 +100,20 @@ alias Inner = f32;
 @group(0) @binding(12) var<storage, read_write> next_squares: array<f32>;
 #endif
 
-const UNITS: u32 = IN_FEATURES / 8u;
-const X_UNITS: u32 = IN_FEATURES / X_UNIT;
+// K.
+fn in_features() -> u32 {
+#if ANY_K
+    return params.in_features;
+#else
+    return IN_FEATURES;
+#endif
+}
+
+// Units of a row of w.
+fn num_units() -> u32 {
+    return in_features() / 8u;
+}
+
 #if COOPERATIVE
 const SUBGROUPS_M: u32 = TILE_M / (FRAGMENTS_M * 16u);
 const SUBGROUPS_N: u32 = TILE_N / (FRAGMENTS_N * 16u);
@@ -124,25 +136,35 @@ fn multiply_add(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
 #endif
 
 #if STAGED
-// Rows that are whole tiles have no end to look out for.
-const WHOLE_TILES: bool = IN_FEATURES % TILE_K == 0u;
-
 // Past the end of a row x is zero and w any weight.
 fn load_x(start: u32, c: u32) -> XUnit {
+#if WHOLE_TILES
+    return x[start + c];
+#else
     var value = XUnit();
-    if WHOLE_TILES || c < X_UNITS {
+    if c < in_features() / X_UNIT {
         value = x[start + c];
     }
     return value;
+#endif
+}
+
+// Unit of a row of weights that is loaded in place of `unit`.
+fn inside(unit: u32) -> u32 {
+#if WHOLE_TILES
+    return unit;
+#else
+    return min(unit, num_units() - 1u);
+#endif
 }
 
 fn load_w(start: u32, unit: u32) -> LoadUnit {
-    return fetch(start, select(min(unit, UNITS - 1u), unit, WHOLE_TILES));
+    return fetch(start, inside(unit));
 }
 #if NORM
 
 fn load_norm_weight(c: u32) -> vec4<f32> {
-    return norm_weight[select(min(c, 2u * UNITS - 1u), c, WHOLE_TILES)];
+    return norm_weight[2u * inside(c / 2u) + c % 2u];
 }
 #endif
 #endif
@@ -163,8 +185,6 @@ const TILE_UNITS: u32 = TILE_K / 8u;
 // Of a thread; some may have one less.
 const X_LOADS: u32 = (TILE_M * X_COLUMNS + THREADS - 1u) / THREADS;
 const W_LOADS: u32 = (TILE_N * TILE_UNITS + THREADS - 1u) / THREADS;
-// First unit of the last tiles.
-const LAST: u32 = (UNITS - 1u) / TILE_UNITS * TILE_UNITS;
 
 // 16 bytes of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
 #if COOPERATIVE
@@ -264,7 +284,7 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
 
 // Loads the tiles from $UNIT on into registers of set a; the last ones in place of those past the end.
 #block LOAD UNIT
-    let next = min($UNIT, LAST);
+    let next = min($UNIT, last);
     for (var l = 0u; l < X_LOADS; l++) {
         let c = next * (8u / X_UNIT) + (thread + l * THREADS) % X_COLUMNS;
         x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);
@@ -284,7 +304,7 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
         if TILE_M * X_COLUMNS % THREADS == 0u || at < TILE_M * X_COLUMNS {
             let value = x_ahead[($SET) * X_LOADS + l];
 #if NORM
-            square[l] += select(0.0, dot(value, value), staged < UNITS);
+            square[l] += select(0.0, dot(value, value), staged < units);
             stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[$SET]);
 #else
             stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
@@ -334,6 +354,7 @@ fn main(
     @builtin(subgroup_invocation_id) lane: u32,
 #endif
 ) {
+    let units = num_units();
     let first_entry = workgroup.y * TILE_M;
     let first_column = workgroup.x * TILE_N;
     // Columns past the end are computed as the last one and not stored.
@@ -365,10 +386,12 @@ fn main(
 #endif
 
 #if STAGED
+    // First unit of the last tiles.
+    let last = (units - 1u) / TILE_UNITS * TILE_UNITS;
     var x_from: array<u32, X_LOADS>;
     for (var l = 0u; l < X_LOADS; l++) {
         let m = min(tile_row(thread + l * THREADS, X_COLUMNS), TILE_M - 1u);
-        x_from[l] = source_row(first_entry, first_entry + m) * X_UNITS;
+        x_from[l] = source_row(first_entry, first_entry + m) * (in_features() / X_UNIT);
     }
     var w_from: array<u32, W_LOADS>;
     for (var l = 0u; l < W_LOADS; l++) {
@@ -407,7 +430,7 @@ fn main(
         }
         let m = thread + r * THREADS;
         if m < TILE_M {
-            scratch[m / WIDTH][m % WIDTH] = inverseSqrt(sum / f32(IN_FEATURES) + params.eps);
+            scratch[m / WIDTH][m % WIDTH] = inverseSqrt(sum / f32(in_features()) + params.eps);
         }
     }
 #endif
@@ -417,9 +440,9 @@ fn main(
     let staged = 0u;
 #use STAGE 0u
     workgroupBarrier();
-    // No compiler knows this difference: they would write the loop out many times over, and instructions that ran a layer
-    // ago take long to arrive.
-    let turn = AHEAD * TILE_UNITS + (params.in_features - IN_FEATURES);
+    // Half of a flag is 0, which no compiler knows: they would write the loop out many times over, and instructions that ran
+    // a layer ago take long to arrive.
+    let turn = AHEAD * TILE_UNITS + (params.additive >> 1u);
 #endif
     var base = 0u;
     loop {
@@ -475,7 +498,7 @@ fn main(
         workgroupBarrier();
 #use HOLD a
 #endif
-        if base + (a + 1u) * TILE_UNITS >= UNITS {
+        if base + (a + 1u) * TILE_UNITS >= units {
             break;
         }
 #endrepeat
@@ -495,7 +518,7 @@ fn main(
             let at = m * SQUARES_STRIDE + c;
             sum += scratch[at / WIDTH][at % WIDTH];
         }
-        factors[m] = inverseSqrt(sum / f32(IN_FEATURES) + params.eps);
+        factors[m] = inverseSqrt(sum / f32(in_features()) + params.eps);
     }
     workgroupBarrier();
 #endif
@@ -507,14 +530,14 @@ fn main(
     }
 #if BROADCAST
     // Each lane loads one row of x for all lanes.
-    let x_from = source_row(first_entry, first_entry + lane) * UNITS * 2u;
+    let x_from = source_row(first_entry, first_entry + lane) * units * 2u;
 #else
     var x_from: array<u32, THREAD_M>;
     for (var m = 0u; m < THREAD_M; m++) {
-        x_from[m] = source_row(first_entry, first_entry + m) * UNITS * 2u;
+        x_from[m] = source_row(first_entry, first_entry + m) * units * 2u;
     }
 #endif
-    for (var unit = 0u; unit < UNITS; unit++) {
+    for (var unit = 0u; unit < units; unit++) {
         var b: array<mat2x4<f32>, THREAD_N>;
         for (var j = 0u; j < THREAD_N; j++) {
             b[j] = unpack(fetch(w_from[j], unit));

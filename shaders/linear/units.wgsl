@@ -10,11 +10,11 @@ fn weight_word(at: u32) -> u32 {
 }
 
 fn row_start(n: u32) -> u32 {
-    return n * row_quads(IN_FEATURES);
+    return n * row_quads(in_features());
 }
 
 fn fetch(start: u32, unit: u32) -> LoadUnit {
-    return load_unit(start, unit, IN_FEATURES);
+    return load_unit(start, unit, in_features());
 }
 
 fn unpack(u: LoadUnit) -> mat2x4<f32> {
@@ -35,7 +35,7 @@ alias LoadUnit = WeightUnit;
 alias StoredUnit = WeightUnit;
 
 fn row_start(n: u32) -> u32 {
-    return n * UNITS;
+    return n * num_units();
 }
 
 fn fetch(start: u32, unit: u32) -> LoadUnit {

@@ -457,12 +457,18 @@ impl Kernel for Linear {
         use PrologueKind as K;
         let [tile_m, tile_n] = self.tile.size();
         let definitions = Definitions::new()
-            .u32("IN_FEATURES", self.in_features)
             .u32("TILE_M", tile_m)
             .u32("TILE_N", tile_n)
             .flag("X_BY_ROW", matches!(self.prologue, K::Stream | K::StreamF16 | K::Norm))
             .flag("X_F16", self.prologue.reads_halves())
             .flag("NORM", self.prologue == PrologueKind::Norm);
+        // A layer's two products with a residual are one kernel, so that its instructions are still near when the second begins:
+        // prompts of 2,047 tokens of 360M win 1 %, of 511 of 1.7B 1, in q8 4 (`benches/runs/2026-11-30-nvidia-h200/linear-any-k.txt`).
+        // Others have only one product of their kind, and lose as much.
+        let definitions = match self.epilogue {
+            EpilogueKind::Residual | EpilogueKind::Scaled => definitions.flag("ANY_K", true),
+            _ => definitions.u32("IN_FEATURES", self.in_features),
+        };
         let definitions = match self.prologue {
             PrologueKind::Scaled { num_parts } => definitions.flag("SCALED", true).u32("PARTS", num_parts),
             _ => definitions,
@@ -475,6 +481,7 @@ impl Kernel for Linear {
                 .u32("THREAD_N", thread_n)
                 .u32("SPLIT_K", split_k)
                 .flag("STAGED", true)
+                .flag("WHOLE_TILES", self.in_features.is_multiple_of(tile_k))
                 .flag("WRITTEN_OUT", tile_m < SHORT_LOOP_ROWS),
             LinearTile::Cooperative { tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns, .. } => {
                 let definitions = definitions
@@ -489,6 +496,7 @@ impl Kernel for Linear {
                     .flag("SLICED", split_k > 1)
                     .flag("ROWS_EARLY", tile_m > FRAGMENT && tile_m / subgroups_m <= MOST_EARLY_ROWS)
                     .flag("STAGED", true)
+                    .flag("WHOLE_TILES", self.in_features.is_multiple_of(tile_k))
                     .flag("WRITTEN_OUT", tile_m < SHORT_LOOP_ROWS)
                     .flag("COOPERATIVE", true);
                 // Those of a row of a fragment.
