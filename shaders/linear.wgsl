@@ -94,6 +94,11 @@ alias Inner = f32;
 // Sums of squares of the rows of x, in PARTS parts.
 @group(0) @binding(5) var<storage, read> x_squares: array<f32>;
 #endif
+#if PARTED
+// Sums of each tile's parts, and how many of these have come.
+@group(0) @binding(13) @coherent var<storage, read_write> part_sums: array<Columns>;
+@group(0) @binding(14) var<storage, read_write> arrivals: array<atomic<u32>>;
+#endif
 #if NEXT_NORM
 @group(0) @binding(10) var<storage, read> next_weight: array<Columns>;
 @group(0) @binding(11) var<storage, read_write> next_x: array<HalfColumns>;
@@ -232,6 +237,17 @@ const PLACES: u32 = RESULT / WIDTH;
 const SLICE_PLACES: u32 = SLICE * PLACES;
 // How many of these are a thread's to add up and store.
 const OWN: u32 = (PLACES + SPLIT_K * SUBGROUP_WIDTH - 1u) / (SPLIT_K * SUBGROUP_WIDTH);
+#if PARTED
+// Of a tile.
+const TILE_PLACES: u32 = FRAGMENTS_M * FRAGMENTS_N * OWN * THREADS;
+// Of which one element counts: drivers put variables next to each other, and matrices are loaded from multiples of 16 bytes.
+var<workgroup> arrived: vec4<u32>;
+
+// Where a thread's columns of fragment j in row m lie among those of a tile's part.
+fn part_place(m: u32, j: u32, i: u32, thread: u32) -> u32 {
+    return ((m * FRAGMENTS_N + j) * OWN + i) * THREADS + thread;
+}
+#endif
 #else
 fn tile_row(i: u32, columns: u32) -> u32 {
     return i / columns;
@@ -386,8 +402,16 @@ fn main(
 #endif
 
 #if STAGED
+#if PARTED
+    let num_tiles = (units + TILE_UNITS - 1u) / TILE_UNITS;
+    let begin = workgroup.z * num_tiles / K_PARTS * TILE_UNITS;
+    let end = min((workgroup.z + 1u) * num_tiles / K_PARTS * TILE_UNITS, units);
+#else
+    let begin = 0u;
+    let end = units;
+#endif
     // First unit of the last tiles.
-    let last = (units - 1u) / TILE_UNITS * TILE_UNITS;
+    let last = (end - 1u) / TILE_UNITS * TILE_UNITS;
     var x_from: array<u32, X_LOADS>;
     for (var l = 0u; l < X_LOADS; l++) {
         let m = min(tile_row(thread + l * THREADS, X_COLUMNS), TILE_M - 1u);
@@ -419,7 +443,7 @@ fn main(
     }
 #endif
 #repeat a AHEAD
-#use LOAD a * TILE_UNITS
+#use LOAD begin + a * TILE_UNITS
 #endrepeat
 #if SCALED
     // The factors of the tile's rows, for whoever stores them.
@@ -437,14 +461,14 @@ fn main(
 #if WRITTEN_OUT
     let turn = AHEAD * TILE_UNITS;
 #else
-    let staged = 0u;
+    let staged = begin;
 #use STAGE 0u
     workgroupBarrier();
     // Half of a flag is 0, which no compiler knows: they would write the loop out many times over, and instructions that ran
     // a layer ago take long to arrive.
     let turn = AHEAD * TILE_UNITS + (params.additive >> 1u);
 #endif
-    var base = 0u;
+    var base = begin;
     loop {
 #repeat a AHEAD
 #if WRITTEN_OUT
@@ -498,7 +522,7 @@ fn main(
         workgroupBarrier();
 #use HOLD a
 #endif
-        if base + (a + 1u) * TILE_UNITS >= units {
+        if base + (a + 1u) * TILE_UNITS >= end {
             break;
         }
 #endrepeat
@@ -578,6 +602,45 @@ fn main(
     // The results overwrite them.
     workgroupBarrier();
 #endif
+#if PARTED
+    let lane_of_all = subgroup * SUBGROUP_WIDTH + lane;
+    let tile = workgroup.y * ((params.num_outputs + TILE_N - 1u) / TILE_N) + workgroup.x;
+    let first_place = tile * K_PARTS * TILE_PLACES;
+#repeat m FRAGMENTS_M
+#repeat j FRAGMENTS_N
+    coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[subgroup * PLACES], ROW_COLUMNS);
+#if SLICED
+    workgroupBarrier();
+#else
+    subgroupBarrier();
+#endif
+    for (var i = 0u; i < OWN; i++) {
+        var v = Columns();
+        for (var s = 0u; s < SPLIT_K; s++) {
+            v += scratch[s * SLICE_PLACES + places[i]];
+        }
+        part_sums[first_place + workgroup.z * TILE_PLACES + part_place(m, j, i, lane_of_all)] = v;
+    }
+#if SLICED
+    workgroupBarrier();
+#else
+    subgroupBarrier();
+#endif
+#endrepeat
+#endrepeat
+    // Who comes last goes on with all parts: nobody waits for another. In the order of their inputs, whoever that is.
+    storageBarrier();
+    if thread == 0u {
+        arrived.x = atomicAdd(&arrivals[tile], 1u) + 1u;
+    }
+    if workgroupUniformLoad(&arrived).x < K_PARTS {
+        return;
+    }
+    if thread == 0u {
+        atomicStore(&arrivals[tile], 0u);
+    }
+    storageBarrier();
+#endif
 #if NEXT_NORM
     var square: array<f32, OWN>;
 #endif
@@ -599,12 +662,26 @@ fn main(
         square[i] = 0.0;
     }
 #endif
+#if PARTED
+    var of_parts: array<Columns, FRAGMENTS_N * OWN>;
+    for (var p = 0u; p < K_PARTS; p++) {
+        var part: array<Columns, FRAGMENTS_N * OWN>;
+        for (var f = 0u; f < FRAGMENTS_N * OWN; f++) {
+            part[f] = part_sums[first_place + p * TILE_PLACES + part_place(m, f / OWN, f % OWN, lane_of_all)];
+        }
+        for (var f = 0u; f < FRAGMENTS_N * OWN; f++) {
+            of_parts[f] += part[f];
+        }
+    }
+#endif
 #repeat j FRAGMENTS_N
+#if !PARTED
     coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[subgroup * PLACES], ROW_COLUMNS);
 #if SLICED
     workgroupBarrier();
 #else
     subgroupBarrier();
+#endif
 #endif
     for (var i = 0u; i < OWN; i++) {
         let at = places[i];
@@ -631,10 +708,14 @@ fn main(
         let is_own = true;
 #endif
         if is_own && entry.row != NONE && column < params.num_outputs {
+#if PARTED
+            var v = of_parts[j * OWN + i];
+#else
             var v = Columns();
             for (var s = 0u; s < SPLIT_K; s++) {
                 v += scratch[s * SLICE_PLACES + at];
             }
+#endif
 #if NORM
             v *= factors[tile_row];
 #endif
@@ -649,11 +730,13 @@ fn main(
 #endif
         }
     }
+#if !PARTED
     // The next fragment overwrites the results.
 #if SLICED
     workgroupBarrier();
 #else
     subgroupBarrier();
+#endif
 #endif
 #endrepeat
 #if NEXT_NORM

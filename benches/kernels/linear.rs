@@ -133,7 +133,7 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3]
         let dispatch_all = |plan: &mut mor_kernels::plan::PlanBuilder<'_>| {
             weights.iter().try_for_each(|weight| {
                 let epilogue = Epilogue::Store { out: &y.tensor };
-                let bindings = LinearBindings { rows: &rows, weight, prologue, epilogue };
+                let bindings = LinearBindings { rows: &rows, weight, prologue, epilogue, parts: None };
                 plan.dispatch(&kernel, &bindings, &params, grid)
             })
         };

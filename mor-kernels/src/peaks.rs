@@ -131,7 +131,7 @@ impl Peaks {
         let params = LinearParams { num_outputs: n, out_stride: n, in_features: n, scale: 1.0, ..Default::default() };
         let [tile_m, tile_n] = tile.size();
         let mut plan = PlanBuilder::new(gpu)?;
-        let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue };
+        let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue, parts: None };
         plan.dispatch(&kernel, &bindings, &params, Grid::Fixed([n.div_ceil(tile_n), n.div_ceil(tile_m), 1]))?;
         Ok(2.0 * f64::from(n).powi(3) / Self::seconds(gpu, &plan.finish()?)?)
     }

@@ -246,6 +246,16 @@ fn add_linear(list: &mut List) {
             }
         }
     }
+    for max_rows in [170, 256, 341, 512] {
+        let in_features = 8192;
+        let Some(tile) = LinearTile::in_parts(&list.caps, [max_rows; 2], 2048, in_features) else { continue };
+        for (i, weight_dtype) in WEIGHT_DTYPES.into_iter().enumerate() {
+            let ends = [EpilogueKind::Residual, EpilogueKind::Scaled, EpilogueKind::BlockEndExpert];
+            for (prologue, epilogue) in [(P::CompactF16, ends[i % 3]), (P::Stream, EpilogueKind::Store)] {
+                list.add(&Linear { in_features, weight_dtype, prologue, epilogue, tile });
+            }
+        }
+    }
 }
 
 fn add_linear_decode(list: &mut List) {

@@ -2,7 +2,7 @@
 //! model needs.
 
 use mor_kernels::Result;
-use mor_kernels::ops::{AttentionDecode, AttentionPrefill, SamplePartial, SlotRecursion};
+use mor_kernels::ops::{AttentionDecode, AttentionPrefill, LinearTile, SamplePartial, SlotRecursion};
 use mor_kernels::rows::{NONE, PAGE_SIZE, ROW_PADDING, Row, RowSet};
 use mor_kernels::tensor::{DType, Tensor};
 use mor_kernels::writes::Writes;
@@ -110,6 +110,8 @@ pub(crate) struct HalfTensors {
     pub(crate) attention: Option<Tensor>,
     /// `[n, inner columns]`.
     pub(crate) mlp: Tensor,
+    /// What [`PartSums`](mor_kernels::ops::PartSums) asks for, of any product that the device computes in parts.
+    pub(crate) parts: Option<(Tensor, Tensor)>,
 }
 
 /// What depth-wise batching keeps from tick to tick besides the streams.
@@ -254,7 +256,13 @@ impl MorModel {
             squares: Tensor::zeros(gpu, "squares", DType::F32, &squares)?,
             attention: attention.then(|| halves("attention.half", self.q_dim())).transpose()?,
             mlp: halves("mlp.half", self.mlp_dim())?,
+            parts: caps.coherent_storage.then(|| self.part_tensors()).transpose()?,
         }))
+    }
+
+    fn part_tensors(&self) -> Result<(Tensor, Tensor)> {
+        let sums = Tensor::zeros(self.gpu(), "part_sums", DType::F32, &[LinearTile::MOST_PART_SUMS])?;
+        Ok((sums, Tensor::zeros(self.gpu(), "arrivals", DType::U32, &[LinearTile::MOST_PARTED_TILES])?))
     }
 
     fn depthwise_tensors(&self, capacity: usize) -> Result<DepthwiseTensors> {

@@ -64,6 +64,15 @@ const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 22] = [
 ];
 /// Microseconds of these that a dispatch takes whatever its tiles.
 const DISPATCH_MICROS: f32 = 2.0;
+/// Inputs of the products that they were timed with, and microseconds of their times that other numbers of inputs do not change.
+const TIMED_INPUTS: f32 = 960.0;
+const ENDS_MICROS: f32 = 3.0;
+/// Into how many parts inputs may be divided; microseconds that a workgroup takes for each part more than for its product, to leave
+/// sums or to add them up; and what share of the time without parts a product must be expected to take to be worth it. All from
+/// `benches/runs/2026-11-30-nvidia-h200/linear-parts-of-inputs.txt`.
+const PARTS: std::ops::RangeInclusive<u32> = 2..=4;
+const PART_MICROS: f32 = 2.75;
+const WORTH_PARTS: f32 = 0.95;
 /// Fields of [`LinearTile::Staged`] in their order, with the workgroups that an output must have to be worth the tile, which is to
 /// say the GPU filled: measured on an H200 and an H100, see `benches/runs`. Tiles that WebGPU's default limits exclude have a smaller one
 /// after them.
@@ -136,6 +145,8 @@ pub enum LinearTile {
         ahead: u32,
         /// Columns of a row that a lane stores at a time: 2, or 4 where all numbers of columns are multiples of 4.
         lane_columns: u32,
+        /// Parts of all inputs, each multiplied by a workgroup of its own; with several, [`LinearBindings::parts`] are needed.
+        parts: u32,
     },
     /// Every thread reads for itself: for software rasterisers, whose lanes share the loads of x.
     Direct {
@@ -159,11 +170,22 @@ pub struct LinearBindings<'a> {
     pub prologue: Prologue<'a>,
     /// Output.
     pub epilogue: Epilogue<'a>,
+    /// Where workgroups leave the sums of their part of the inputs, for a tile that has several.
+    pub parts: Option<PartSums<'a>>,
+}
+
+/// What the workgroups of a tile's parts meet in; what one dispatch leaves there the next one does not need.
+#[derive(Clone, Copy, Debug)]
+pub struct PartSums<'a> {
+    /// `[tiles, parts, tile_m * tile_n]` f32 at least.
+    pub sums: &'a Tensor,
+    /// `[tiles]` u32 at least: parts that have come, 0 between dispatches.
+    pub arrivals: &'a Tensor,
 }
 
 fn cooperative_tile(fields: [u32; 7], lane_columns: u32) -> LinearTile {
     let [tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead] = fields;
-    LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns }
+    LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns, parts: 1 }
 }
 
 /// [`STAGED_TILES`].
@@ -175,12 +197,38 @@ fn staged_tiles() -> impl Iterator<Item = (LinearTile, u32)> {
     })
 }
 
+/// [`COOPERATIVE_TILES`] that suit `num_rows` rows and `num_outputs` columns, with their times; none without cooperative matrices.
+fn timed_tiles(
+    caps: &DeviceCaps,
+    num_rows: u32,
+    num_outputs: u32,
+) -> impl Iterator<Item = (LinearTile, [f32; 2])> + '_ {
+    let wide = num_outputs.is_multiple_of(4) && subgroup_width(caps) <= FRAGMENT * FRAGMENT / 4;
+    COOPERATIVE_TILES
+        .iter()
+        .filter(|_| caps.cooperative_matrices && !caps.is_cpu)
+        .map(move |&(tile, times)| (cooperative_tile(tile, if wide { 4 } else { 2 }), times))
+        .filter(move |(tile, _)| tile.suits(caps, num_rows))
+}
+
+/// Microseconds until the last of `workgroups` has ended, of a tile that takes a processor so long for one of them or for two, without
+/// `once` of these: a processor takes its workgroups two at a time, the last perhaps alone.
+fn waves(workgroups: u32, [one, two]: [f32; 2], once: f32) -> f32 {
+    let each = workgroups.div_ceil(PROCESSORS);
+    (each / 2) as f32 * (two - once) + (each % 2) as f32 * (one - once)
+}
+
 /// Size of all subgroups, where matrices are multiplied.
 fn subgroup_width(caps: &DeviceCaps) -> u32 {
     caps.subgroup_sizes.map_or(1, |(min, _)| min)
 }
 
 impl LinearTile {
+    /// Most tiles of a product that is computed in parts: [`PartSums::arrivals`] of all.
+    pub const MOST_PARTED_TILES: usize = 1024;
+    /// Most sums of all its parts together: [`PartSums::sums`] of all.
+    pub const MOST_PART_SUMS: usize = 8 << 20;
+
     /// The tile for about `num_rows` rows and `num_outputs` columns on a device with `caps`: of those that multiply cooperative
     /// matrices the one that is expected to end first, of others the largest that fills a GPU. `half_products` allows activations and
     /// weights to be rounded to f16, where the device has cooperative matrices.
@@ -193,34 +241,55 @@ impl LinearTile {
                 _ => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
             };
         }
-        let workgroups = |tile: LinearTile| {
-            let [tile_m, tile_n] = tile.size();
-            num_rows.div_ceil(tile_m) * num_outputs.div_ceil(tile_n)
-        };
-        // A tile of more rows than there are multiplies padding.
-        let most_rows = num_rows.next_multiple_of(FRAGMENT).max(FRAGMENT);
-        let fits = |tile: LinearTile| tile.size()[0] <= most_rows && tile.fits(caps);
-        if half_products && caps.cooperative_matrices {
-            let wide = num_outputs.is_multiple_of(4) && subgroup_width(caps) <= FRAGMENT * FRAGMENT / 4;
-            // A processor takes its workgroups two at a time, the last perhaps alone.
-            let micros = |tile, [one, two]: [f32; 2]| {
-                let each = workgroups(tile).div_ceil(PROCESSORS);
-                (each / 2) as f32 * (two - DISPATCH_MICROS) + (each % 2) as f32 * (one - DISPATCH_MICROS)
-            };
-            let best = COOPERATIVE_TILES
-                .map(|(tile, times)| (cooperative_tile(tile, if wide { 4 } else { 2 }), times))
-                .into_iter()
-                .filter(|&(tile, _)| fits(tile))
-                .map(|(tile, times)| (tile, micros(tile, times)))
-                .min_by(|(_, a), (_, b)| a.total_cmp(b));
-            if let Some((tile, _)) = best {
-                return tile;
-            }
+        let best = timed_tiles(caps, num_rows, num_outputs)
+            .filter(|_| half_products)
+            .map(|(tile, times)| (tile, waves(tile.num_tiles(num_rows, num_outputs), times, DISPATCH_MICROS)))
+            .min_by(|(_, a), (_, b)| a.total_cmp(b));
+        if let Some((tile, _)) = best {
+            return tile;
         }
         staged_tiles()
-            .find(|&(tile, enough)| workgroups(tile) >= enough && fits(tile))
+            .find(|&(tile, enough)| tile.num_tiles(num_rows, num_outputs) >= enough && tile.suits(caps, num_rows))
             .expect("the last tile fits every device within WebGPU's limits")
             .0
+    }
+
+    /// A tile whose workgroups multiply parts of `in_features` inputs each, where that is expected to end sooner than
+    /// [`LinearTile::for_shape`] for halves: few tiles leave processors idle, and take long for many inputs. For about `num_rows` rows,
+    /// with room in [`PartSums`] for `most_rows`.
+    pub fn in_parts(
+        caps: &DeviceCaps,
+        [num_rows, most_rows]: [u32; 2],
+        num_outputs: u32,
+        in_features: u32,
+    ) -> Option<Self> {
+        let micros = |tile: Self, times, parts| {
+            let workgroups = tile.num_tiles(num_rows, num_outputs) * parts;
+            waves(workgroups, times, DISPATCH_MICROS + ENDS_MICROS) * in_features as f32 / TIMED_INPUTS / parts as f32
+                + if parts > 1 { PART_MICROS * parts as f32 } else { 0.0 }
+        };
+        let whole = timed_tiles(caps, num_rows, num_outputs)
+            .min_by(|(a, a_times), (b, b_times)| {
+                let waves = |tile: &Self, times| waves(tile.num_tiles(num_rows, num_outputs), times, DISPATCH_MICROS);
+                waves(a, *a_times).total_cmp(&waves(b, *b_times))
+            })
+            .map(|(tile, times)| micros(tile, times, 1))?;
+        let parted = |(mut tile, times): (Self, [f32; 2]), num_parts: u32| {
+            if let Self::Cooperative { parts, .. } = &mut tile {
+                *parts = num_parts;
+            }
+            let most_tiles = tile.num_tiles(most_rows, num_outputs);
+            let has_room = most_tiles as usize <= Self::MOST_PARTED_TILES
+                && tile.part_sums(caps, most_tiles) <= Self::MOST_PART_SUMS
+                && in_features.div_ceil(tile.tile_k()) >= num_parts;
+            (tile.fits(caps) && has_room).then(|| (tile, micros(tile, times, num_parts)))
+        };
+        timed_tiles(caps, num_rows, num_outputs)
+            .flat_map(|timed| PARTS.map(move |parts| (timed, parts)))
+            .filter_map(|(timed, parts)| parted(timed, parts))
+            .min_by(|(_, a), (_, b)| a.total_cmp(b))
+            .filter(|(_, micros)| *micros < WORTH_PARTS * whole)
+            .map(|(tile, _)| tile)
     }
 
     /// The tiles that [`LinearTile::for_shape`] chooses from on a GPU with `caps`, for multiples of 4 columns.
@@ -228,6 +297,17 @@ impl LinearTile {
         let cooperative = COOPERATIVE_TILES.iter().filter(|_| caps.cooperative_matrices);
         let cooperative = cooperative.map(|&(tile, _)| cooperative_tile(tile, 4));
         staged_tiles().map(|(tile, _)| tile).chain(cooperative).filter(|tile| tile.fits(caps)).collect()
+    }
+
+    /// Tiles of a product of `num_rows` rows and `num_outputs` columns.
+    fn num_tiles(self, num_rows: u32, num_outputs: u32) -> u32 {
+        let [tile_m, tile_n] = self.size();
+        num_rows.div_ceil(tile_m) * num_outputs.div_ceil(tile_n)
+    }
+
+    /// Whether a device with `caps` can run it, and it is no higher than `num_rows` need: more would multiply padding.
+    fn suits(self, caps: &DeviceCaps, num_rows: u32) -> bool {
+        self.size()[0] <= num_rows.next_multiple_of(FRAGMENT).max(FRAGMENT) && self.fits(caps)
     }
 
     /// Whether a device with `caps` can run it, whatever it reads and ends with.
@@ -272,6 +352,33 @@ impl LinearTile {
         }
     }
 
+    /// Workgroups that multiply a part of the inputs each.
+    pub fn parts(self) -> u32 {
+        if let LinearTile::Cooperative { parts, .. } = self { parts } else { 1 }
+    }
+
+    /// Inputs staged at a time.
+    fn tile_k(self) -> u32 {
+        match self {
+            LinearTile::Staged { tile_k, .. } | LinearTile::Cooperative { tile_k, .. } => tile_k,
+            LinearTile::Direct { .. } => 8,
+        }
+    }
+
+    /// Elements of [`PartSums::sums`] that `tiles` tiles need.
+    fn part_sums(self, caps: &DeviceCaps, tiles: u32) -> usize {
+        let LinearTile::Cooperative { tile_m, tile_n, subgroups_m, subgroups_n, split_k, lane_columns, parts, .. } =
+            self
+        else {
+            return 0;
+        };
+        let places = FRAGMENT * FRAGMENT / lane_columns;
+        let threads = self.threads(caps);
+        let own = places.div_ceil(split_k * subgroup_width(caps));
+        let fragments = tile_m * tile_n / (FRAGMENT * FRAGMENT) / (subgroups_m * subgroups_n);
+        tiles as usize * parts as usize * (fragments * own * threads * lane_columns) as usize
+    }
+
     /// Threads of a workgroup.
     fn threads(self, caps: &DeviceCaps) -> u32 {
         match self {
@@ -309,11 +416,14 @@ impl LinearTile {
                 split_k,
                 ahead,
                 lane_columns,
+                parts,
             } => {
                 divides(tile_m, subgroups_m, FRAGMENT)
                     && divides(tile_n, subgroups_n, FRAGMENT)
                     && divides(tile_k, split_k, FRAGMENT)
                     && ahead > 0
+                    && parts > 0
+                    && (parts == 1 || caps.coherent_storage)
                     && matches!(lane_columns, 2 | 4)
                     && lane_columns * subgroup_width(caps) <= FRAGMENT * FRAGMENT
             }
@@ -363,7 +473,8 @@ impl Linear {
     pub fn record(&self, plan: &mut PlanBuilder<'_>, b: &LinearBindings<'_>, p: &LinearParams) -> Result<()> {
         self.check(plan.gpu().caps(), b, p)?;
         let [tile_m, tile_n] = self.tile.size();
-        plan.dispatch(self, b, p, Grid::rows(b.rows, p.num_outputs.div_ceil(tile_n), tile_m))
+        let (x, z) = (p.num_outputs.div_ceil(tile_n), self.tile.parts());
+        plan.dispatch(self, b, p, Grid::Rows { set: b.rows, x, rows_per_workgroup: tile_m, z })
     }
 
     fn check(&self, caps: &DeviceCaps, b: &LinearBindings<'_>, p: &LinearParams) -> Result<()> {
@@ -429,6 +540,19 @@ impl Linear {
             let found = format!("{} from {}", p.num_outputs, p.first_output);
             return unfit("num_outputs", found, "all columns of a norm");
         }
+        if self.tile.parts() > 1 {
+            let [tile_m, tile_n] = self.tile.size();
+            let tiles = (b.rows.capacity as u32).div_ceil(tile_m) * p.num_outputs.div_ceil(tile_n);
+            let room = b.parts.map_or((0, 0), |parts| (parts.sums.num_elems(), parts.arrivals.num_elems()));
+            let needed = (self.tile.part_sums(caps, tiles), tiles as usize);
+            if room.0 < needed.0 || room.1 < needed.1 {
+                return unfit("room for sums of parts", format!("{room:?}"), &format!("{needed:?}"));
+            }
+            if prologue == PrologueKind::Norm || p.in_features.div_ceil(self.tile.tile_k()) < self.tile.parts() {
+                let found = format!("{prologue:?} of {}", p.in_features);
+                return unfit("input in parts", found, "a tile of inputs for each part, normed before");
+            }
+        }
         let squares = match (b.prologue, b.epilogue) {
             (Prologue::Scaled { squares, num_parts, .. }, _) => Some((squares, num_parts)),
             (_, Epilogue::Scaled { next_squares, .. }) => {
@@ -483,7 +607,11 @@ impl Kernel for Linear {
                 .flag("STAGED", true)
                 .flag("WHOLE_TILES", self.in_features.is_multiple_of(tile_k))
                 .flag("WRITTEN_OUT", tile_m < SHORT_LOOP_ROWS),
-            LinearTile::Cooperative { tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns, .. } => {
+            LinearTile::Cooperative {
+                tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns, parts, ..
+            } => {
+                let definitions =
+                    if parts > 1 { definitions.flag("PARTED", true).u32("K_PARTS", parts) } else { definitions };
                 let definitions = definitions
                     .u32("TILE_K", tile_k)
                     .u32("AHEAD", ahead)
@@ -518,10 +646,14 @@ impl Kernel for Linear {
         let mut bindings = vec![Binding::read(1, &b.rows.active), Binding::weight(2, b.weight)];
         bindings.extend(b.prologue.bindings());
         bindings.extend(b.epilogue.bindings());
+        if let Some(PartSums { sums, arrivals }) = b.parts.filter(|_| self.tile.parts() > 1) {
+            bindings.extend([Binding::write(13, sums), Binding::write(14, arrivals)]);
+        }
         bindings
     }
 
     fn workgroup_storage_bytes(&self, _: &DeviceCaps) -> u32 {
-        self.tile.storage_bytes(self.prologue == PrologueKind::Norm)
+        let arrived = if self.tile.parts() > 1 { 16 } else { 0 };
+        self.tile.storage_bytes(self.prologue == PrologueKind::Norm) + arrived
     }
 }

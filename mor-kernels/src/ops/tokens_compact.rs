@@ -343,7 +343,8 @@ mod tests {
         let with_first = matches!(case, 13 | 14);
         let want_first = with_first.then(|| {
             let sizes = Sizes { recursion: 0, write: Some(3), read: 3, ..sizes };
-            let mut want = tokens_compact(&rows, Mode::Expert(&decision, threshold, true, false), sizes, &mut want_state);
+            let mut want =
+                tokens_compact(&rows, Mode::Expert(&decision, threshold, true, false), sizes, &mut want_state);
             want.resize(want.len() + ROW_PADDING as usize, ActiveRow::ABSENT);
             want
         });

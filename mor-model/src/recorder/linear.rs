@@ -5,7 +5,8 @@ use std::ops::Range;
 use mor_kernels::Result;
 use mor_kernels::epilogue::{Epilogue, LinearParams};
 use mor_kernels::ops::{
-    Linear, LinearBindings, LinearDecode, LinearDecodeBindings, Prologue, RmsNorm, RmsNormBindings, RmsNormParams,
+    Linear, LinearBindings, LinearDecode, LinearDecodeBindings, LinearTile, PartSums, Prologue, RmsNorm,
+    RmsNormBindings, RmsNormParams,
 };
 use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::RowSet;
@@ -99,7 +100,14 @@ impl<'a> Recorder<'a> {
         };
         let outputs = (num_outputs, weight.num_rows as u32);
         let merges = matches!(input, Input::Merge { .. });
-        self.phase.product(self.model.gpu().caps(), self.model.precision(), num_rows, outputs, merges)
+        let caps = self.model.gpu().caps();
+        let product = self.phase.product(caps, self.model.precision(), num_rows, outputs, merges);
+        let Product::ManyRows { norm_apart: true, .. } = product else { return product };
+        let numbers_of_rows = [num_rows, rows.capacity].map(|rows| rows as u32);
+        self.halves(rows)
+            .and_then(|halves| halves.parts.as_ref())
+            .and_then(|_| LinearTile::in_parts(caps, numbers_of_rows, num_outputs, weight.in_features as u32))
+            .map_or(product, |tile| Product::ManyRows { tile, norm_apart: true })
     }
 
     pub(super) fn is_sampled(&self, rows: &RowSet) -> bool {
@@ -215,7 +223,9 @@ impl<'a> Recorder<'a> {
                     LinearDecode { single_row: self.step.capacity == 1, ..kernel }.record(plan, &bindings, &params)?;
                 }
                 Product::ManyRows { tile, .. } => {
-                    let bindings = LinearBindings { rows, weight: tensor, prologue, epilogue };
+                    let parts = self.halves(rows).and_then(|halves| halves.parts.as_ref());
+                    let parts = parts.map(|(sums, arrivals)| PartSums { sums, arrivals });
+                    let bindings = LinearBindings { rows, weight: tensor, prologue, epilogue, parts };
                     let (prologue, epilogue) = (prologue.kind(), epilogue.kind());
                     Linear { in_features, weight_dtype: weight.dtype, prologue, epilogue, tile }
                         .record(plan, &bindings, &params)?;

@@ -158,7 +158,13 @@ impl<'a> Recorder<'a> {
                 Ok(input)
             }
             Mode::Recursive => {
-                self.record_set(plan, Selection::Begin { first: None }, 0, &step.all, middle.then_some(UNSHARED_GROUP))?;
+                self.record_set(
+                    plan,
+                    Selection::Begin { first: None },
+                    0,
+                    &step.all,
+                    middle.then_some(UNSHARED_GROUP),
+                )?;
                 for (r, set) in step.recursions.iter().enumerate() {
                     self.record_set(plan, Selection::Fixed, r, set, Some(recursion_group(r as u32)))?;
                 }

@@ -33,11 +33,26 @@ fn for_columns(mut tile: LinearTile, unit: usize) -> LinearTile {
 
 fn dispatch(gpu: &Gpu, kernel: Linear, bindings: &LinearBindings<'_>, params: &LinearParams, num_active: usize) {
     let [tile_m, tile_n] = kernel.tile.size();
-    let grid = Grid::Fixed([params.num_outputs.div_ceil(tile_n), (num_active as u32).div_ceil(tile_m), 1]);
+    let rows_of_tiles = (num_active as u32).div_ceil(tile_m);
+    let grid = Grid::Fixed([params.num_outputs.div_ceil(tile_n), rows_of_tiles, kernel.tile.parts()]);
     parity::run(gpu, |plan| {
         kernel.check(gpu.caps(), bindings, params)?;
         plan.dispatch(&kernel, bindings, params, grid)
     });
+}
+
+/// `tile` with `parts` of the inputs, where the device can compute them.
+fn in_parts(gpu: &Gpu, mut tile: LinearTile, num_parts: u32) -> Option<LinearTile> {
+    if let LinearTile::Cooperative { parts, .. } = &mut tile {
+        *parts = num_parts;
+    }
+    (tile.parts() == num_parts && tile.fits(gpu.caps())).then_some(tile)
+}
+
+/// Tensors for [`PartSums`] of any tile of the tests.
+fn room_for_parts(gpu: &Gpu) -> [Tensor; 2] {
+    let sums = Tensor::zeros(gpu, "part_sums", DType::F32, &[1 << 20]).expect("it fits");
+    [sums, Tensor::zeros(gpu, "arrivals", DType::U32, &[64]).expect("it fits")]
 }
 
 /// The product of `x` and `w` as `tile` rounds them.
@@ -141,7 +156,7 @@ fn products_match_oracle() {
                     scale: 0.5,
                     ..Default::default()
                 };
-                let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue };
+                let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue, parts: None };
                 dispatch(gpu, kernel, &bindings, &params, num_active);
                 let what = format!(
                     "linear {profile} {tile:?} {dtype:?} {:?} n={num_active} O={num_outputs} K={in_features}",
@@ -210,8 +225,13 @@ fn epilogues_match_oracle() {
                             ..case.params
                         };
                         let epilogue_tensors = case.epilogue();
-                        let bindings =
-                            LinearBindings { rows: &case.rows, weight: &weight, prologue, epilogue: epilogue_tensors };
+                        let bindings = LinearBindings {
+                            rows: &case.rows,
+                            weight: &weight,
+                            prologue,
+                            epilogue: epilogue_tensors,
+                            parts: None,
+                        };
                         dispatch(gpu, kernel, &bindings, &params, num_active);
                         let y = product(tile, &compact, &w, in_features);
                         epilogue(kind, &case.active, &y, &params, &mut state);
@@ -249,7 +269,7 @@ fn halves_are_rounded_floats() {
                     Linear { in_features, weight_dtype, prologue: prologue_kind, epilogue: epilogue_kind, tile };
                 let (num_outputs, out_stride) = (num_outputs as u32, num_outputs as u32 / 2);
                 let params = LinearParams { num_outputs, out_stride, in_features, ..Default::default() };
-                let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue };
+                let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue, parts: None };
                 dispatch(gpu, kernel, &bindings, &params, num_rows);
                 out
             };
@@ -263,13 +283,103 @@ fn halves_are_rounded_floats() {
     });
 }
 
+/// Products of many inputs and few rows, of 1.7B, are computed in parts; those of few inputs, and of rows that fill a GPU, are not.
+#[test]
+fn long_products_of_few_rows_are_in_parts() {
+    let caps = DeviceCaps {
+        is_cpu: false,
+        cooperative_matrices: true,
+        coherent_storage: true,
+        subgroup_sizes: Some((32, 32)),
+        max_workgroup_size: 1024,
+        max_workgroup_storage_bytes: 48 << 10,
+        ..parity::gpu().caps().clone()
+    };
+    let parts = |caps: &DeviceCaps, num_rows, num_outputs, in_features| {
+        LinearTile::in_parts(caps, [num_rows, num_rows], num_outputs, in_features).map_or(1, LinearTile::parts)
+    };
+    for (num_rows, num_outputs, in_features, expected) in [
+        (170, 2048, 8192, 4),
+        (256, 2048, 8192, 4),
+        (341, 2048, 8192, 2),
+        (512, 2048, 8192, 2),
+        (1024, 2048, 8192, 1),
+        (170, 6144, 2048, 1),
+        (512, 16384, 2048, 1),
+        (512, 960, 2560, 1),
+        (512, 960, 960, 1),
+    ] {
+        let what = format!("{num_rows} rows, {num_outputs} outputs, {in_features} inputs");
+        assert_eq!(parts(&caps, num_rows, num_outputs, in_features), expected, "{what}");
+    }
+    let incoherent = DeviceCaps { coherent_storage: false, ..caps };
+    assert_eq!(parts(&incoherent, 341, 2048, 8192), 1);
+}
+
+/// Workgroups that multiply a part of the inputs each, whose numbers of tiles differ: the sums are those of all inputs, the same to
+/// the bit whoever comes last, and nothing is left over for the next dispatch.
+#[test]
+fn parts_match_oracle() {
+    parity::on_every_profile(|gpu, profile| {
+        let mut rng = Rng::new("linear parts");
+        let [sums, arrivals] = room_for_parts(gpu);
+        let tiles: Vec<_> = tiles(gpu).into_iter().filter(|tile| tile.multiplies_halves()).collect();
+        for (t, tile) in tiles.into_iter().enumerate() {
+            let num_parts = 2 + t as u32 % 3;
+            let Some(tile) = in_parts(gpu, tile, num_parts) else {
+                println!("linear {profile} {tile:?}: no parts on this device");
+                continue;
+            };
+            let in_features = (num_parts * tile.tile_k() + 8) as usize;
+            let (num_active, num_outputs) = (tile.size()[0] as usize + 3, 132);
+            let dtype = DTYPES[1 + t % 4];
+            let num_rows = num_active + 2;
+            let active = parity::some_rows(&mut rng, num_rows, num_active);
+            let rows = parity::row_set(gpu, &active);
+            let x = rng.normals(num_rows * in_features);
+            let compact = gather(&active, &x, in_features);
+            let x = parity::upload(gpu, &x);
+            let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
+            let prologue = Prologue::Stream { x: &x };
+            let epilogue = EpilogueKind::Store;
+            let (features, outputs) = (in_features as u32, num_outputs as u32);
+            let kernel =
+                Linear { in_features: features, weight_dtype: dtype, prologue: prologue.kind(), epilogue, tile };
+            let params = LinearParams {
+                num_outputs: outputs,
+                out_stride: outputs,
+                in_features: features,
+                scale: 1.0,
+                ..Default::default()
+            };
+            let run = || {
+                let out = Output::new(gpu, num_active * num_outputs);
+                let epilogue = Epilogue::Store { out: &out.tensor };
+                let parts = Some(PartSums { sums: &sums, arrivals: &arrivals });
+                let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue, parts };
+                dispatch(gpu, kernel, &bindings, &params, num_active);
+                out.read(gpu)
+            };
+            let what = format!("linear {profile} {tile:?} {dtype:?} n={num_active} K={in_features}");
+            let first = run();
+            parity::assert_close(&what, &first, &product(tile, &compact, &w, in_features), Tolerance::F32);
+            for _ in 0..5 {
+                assert!(run().iter().zip(&first).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}: another run");
+            }
+            let left: Vec<u32> = gpu.read(&arrivals).expect("the device answers");
+            assert!(left.iter().all(|count| *count == 0), "{what}: {left:?}");
+        }
+    });
+}
+
 /// A norm that one product begins and the next one ends: rows times its weight to the bit, all parts of their squares, and what
 /// another tile makes of both.
 #[test]
 fn norms_between_products_match_oracle() {
     parity::on_every_profile(|gpu, profile| {
         let mut rng = Rng::new("linear norms");
-        let (in_features, width) = (72, 136);
+        let (in_features, width) = (136, 136);
+        let [sums, arrivals] = room_for_parts(gpu);
         let half_tiles: Vec<_> = tiles(gpu).into_iter().filter(|tile| tile.multiplies_halves()).collect();
         let case = |rng: &mut Rng, num_active: usize, [first, second]: [LinearTile; 2]| {
             let num_rows = num_active + 3;
@@ -311,7 +421,8 @@ fn norms_between_products_match_oracle() {
                     part_stride: part_stride as u32,
                     ..Default::default()
                 };
-                let bindings = LinearBindings { rows: &rows, weight, prologue, epilogue };
+                let parts = Some(PartSums { sums: &sums, arrivals: &arrivals });
+                let bindings = LinearBindings { rows: &rows, weight, prologue, epilogue, parts };
                 dispatch(gpu, kernel, &bindings, &params, num_active);
             };
             run(first, Prologue::Compact { x: &x }, epilogue, &weight, in_features);
@@ -347,6 +458,9 @@ fn norms_between_products_match_oracle() {
             let second = half_tiles[(t + half_tiles.len() / 2) % half_tiles.len()];
             for (num_active, unit) in [(0, 4), (7, 2), (65, 4), (150, 4)] {
                 case(&mut rng, num_active, [*first, second].map(|tile| for_columns(tile, unit)));
+            }
+            if let Some(tile) = in_parts(gpu, *first, 2).filter(|tile| tile.tile_k() <= 64) {
+                case(&mut rng, 65, [tile, tile]);
             }
         }
     });
@@ -388,7 +502,7 @@ fn rows_do_not_depend_on_their_place() {
                 };
                 let rows = parity::row_set(gpu, &active);
                 let epilogue = Epilogue::Store { out: &out.tensor };
-                let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue };
+                let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue, parts: None };
                 dispatch(gpu, kernel, &bindings, &params, active.len());
                 for (entry, y) in active.iter().zip(out.read(gpu).chunks(num_outputs)) {
                     if entry.row % 2 == 1 {
@@ -420,6 +534,7 @@ fn refuses_wrong_shapes() {
         weight: &weight,
         prologue: Prologue::Compact { x: &x },
         epilogue: Epilogue::Store { out: &x },
+        parts: None,
     };
     let message = |kernel: Linear, num_outputs, in_features| {
         let params = LinearParams { num_outputs, in_features, ..Default::default() };
