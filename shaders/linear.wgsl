@@ -5,20 +5,23 @@
 //           divides y[i] by the root mean square
 // Why       every value fetched is used many times. STAGED: a workgroup shares tiles of x and w in workgroup memory,
 //           the next tiles in flight while these are multiplied, and SPLIT_K parts of it multiply a slice of K each,
-//           which fills a GPU whose output has few tiles; COOPERATIVE: matrix units multiply. Otherwise, for software
-//           rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each lane loads one
-//           row of x for all
-// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32, compact f16 (X_F16); K a multiple of 8; w [O, K] units of 8
-//           or quantised rows; norm_weight [K] f32; next_x [n, O] f16; next_squares, x_squares [parts, n] f32, parts
-//           part_stride apart; outputs as the epilogue says; row-major
+//           which fills a GPU whose output has few tiles; COOPERATIVE: matrix units multiply; PARTED: where tiles are fewer
+//           than processors and inputs many, workgroups multiply a part of the inputs each, and whoever comes last adds up.
+//           Otherwise, for software rasterisers, where a load costs a loop over the lanes: no barrier, and with BROADCAST each
+//           lane loads one row of x for all
+// Shapes    active_rows [n]; x compact [n, K] or stream [T, K] (X_BY_ROW) f32, compact f16 (X_F16); K a multiple of 8; w [O, K]
+//           units of 8 or quantised rows; norm_weight [K] f32; next_x [n, O] f16; next_squares, x_squares [parts, n] f32,
+//           parts part_stride apart; part_sums [tiles, K_PARTS, TILE_M * TILE_N] f32 in an order of its own; arrivals [tiles],
+//           0 before and after; outputs as the epilogue says; row-major
 // Bindings  0 params uniform; 1 active_rows read; 2 w read; 3 x read; 4 out write; 5 norm_weight read [NORM];
 //           5 x_squares read [SCALED]; 6 residual read [RESIDUAL, BLOCK_END]; 6 rope read [QKV];
 //           7 copy write [RESIDUAL_COPY]; 7 gates read [BLOCK_END]; 7 k_cache write [QKV];
 //           8 running write [RUNNING]; 8 v_cache write [QKV]; 9 encoding read [ENCODED];
-//           10 next_weight read [NEXT_NORM]; 11 next_x write [NEXT_NORM]; 12 next_squares write [NEXT_NORM]
-// Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1) workgroups; one per tile of the output. A slice's threads own
-//           THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M * FRAGMENTS_N fragments
-//           of 16x16 each
+//           10 next_weight read [NEXT_NORM]; 11 next_x write [NEXT_NORM]; 12 next_squares write [NEXT_NORM];
+//           13 part_sums write [PARTED]; 14 arrivals write [PARTED]
+// Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1), PARTED: K_PARTS along z; one workgroup per tile of the output and part.
+//           A slice's threads own THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M *
+//           FRAGMENTS_N fragments of 16x16 each
 // Spec      IN_FEATURES = K, or ANY_K: one kernel for products that differ in nothing else; TILE_M <= ROW_PADDING, TILE_N, THREAD_M,
 //           THREAD_N even; X_BY_ROW; STAGED: TILE_K multiple of 8, WHOLE_TILES if that divides K, AHEAD tiles on their way,
 //           WRITTEN_OUT if compilers may write the loop over them out, SPLIT_K slices of TILE_K in whole vec4s, if there are
@@ -31,15 +34,15 @@
 //           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
 //           SWIGLU, QKV, BLOCK_END (RUNNING): the epilogue; KV_F16: QKV into f16 caches; SCALED, of
 //           COOPERATIVE and X_F16: another kernel has begun the norm, and left squares in PARTS parts; NEXT_NORM, of
-//           COOPERATIVE: RESIDUAL begins the next one, LANES = 16 / columns of a lane; DELTA, of SWIGLU and QKV: added to
+//           COOPERATIVE: RESIDUAL begins the next one, LANES = 16 / columns of a lane; PARTED, of COOPERATIVE without NORM:
+//           K_PARTS parts, no more than ceil(K / TILE_K), coherent storage; DELTA, of SWIGLU and QKV: added to
 //           y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
-//           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and
-//           4 * TILE_M more
-// Numerics  f32; sums in ascending k, slices added in ascending order. NORM, SCALED: the product of x * norm_weight is divided
-//           by the root mean square. COOPERATIVE: x, or x * norm_weight, and w are rounded to f16, infinite above
-//           65504; exact products, sums in f32 in the matrix unit's order
+//           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and 4 * TILE_M more, with PARTED 16
+// Numerics  f32; sums in ascending k, slices and then parts added in ascending order, whoever adds them. NORM, SCALED: the
+//           product of x * norm_weight is divided by the root mean square. COOPERATIVE: x, or x * norm_weight, and w are
+//           rounded to f16, infinite above 65504; exact products, sums in f32 in the matrix unit's order
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
 #if COOPERATIVE
 enable f16;
@@ -185,106 +188,7 @@ fn source_row(first: u32, i: u32) -> u32 {
 }
 
 #if STAGED
-const X_COLUMNS: u32 = TILE_K / X_UNIT;
-const TILE_UNITS: u32 = TILE_K / 8u;
-// Of a thread; some may have one less.
-const X_LOADS: u32 = (TILE_M * X_COLUMNS + THREADS - 1u) / THREADS;
-const W_LOADS: u32 = (TILE_N * TILE_UNITS + THREADS - 1u) / THREADS;
-
-// 16 bytes of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
-#if COOPERATIVE
-// Rows that together are as wide as all banks, which is what lanes write at once. Rows next to each other would overlap by
-// their padding; these do not.
-const WRITTEN: u32 = max(64u / TILE_K, 1u);
-
-// Row of a tile of `columns` loads a row that load `i` of the tile belongs to.
-fn tile_row(i: u32, columns: u32) -> u32 {
-    let in_8 = i % (8u * columns);
-    return i / (8u * columns) * 8u + in_8 / (WRITTEN * columns) + in_8 / columns % WRITTEN * (8u / WRITTEN);
-}
-
-const STRIDE: u32 = TILE_K / 4u + 2u;
-const W_TILE: u32 = TILE_M * STRIDE;
-alias TileUnit = vec4<f16>;
-// The tile of x, then that of w.
-var<workgroup> tiles: array<TileUnit, (TILE_M + TILE_N) * STRIDE>;
-
-#if X_F16
-fn stage_x(m: u32, c: u32, value: XUnit) {
-    tiles[m * STRIDE + 2u * c] = vec4<f16>(vec4<f32>(unpack2x16float(value.x), unpack2x16float(value.y)));
-    tiles[m * STRIDE + 2u * c + 1u] = vec4<f16>(vec4<f32>(unpack2x16float(value.z), unpack2x16float(value.w)));
-}
-#else
-fn stage_x(m: u32, c: u32, value: XUnit) {
-    tiles[m * STRIDE + c] = vec4<f16>(value);
-}
-#endif
-
-fn stage_w(n: u32, unit: u32, value: LoadUnit) {
-    let weights = unpack(value);
-    tiles[W_TILE + n * STRIDE + 2u * unit] = vec4<f16>(weights[0]);
-    tiles[W_TILE + n * STRIDE + 2u * unit + 1u] = vec4<f16>(weights[1]);
-}
-
-// Who holds which element of a matrix is the driver's secret: sums reach the epilogue through workgroup memory, one
-// fragment of each subgroup at a time.
-const RESULT: u32 = 256u;
-const RESULTS: u32 = SPLIT_K * SLICE * RESULT;
-// Columns of a row of it are 16 / WIDTH.
-const ROW_COLUMNS: u32 = 16u / WIDTH;
-// Places of Columns in a fragment, and in one fragment of each subgroup of a slice.
-const PLACES: u32 = RESULT / WIDTH;
-const SLICE_PLACES: u32 = SLICE * PLACES;
-// How many of these are a thread's to add up and store.
-const OWN: u32 = (PLACES + SPLIT_K * SUBGROUP_WIDTH - 1u) / (SPLIT_K * SUBGROUP_WIDTH);
-#if PARTED
-// Of a tile.
-const TILE_PLACES: u32 = FRAGMENTS_M * FRAGMENTS_N * OWN * THREADS;
-// Of which one element counts: drivers put variables next to each other, and matrices are loaded from multiples of 16 bytes.
-var<workgroup> arrived: vec4<u32>;
-
-// Where a thread's columns of fragment j in row m lie among those of a tile's part.
-fn part_place(m: u32, j: u32, i: u32, thread: u32) -> u32 {
-    return ((m * FRAGMENTS_N + j) * OWN + i) * THREADS + thread;
-}
-#endif
-#else
-fn tile_row(i: u32, columns: u32) -> u32 {
-    return i / columns;
-}
-
-const STRIDE: u32 = TILE_K / 4u + 1u;
-const W_TILE: u32 = TILE_M * STRIDE;
-alias TileUnit = vec4<f32>;
-// The tile of x, then that of w: even columns first, then odd ones, so that neighbouring lanes read neighbouring rows.
-var<workgroup> tiles: array<TileUnit, (TILE_M + TILE_N) * STRIDE>;
-
-fn stage_x(m: u32, c: u32, value: XUnit) {
-    tiles[m * STRIDE + c] = value;
-}
-
-fn stage_w(n: u32, unit: u32, value: LoadUnit) {
-    let to = W_TILE + (n / 2u + n % 2u * (TILE_N / 2u)) * STRIDE + 2u * unit;
-    let weights = unpack(value);
-    tiles[to] = weights[0];
-    tiles[to + 1u] = weights[1];
-}
-#endif
-#if NORM
-// Sums of squares of each column of the tiles of x, and what becomes of them: the inverse root mean square of each row.
-const SQUARES_STRIDE: u32 = TILE_K / 4u + 1u;
-const SQUARES: u32 = TILE_M * SQUARES_STRIDE;
-var<workgroup> factors: array<f32, TILE_M>;
-#endif
-#if COOPERATIVE
-#if NORM
-var<workgroup> scratch: array<Columns, (max(SQUARES, RESULTS) + WIDTH - 1u) / WIDTH>;
-#else
-var<workgroup> scratch: array<Columns, RESULTS / WIDTH>;
-#endif
-#elif NORM
-var<workgroup> scratch: array<Columns, (SQUARES + WIDTH - 1u) / WIDTH>;
-#endif
+#import linear/tiles
 #else
 // Adds 8 inputs of row m, `low` then `high`, times the weights `b`.
 fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x4<f32>, THREAD_N>>, sums: ptr<function, array<f32, SUMS>>) {
@@ -603,43 +507,7 @@ fn main(
     workgroupBarrier();
 #endif
 #if PARTED
-    let lane_of_all = subgroup * SUBGROUP_WIDTH + lane;
-    let tile = workgroup.y * ((params.num_outputs + TILE_N - 1u) / TILE_N) + workgroup.x;
-    let first_place = tile * K_PARTS * TILE_PLACES;
-#repeat m FRAGMENTS_M
-#repeat j FRAGMENTS_N
-    coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[subgroup * PLACES], ROW_COLUMNS);
-#if SLICED
-    workgroupBarrier();
-#else
-    subgroupBarrier();
-#endif
-    for (var i = 0u; i < OWN; i++) {
-        var v = Columns();
-        for (var s = 0u; s < SPLIT_K; s++) {
-            v += scratch[s * SLICE_PLACES + places[i]];
-        }
-        part_sums[first_place + workgroup.z * TILE_PLACES + part_place(m, j, i, lane_of_all)] = v;
-    }
-#if SLICED
-    workgroupBarrier();
-#else
-    subgroupBarrier();
-#endif
-#endrepeat
-#endrepeat
-    // Who comes last goes on with all parts: nobody waits for another. In the order of their inputs, whoever that is.
-    storageBarrier();
-    if thread == 0u {
-        arrived.x = atomicAdd(&arrivals[tile], 1u) + 1u;
-    }
-    if workgroupUniformLoad(&arrived).x < K_PARTS {
-        return;
-    }
-    if thread == 0u {
-        atomicStore(&arrivals[tile], 0u);
-    }
-    storageBarrier();
+#import linear/leave_part
 #endif
 #if NEXT_NORM
     var square: array<f32, OWN>;

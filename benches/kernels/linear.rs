@@ -1,12 +1,12 @@
 //! `linear`: the projections of every shape at 512 rows (prefill), those of one shape at every number of rows that decode
 //! batches have, large ones, then tiles the device might prefer; f16 weights, and q8 and q4 where ids say so; throughput counts FLOP.
-//! Ids end with `half` where activations are rounded to f16.
+//! Ids end with `half` where activations are rounded to f16, with `parts` where workgroups multiply parts of the inputs besides.
 
 use criterion::Criterion;
 use mor_bench::{SHAPES, Shape, is_wanted, record, time_flop};
 use mor_kernels::epilogue::{Epilogue, EpilogueKind, LinearParams};
 use mor_kernels::gpu::Gpu;
-use mor_kernels::ops::{Linear, LinearBindings, LinearTile, Prologue};
+use mor_kernels::ops::{Linear, LinearBindings, LinearTile, PartSums, Prologue};
 use mor_kernels::oracle::linear::{halves, linear};
 use mor_kernels::parity::{self, Rng, Tolerance};
 use mor_kernels::plan::Grid;
@@ -27,6 +27,9 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 product(criterion, gpu, &id, [512, o, k], dtype, &[tile(512, o, false)]);
                 if half_products {
                     product(criterion, gpu, &format!("{id}/half"), [512, o, k], dtype, &[tile(512, o, true)]);
+                }
+                if let Some(tile) = LinearTile::in_parts(gpu.caps(), [512; 2], o, k) {
+                    product(criterion, gpu, &format!("{id}/parts"), [512, o, k], dtype, &[tile]);
                 }
             }
         }
@@ -113,6 +116,12 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3]
     let x = rng.normals(n_len * k_len);
     let (floats, rounded) = (parity::upload(gpu, &x), x.iter().map(|v| half::f16::from_f32(*v)).collect::<Vec<_>>());
     let rounded = Tensor::from_slice(gpu, "x", DType::F16, &[n_len, k_len], &rounded).expect("it fits");
+    let part_sums = tiles.iter().any(|tile| tile.parts() > 1).then(|| {
+        let zeros = |label, dtype, len| Tensor::zeros(gpu, label, dtype, &[len]).expect("it fits");
+        let sums = zeros("part_sums", DType::F32, LinearTile::MOST_PART_SUMS);
+        (sums, zeros("arrivals", DType::U32, LinearTile::MOST_PARTED_TILES))
+    });
+    let parts = part_sums.as_ref().map(|(sums, arrivals)| PartSums { sums, arrivals });
     // Rows of the first, a middle and the last tile: the whole product would take the CPU minutes.
     let checked = [0, n_len / 2 + 1, n_len - 1];
     for tile in tiles {
@@ -129,11 +138,11 @@ fn product(criterion: &mut Criterion, gpu: &Gpu, what: &str, [n, o, k]: [u32; 3]
         };
         let params = LinearParams { num_outputs: o, out_stride: o, in_features: k, scale: 1.0, ..Default::default() };
         let [tile_m, tile_n] = tile.size();
-        let grid = Grid::Fixed([o.div_ceil(tile_n), n.div_ceil(tile_m), 1]);
+        let grid = Grid::Fixed([o.div_ceil(tile_n), n.div_ceil(tile_m), tile.parts()]);
         let dispatch_all = |plan: &mut mor_kernels::plan::PlanBuilder<'_>| {
             weights.iter().try_for_each(|weight| {
                 let epilogue = Epilogue::Store { out: &y.tensor };
-                let bindings = LinearBindings { rows: &rows, weight, prologue, epilogue, parts: None };
+                let bindings = LinearBindings { rows: &rows, weight, prologue, epilogue, parts };
                 plan.dispatch(&kernel, &bindings, &params, grid)
             })
         };

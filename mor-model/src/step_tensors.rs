@@ -296,7 +296,10 @@ impl MorModel {
             per_row +=
                 (config.hidden_size + self.q_dim() + config.intermediate_size) / 2 + norm_parts(config.hidden_size);
         }
-        4 * (capacity * per_row + logit_rows * (self.logits_stride() + 4 * self.vocab_parts())) as u64
+        let caps = self.gpu().caps();
+        let adds_parts = self.precision() == Precision::F16 && caps.cooperative_matrices && caps.coherent_storage;
+        let part_sums = if adds_parts { LinearTile::MOST_PART_SUMS } else { 0 };
+        4 * (capacity * per_row + logit_rows * (self.logits_stride() + 4 * self.vocab_parts()) + part_sums) as u64
     }
 
     /// Rows of a step none of whose tensors is larger than a binding.

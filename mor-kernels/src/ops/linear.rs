@@ -71,8 +71,8 @@ const ENDS_MICROS: f32 = 3.0;
 /// sums or to add them up; and what share of the time without parts a product must be expected to take to be worth it. All from
 /// `benches/runs/2026-11-30-nvidia-h200/linear-parts-of-inputs.txt`.
 const PARTS: std::ops::RangeInclusive<u32> = 2..=4;
-const PART_MICROS: f32 = 2.75;
-const WORTH_PARTS: f32 = 0.95;
+const PART_MICROS: f32 = 2.25;
+const WORTH_PARTS: f32 = 0.98;
 /// Fields of [`LinearTile::Staged`] in their order, with the workgroups that an output must have to be worth the tile, which is to
 /// say the GPU filled: measured on an H200 and an H100, see `benches/runs`. Tiles that WebGPU's default limits exclude have a smaller one
 /// after them.
@@ -279,10 +279,12 @@ impl LinearTile {
                 *parts = num_parts;
             }
             let most_tiles = tile.num_tiles(most_rows, num_outputs);
-            let has_room = most_tiles as usize <= Self::MOST_PARTED_TILES
+            // One a processor: in waves, parts only make more of them.
+            let is_fit = tile.num_tiles(num_rows, num_outputs) * num_parts <= PROCESSORS
+                && most_tiles as usize <= Self::MOST_PARTED_TILES
                 && tile.part_sums(caps, most_tiles) <= Self::MOST_PART_SUMS
                 && in_features.div_ceil(tile.tile_k()) >= num_parts;
-            (tile.fits(caps) && has_room).then(|| (tile, micros(tile, times, num_parts)))
+            (tile.fits(caps) && is_fit).then(|| (tile, micros(tile, times, num_parts)))
         };
         timed_tiles(caps, num_rows, num_outputs)
             .flat_map(|timed| PARTS.map(move |parts| (timed, parts)))
