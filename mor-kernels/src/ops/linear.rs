@@ -218,6 +218,13 @@ fn waves(workgroups: u32, [one, two]: [f32; 2], once: f32) -> f32 {
     (each / 2) as f32 * (two - once) + (each % 2) as f32 * (one - once)
 }
 
+/// The one of [`timed_tiles`] whose waves are expected to end first, with its times.
+fn fastest_tile(caps: &DeviceCaps, num_rows: u32, num_outputs: u32) -> Option<(LinearTile, [f32; 2])> {
+    let micros =
+        |(tile, times): &(LinearTile, [f32; 2])| waves(tile.num_tiles(num_rows, num_outputs), *times, DISPATCH_MICROS);
+    timed_tiles(caps, num_rows, num_outputs).min_by(|a, b| micros(a).total_cmp(&micros(b)))
+}
+
 /// Size of all subgroups, where matrices are multiplied.
 fn subgroup_width(caps: &DeviceCaps) -> u32 {
     caps.subgroup_sizes.map_or(1, |(min, _)| min)
@@ -241,11 +248,7 @@ impl LinearTile {
                 _ => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
             };
         }
-        let best = timed_tiles(caps, num_rows, num_outputs)
-            .filter(|_| half_products)
-            .map(|(tile, times)| (tile, waves(tile.num_tiles(num_rows, num_outputs), times, DISPATCH_MICROS)))
-            .min_by(|(_, a), (_, b)| a.total_cmp(b));
-        if let Some((tile, _)) = best {
+        if let Some((tile, _)) = fastest_tile(caps, num_rows, num_outputs).filter(|_| half_products) {
             return tile;
         }
         staged_tiles()
@@ -268,12 +271,8 @@ impl LinearTile {
             waves(workgroups, times, DISPATCH_MICROS + ENDS_MICROS) * in_features as f32 / TIMED_INPUTS / parts as f32
                 + if parts > 1 { PART_MICROS * parts as f32 } else { 0.0 }
         };
-        let whole = timed_tiles(caps, num_rows, num_outputs)
-            .min_by(|(a, a_times), (b, b_times)| {
-                let waves = |tile: &Self, times| waves(tile.num_tiles(num_rows, num_outputs), times, DISPATCH_MICROS);
-                waves(a, *a_times).total_cmp(&waves(b, *b_times))
-            })
-            .map(|(tile, times)| micros(tile, times, 1))?;
+        let (tile, times) = fastest_tile(caps, num_rows, num_outputs)?;
+        let whole = micros(tile, times, 1);
         let parted = |(mut tile, times): (Self, [f32; 2]), num_parts: u32| {
             if let Self::Cooperative { parts, .. } = &mut tile {
                 *parts = num_parts;
@@ -354,7 +353,7 @@ impl LinearTile {
         }
     }
 
-    /// Workgroups that multiply a part of the inputs each.
+    /// Parts of all inputs, each multiplied by a workgroup of its own.
     pub fn parts(self) -> u32 {
         if let LinearTile::Cooperative { parts, .. } = self { parts } else { 1 }
     }
@@ -367,7 +366,7 @@ impl LinearTile {
         }
     }
 
-    /// Elements of [`PartSums::sums`] that `tiles` tiles need.
+    /// Elements of [`PartSums::sums`] that `tiles` tiles need: a thread's places of every fragment, the last perhaps of no use.
     fn part_sums(self, caps: &DeviceCaps, tiles: u32) -> usize {
         let LinearTile::Cooperative { tile_m, tile_n, subgroups_m, subgroups_n, split_k, lane_columns, parts, .. } =
             self
@@ -543,8 +542,7 @@ impl Linear {
             return unfit("num_outputs", found, "all columns of a norm");
         }
         if self.tile.parts() > 1 {
-            let [tile_m, tile_n] = self.tile.size();
-            let tiles = (b.rows.capacity as u32).div_ceil(tile_m) * p.num_outputs.div_ceil(tile_n);
+            let tiles = self.tile.num_tiles(b.rows.capacity as u32, p.num_outputs);
             let room = b.parts.map_or((0, 0), |parts| (parts.sums.num_elems(), parts.arrivals.num_elems()));
             let needed = (self.tile.part_sums(caps, tiles), tiles as usize);
             if room.0 < needed.0 || room.1 < needed.1 {
