@@ -22,7 +22,7 @@
 // Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1), PARTED: K_PARTS along z; one workgroup per tile of the output and part.
 //           A slice's threads own THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M *
 //           FRAGMENTS_N fragments of 16x16 each
-// Spec      IN_FEATURES = K, or ANY_K: one kernel for products that differ in nothing else; TILE_M <= ROW_PADDING, TILE_N, THREAD_M,
+// Spec      IN_FEATURES = K, or ANY_K: one kernel for products that differ in nothing but K; TILE_M <= ROW_PADDING, TILE_N, THREAD_M,
 //           THREAD_N even; X_BY_ROW; STAGED: TILE_K multiple of 8, WHOLE_TILES if that divides K, AHEAD tiles on their way,
 //           WRITTEN_OUT if compilers may write the loop over them out, SPLIT_K slices of TILE_K in whole vec4s, if there are
 //           several THREAD_M * THREAD_N a multiple of 4 and a slice's sums no more than the memory of the tiles;

@@ -3,7 +3,8 @@
 //           FIRST: the same rows in a second list, with slots of another group, as those of recursion 0
 // Why       counts stay on the device: the list and the indirect grids are all that later kernels need
 // Shapes    rows [T]; decision [T] f32; depth [T]; kv_lengths [sequences, groups]; pages [sequences, groups, max_pages];
-//           active_out [T + ROW_PADDING + 1]; dispatch [4 + 3 * MAX_GRIDS]; slots [sequences, groups, max_positions]
+//           active_out, first_out [T + ROW_PADDING + 1]; dispatch, first_dispatch [4 + 3 * MAX_GRIDS]; slots [sequences, groups,
+//           max_positions]
 // Bindings  0 params uniform; 1 grids uniform; 2 rows read; 3 depth write; 4 active_out write; 5 dispatch write;
 //           6 kv_lengths write [KV]; 7 pages read [KV]; 8 decision read [EXPERT]; 9 slots write [KV_SLOTS];
 //           10 first_out write [FIRST]; 11 first_dispatch write [FIRST]

@@ -100,11 +100,37 @@ fn every_variant_translates() {
     assert!(failures.is_empty(), "{} failures, the first:\n{}", failures.len(), failures[0]);
 }
 
+/// Barriers of a SPIR-V module that order memory for the whole device.
+fn device_barriers(words: &[u32]) -> usize {
+    const HEADER_WORDS: usize = 5;
+    const OP_CONSTANT: u32 = 43;
+    const OP_CONTROL_BARRIER: u32 = 224;
+    const SCOPE_DEVICE: u32 = 1;
+    let mut instructions = Vec::new();
+    let mut rest = &words[HEADER_WORDS..];
+    while let Some(first) = rest.first() {
+        let (instruction, others) = rest.split_at((first >> 16) as usize);
+        instructions.push((first & 0xffff, &instruction[1..]));
+        rest = others;
+    }
+    let devices: Vec<u32> = instructions
+        .iter()
+        .filter(|(opcode, operands)| *opcode == OP_CONSTANT && operands[2..] == [SCOPE_DEVICE])
+        .map(|(_, operands)| operands[1])
+        .collect();
+    // Of the operands, the second is the scope of memory.
+    instructions.iter().filter(|(op, operands)| *op == OP_CONTROL_BARRIER && devices.contains(&operands[1])).count()
+}
+
 fn translate(variant: &Variant, validate: bool, counts: &Counts) -> Result<(), String> {
     let (module, info) = parse(variant);
     for profile in PROFILES {
         let words = to_spirv(&module, &info, profile)?;
         counts.modules.fetch_add(1, Ordering::Relaxed);
+        // One before workgroups count themselves in, and one before the last of them reads what others left.
+        if variant.flags.contains(&"PARTED") && device_barriers(&words) < 2 {
+            return Err("storageBarrier is no barrier of the device, which sums of parts rest on".to_owned());
+        }
         if validate {
             match spirv_val(&words, profile.vulkan) {
                 Ok(()) => counts.validated.fetch_add(1, Ordering::Relaxed),

@@ -68,8 +68,8 @@ const DISPATCH_MICROS: f32 = 2.0;
 const TIMED_INPUTS: f32 = 960.0;
 const ENDS_MICROS: f32 = 3.0;
 /// Into how many parts inputs may be divided; microseconds that a workgroup takes for each part more than for its product, to leave
-/// sums or to add them up; and what share of the time without parts a product must be expected to take to be worth it. All from
-/// `benches/runs/2026-11-30-nvidia-h200/linear-parts-of-inputs.txt`.
+/// sums or to add them up; and what share of the time without parts a product must be expected to take to be worth it. Fitted to
+/// steps with and without (`benches/runs/2026-11-30-nvidia-h200/linear-parts-of-inputs.txt`).
 const PARTS: std::ops::RangeInclusive<u32> = 2..=4;
 const PART_MICROS: f32 = 2.25;
 const WORTH_PARTS: f32 = 0.98;
@@ -586,12 +586,14 @@ impl Kernel for Linear {
             .flag("X_BY_ROW", matches!(self.prologue, K::Stream | K::StreamF16 | K::Norm))
             .flag("X_F16", self.prologue.reads_halves())
             .flag("NORM", self.prologue == PrologueKind::Norm);
-        // A layer's two products with a residual are one kernel, so that its instructions are still near when the second begins:
-        // prompts of 2,047 tokens of 360M win 1 %, of 511 of 1.7B 1, in q8 4 (`benches/runs/2026-11-30-nvidia-h200/linear-any-k.txt`).
-        // Others have only one product of their kind, and lose as much.
-        let definitions = match self.epilogue {
-            EpilogueKind::Residual | EpilogueKind::Scaled => definitions.flag("ANY_K", true),
-            _ => definitions.u32("IN_FEATURES", self.in_features),
+        // A prompt's two products with a residual in each layer are one kernel, so that its instructions are still near when the second
+        // begins: 2,047 tokens of 360M win 1 %, in q8 4, 511 of 1.7B 1. Where K is no constant elsewhere, nothing is won, and up to 3 %
+        // lost (`benches/runs/2026-11-30-nvidia-h200/linear-any-k.txt`).
+        let ends_in_residual = matches!(self.epilogue, EpilogueKind::Residual | EpilogueKind::Scaled);
+        let definitions = if ends_in_residual && self.prologue == K::CompactF16 {
+            definitions.flag("ANY_K", true)
+        } else {
+            definitions.u32("IN_FEATURES", self.in_features)
         };
         let definitions = match self.prologue {
             PrologueKind::Scaled { num_parts } => definitions.flag("SCALED", true).u32("PARTS", num_parts),
