@@ -491,6 +491,10 @@ impl Linear {
         if !p.in_features.is_multiple_of(8) || p.in_features == 0 {
             return unfit("in_features", p.in_features.to_string(), "a multiple of 8");
         }
+        // The shader knows that half of it is 0.
+        if p.additive > 1 {
+            return unfit("additive", p.additive.to_string(), "0 or 1");
+        }
         if p.in_features != self.in_features {
             return unfit("in_features", p.in_features.to_string(), &self.in_features.to_string());
         }

@@ -549,6 +549,9 @@ fn refuses_wrong_shapes() {
         message(kernel, 5, 16),
         Err("linear: num_outputs has 5 from 0, expected an even number from an even column".to_owned())
     );
+    let params = LinearParams { num_outputs: 6, in_features: 16, additive: 2, ..Default::default() };
+    let refused = kernel.check(gpu.caps(), &bindings, &params).map_err(|error| error.to_string());
+    assert_eq!(refused, Err("linear: additive has 2, expected 0 or 1".to_owned()));
     // A product with the first rows of a weight, q of q/k/v say.
     assert_eq!(message(kernel, 4, 16), Ok(()));
     assert_eq!(
