@@ -287,8 +287,8 @@ impl MorModel {
         })
     }
 
-    /// Bytes that [`MorModel::step_tensors`] allocates, about.
-    pub fn step_bytes(&self, capacity: usize, logit_rows: usize) -> u64 {
+    /// Bytes that [`MorModel::step_tensors`] allocates for each row, about, and for each with logits besides.
+    pub fn step_bytes_of_row(&self) -> [u64; 2] {
         let config = self.config();
         let (q_columns, mlp_columns) = self.wide_columns();
         let mut per_row = 6 * config.hidden_size + self.q_dim() + q_columns + mlp_columns + 64;
@@ -296,10 +296,14 @@ impl MorModel {
             per_row +=
                 (config.hidden_size + self.q_dim() + config.intermediate_size) / 2 + norm_parts(config.hidden_size);
         }
+        [per_row, self.logits_stride() + 4 * self.vocab_parts()].map(|elements| 4 * elements as u64)
+    }
+
+    /// Bytes that [`MorModel::step_tensors`] allocates however many rows there are.
+    pub fn step_bytes_of_all(&self) -> u64 {
         let caps = self.gpu().caps();
         let adds_parts = self.precision() == Precision::F16 && caps.cooperative_matrices && caps.coherent_storage;
-        let part_sums = if adds_parts { LinearTile::MOST_PART_SUMS } else { 0 };
-        4 * (capacity * per_row + logit_rows * (self.logits_stride() + 4 * self.vocab_parts()) + part_sums) as u64
+        if adds_parts { 4 * LinearTile::MOST_PART_SUMS as u64 } else { 0 }
     }
 
     /// Rows of a step none of whose tensors is larger than a binding.

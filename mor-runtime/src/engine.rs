@@ -171,7 +171,8 @@ pub(crate) fn most_prefill_rows(model: &MorModel, kv_bytes: u64, batch_invariant
     let taken = model.weights().num_bytes() + kv_bytes;
     let left = summary.memory_bytes.map_or(u64::MAX, |memory| memory.saturating_sub(taken));
     // A quarter, since there are other tensors.
-    let fits = (left / 4 / model.step_bytes(1, 0)).min(model.most_step_rows() as u64);
+    let [of_row, _] = model.step_bytes_of_row();
+    let fits = ((left / 4).saturating_sub(model.step_bytes_of_all()) / of_row).min(model.most_step_rows() as u64);
     let has_matrices = model.precision() == Precision::F16 && caps.cooperative_matrices && !batch_invariant;
     rows_of_discrete(model.config(), has_matrices, fits)
 }

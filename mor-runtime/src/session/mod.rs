@@ -279,11 +279,11 @@ impl Session {
     /// how much memory there is.
     pub fn sequences_that_fit(&self, context: usize, others: u64) -> Option<usize> {
         let (model, gpu) = (&self.model, self.model.gpu());
-        let taken = others + model.weights().num_bytes();
+        let taken = others + model.weights().num_bytes() + model.step_bytes_of_all();
         // A tenth is for the driver and other programs.
         let left = (gpu.summary().memory_bytes?.saturating_sub(taken)) / 10 * 9;
         let pages = pages_for_all(model, 1, context);
-        let of_memory = left / (kv_bytes(model, &pages) + model.step_bytes(1, 1));
+        let of_memory = left / (kv_bytes(model, &pages) + model.step_bytes_of_row().iter().sum::<u64>());
         let bytes = |(class, pages): (&PageClass, &usize)| class.buffer_page_bytes() * *pages as u64;
         let largest = page_classes(model).iter().zip(&pages).map(bytes).max();
         let of_binding = gpu.caps().max_storage_binding_bytes / largest.unwrap_or(1).max(1);
