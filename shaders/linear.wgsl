@@ -24,8 +24,8 @@
 //           FRAGMENTS_N fragments of 16x16 each
 // Spec      IN_FEATURES = K, or ANY_K: one kernel for products that differ in nothing but K; TILE_M <= ROW_PADDING, TILE_N, THREAD_M,
 //           THREAD_N even; X_BY_ROW; STAGED: TILE_K multiple of 8, WHOLE_TILES if that divides K, AHEAD tiles on their way,
-//           WRITTEN_OUT if compilers may write the loop over them out, SPLIT_K slices of TILE_K in whole vec4s, if there are
-//           several THREAD_M * THREAD_N a multiple of 4 and a slice's sums no more than the memory of the tiles;
+//           ONE_AHEAD if that is 1, WRITTEN_OUT if compilers may write the loop over them out, SPLIT_K slices of TILE_K in whole
+//           vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a slice's sums no more than the memory of the tiles;
 //           COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N fragments of each subgroup, STEPS * 16 = TILE_K /
 //           SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if that is at most 64 and the epilogue allows, SLICED
 //           if SPLIT_K > 1, ROWS_EARLY if a thread has registers for its rows' entries while it multiplies, X_F16 and
@@ -416,6 +416,12 @@ fn main(
             }
         }
 #endif
+#if !WRITTEN_OUT
+#if ONE_AHEAD
+        // Behind the barrier this set is staged, and compilers would have loaded it only there.
+#use HOLD a
+#endif
+#endif
         // The next tiles overwrite these.
         workgroupBarrier();
 #if !WRITTEN_OUT
@@ -424,7 +430,9 @@ fn main(
         let staged = base + (a + 1u) * TILE_UNITS;
 #use STAGE (a + 1u) % AHEAD
         workgroupBarrier();
+#if !ONE_AHEAD
 #use HOLD a
+#endif
 #endif
         if base + (a + 1u) * TILE_UNITS >= end {
             break;

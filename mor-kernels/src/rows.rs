@@ -14,7 +14,7 @@ pub const NONE: u32 = u32::MAX;
 /// Tokens of one K/V page. A power of two; a page belongs to one (sequence, group).
 pub const PAGE_SIZE: u32 = 32;
 /// [`ActiveRow`]s with `row == NONE` after the last active one, so that a tile of rows may read past it.
-pub const ROW_PADDING: u32 = 128;
+pub const ROW_PADDING: u32 = 256;
 /// Most entries of a plan's grid table.
 pub const MAX_GRIDS: usize = 32;
 

@@ -29,6 +29,10 @@ const MOST_EARLY_ROWS: u32 = 2 * FRAGMENT;
 /// (`benches/runs/2026-11-29-nvidia-h200/steps-short-loops.txt`, `prefill-short-loops.txt`).
 const SHORT_LOOP_ROWS: u32 = 64;
 
+/// Matrices of results of a subgroup up to which a thread has registers to unpack q8: 1,023 tokens of 1.7B take 2.5 % longer with 22
+/// than with 16, in q4 3 % less and in f16 too (`benches/runs/2026-11-30-nvidia-h200/steps-large-tiles.txt`).
+const MOST_Q8_FRAGMENTS: u32 = 20;
+
 /// Processors of an H200.
 const PROCESSORS: u32 = 132;
 /// Fields of [`LinearTile::Cooperative`] in their order, but for the last, and about as many microseconds as a product with 960 inputs
@@ -37,8 +41,12 @@ const PROCESSORS: u32 = 132;
 /// they differ from it by 2 to 8 %, in the root mean square. Those are here that together served layers of 135M, 360M and 1.7B best: of
 /// [`SHORT_LOOP_ROWS`] rows and more of 98 tiles and numbers of stages (`benches/runs/2026-11-29-nvidia-h200/linear-short-loops-tiles.txt`),
 /// and of 30 with other widths (`benches/runs/2026-11-30-nvidia-h200/linear-uneven-tiles.txt`), of fewer of 79 (`linear-tiles-by-rows.txt`
-/// beside the first).
-const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 22] = [
+/// beside the first). The first three, which have registers for one stage alone, were timed inside steps, and are fitted to these
+/// (`steps-large-tiles.txt` beside the second).
+const COOPERATIVE_TILES: [([u32; 7], [f32; 2]); 25] = [
+    ([256, 160, 32, 4, 2, 1, 1], [44.5, 82.8]),
+    ([176, 256, 32, 1, 8, 1, 1], [44.9, 83.0]),
+    ([128, 144, 64, 2, 3, 1, 1], [25.9, 49.5]),
     ([128, 128, 32, 2, 2, 1, 2], [29.3, 34.5]),
     ([128, 128, 64, 4, 2, 1, 2], [20.7, 37.8]),
     ([128, 112, 64, 4, 1, 2, 2], [20.3, 35.4]),
@@ -124,7 +132,7 @@ pub enum LinearTile {
         thread_n: u32,
         /// Slices of the staged inputs, each multiplied by threads of its own.
         split_k: u32,
-        /// Stages whose loads are on their way, each to registers of its own. Tiles of 64 rows and more hide none with 1.
+        /// Stages whose loads are on their way, each to registers of its own.
         ahead: u32,
     },
     /// Tiles of x and w go through workgroup memory as f16; cooperative matrices, sums in f32.
@@ -141,7 +149,7 @@ pub enum LinearTile {
         subgroups_n: u32,
         /// Slices of the staged inputs, each multiplied by subgroups of its own.
         split_k: u32,
-        /// Stages whose loads are on their way, each to registers of its own. Tiles of 64 rows and more hide none with 1.
+        /// Stages whose loads are on their way, each to registers of its own.
         ahead: u32,
         /// Columns of a row that a lane stores at a time: 2, or 4 where all numbers of columns are multiples of 4.
         lane_columns: u32,
@@ -197,11 +205,12 @@ fn staged_tiles() -> impl Iterator<Item = (LinearTile, u32)> {
     })
 }
 
-/// [`COOPERATIVE_TILES`] that suit `num_rows` rows and `num_outputs` columns, with their times; none without cooperative matrices.
+/// [`COOPERATIVE_TILES`] that suit `num_rows` rows and `num_outputs` columns of a weight, with their times; none without cooperative
+/// matrices.
 fn timed_tiles(
     caps: &DeviceCaps,
-    num_rows: u32,
-    num_outputs: u32,
+    [num_rows, num_outputs]: [u32; 2],
+    weight_dtype: DType,
 ) -> impl Iterator<Item = (LinearTile, [f32; 2])> + '_ {
     let wide = num_outputs.is_multiple_of(4) && subgroup_width(caps) <= FRAGMENT * FRAGMENT / 4;
     COOPERATIVE_TILES
@@ -209,6 +218,7 @@ fn timed_tiles(
         .filter(|_| caps.cooperative_matrices && !caps.is_cpu)
         .map(move |&(tile, times)| (cooperative_tile(tile, if wide { 4 } else { 2 }), times))
         .filter(move |(tile, _)| tile.suits(caps, num_rows))
+        .filter(move |(tile, _)| weight_dtype != DType::Q8 || tile.fragments() <= MOST_Q8_FRAGMENTS)
 }
 
 /// Microseconds until the last of `workgroups` has ended, of a tile that takes a processor so long for one of them or for two, without
@@ -219,10 +229,9 @@ fn waves(workgroups: u32, [one, two]: [f32; 2], once: f32) -> f32 {
 }
 
 /// The one of [`timed_tiles`] whose waves are expected to end first, with its times.
-fn fastest_tile(caps: &DeviceCaps, num_rows: u32, num_outputs: u32) -> Option<(LinearTile, [f32; 2])> {
-    let micros =
-        |(tile, times): &(LinearTile, [f32; 2])| waves(tile.num_tiles(num_rows, num_outputs), *times, DISPATCH_MICROS);
-    timed_tiles(caps, num_rows, num_outputs).min_by(|a, b| micros(a).total_cmp(&micros(b)))
+fn fastest_tile(caps: &DeviceCaps, shape: [u32; 2], weight_dtype: DType) -> Option<(LinearTile, [f32; 2])> {
+    let micros = |(tile, times): &(LinearTile, [f32; 2])| waves(tile.num_tiles(shape), *times, DISPATCH_MICROS);
+    timed_tiles(caps, shape, weight_dtype).min_by(|a, b| micros(a).total_cmp(&micros(b)))
 }
 
 /// Size of all subgroups, where matrices are multiplied.
@@ -236,10 +245,10 @@ impl LinearTile {
     /// Most sums of all its parts together: [`PartSums::sums`] of all.
     pub const MOST_PART_SUMS: usize = 8 << 20;
 
-    /// The tile for about `num_rows` rows and `num_outputs` columns on a device with `caps`: of those that multiply cooperative
+    /// The tile for a `shape` of about so many rows and so many columns on a device with `caps`: of those that multiply cooperative
     /// matrices the one that is expected to end first, of others the largest that fills a GPU. `half_products` allows activations and
     /// weights to be rounded to f16, where the device has cooperative matrices.
-    pub fn for_shape(caps: &DeviceCaps, num_rows: u32, num_outputs: u32, half_products: bool) -> Self {
+    pub fn for_shape(caps: &DeviceCaps, shape: [u32; 2], weight_dtype: DType, half_products: bool) -> Self {
         if caps.is_cpu {
             return match caps.subgroup_sizes {
                 Some((BROADCAST_LANES, BROADCAST_LANES)) => {
@@ -248,44 +257,45 @@ impl LinearTile {
                 _ => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
             };
         }
-        if let Some((tile, _)) = fastest_tile(caps, num_rows, num_outputs).filter(|_| half_products) {
+        if let Some((tile, _)) = fastest_tile(caps, shape, weight_dtype).filter(|_| half_products) {
             return tile;
         }
         staged_tiles()
-            .find(|&(tile, enough)| tile.num_tiles(num_rows, num_outputs) >= enough && tile.suits(caps, num_rows))
+            .find(|&(tile, enough)| tile.num_tiles(shape) >= enough && tile.suits(caps, shape[0]))
             .expect("the last tile fits every device within WebGPU's limits")
             .0
     }
 
     /// A tile whose workgroups multiply parts of `in_features` inputs each, where that is expected to end sooner than
-    /// [`LinearTile::for_shape`] for halves: few tiles leave processors idle, and take long for many inputs. For about `num_rows` rows,
-    /// with room in [`PartSums`] for `most_rows`.
+    /// [`LinearTile::for_shape`] for halves: few tiles leave processors idle, and take long for many inputs. With room in
+    /// [`PartSums`] for `most_rows` rows.
     pub fn in_parts(
         caps: &DeviceCaps,
-        [num_rows, most_rows]: [u32; 2],
-        num_outputs: u32,
+        shape: [u32; 2],
+        most_rows: u32,
         in_features: u32,
+        weight_dtype: DType,
     ) -> Option<Self> {
         let micros = |tile: Self, times, parts| {
-            let workgroups = tile.num_tiles(num_rows, num_outputs) * parts;
+            let workgroups = tile.num_tiles(shape) * parts;
             waves(workgroups, times, DISPATCH_MICROS + ENDS_MICROS) * in_features as f32 / TIMED_INPUTS / parts as f32
                 + if parts > 1 { PART_MICROS * parts as f32 } else { 0.0 }
         };
-        let (tile, times) = fastest_tile(caps, num_rows, num_outputs)?;
+        let (tile, times) = fastest_tile(caps, shape, weight_dtype)?;
         let whole = micros(tile, times, 1);
         let parted = |(mut tile, times): (Self, [f32; 2]), num_parts: u32| {
             if let Self::Cooperative { parts, .. } = &mut tile {
                 *parts = num_parts;
             }
-            let most_tiles = tile.num_tiles(most_rows, num_outputs);
+            let most_tiles = tile.num_tiles([most_rows, shape[1]]);
             // One a processor: in waves, parts only make more of them.
-            let is_fit = tile.num_tiles(num_rows, num_outputs) * num_parts <= PROCESSORS
+            let is_fit = tile.num_tiles(shape) * num_parts <= PROCESSORS
                 && most_tiles as usize <= Self::MOST_PARTED_TILES
                 && tile.part_sums(caps, most_tiles) <= Self::MOST_PART_SUMS
                 && in_features.div_ceil(tile.tile_k()) >= num_parts;
             (tile.fits(caps) && is_fit).then(|| (tile, micros(tile, times, num_parts)))
         };
-        timed_tiles(caps, num_rows, num_outputs)
+        timed_tiles(caps, shape, weight_dtype)
             .flat_map(|timed| PARTS.map(move |parts| (timed, parts)))
             .filter_map(|(timed, parts)| parted(timed, parts))
             .min_by(|(_, a), (_, b)| a.total_cmp(b))
@@ -300,8 +310,8 @@ impl LinearTile {
         staged_tiles().map(|(tile, _)| tile).chain(cooperative).filter(|tile| tile.fits(caps)).collect()
     }
 
-    /// Tiles of a product of `num_rows` rows and `num_outputs` columns.
-    fn num_tiles(self, num_rows: u32, num_outputs: u32) -> u32 {
+    /// Tiles of a product of so many rows and columns.
+    fn num_tiles(self, [num_rows, num_outputs]: [u32; 2]) -> u32 {
         let [tile_m, tile_n] = self.size();
         num_rows.div_ceil(tile_m) * num_outputs.div_ceil(tile_n)
     }
@@ -368,16 +378,17 @@ impl LinearTile {
 
     /// Elements of [`PartSums::sums`] that `tiles` tiles need: a thread's places of every fragment, the last perhaps of no use.
     fn part_sums(self, caps: &DeviceCaps, tiles: u32) -> usize {
-        let LinearTile::Cooperative { tile_m, tile_n, subgroups_m, subgroups_n, split_k, lane_columns, parts, .. } =
-            self
-        else {
-            return 0;
-        };
+        let LinearTile::Cooperative { split_k, lane_columns, parts, .. } = self else { return 0 };
         let places = FRAGMENT * FRAGMENT / lane_columns;
         let threads = self.threads(caps);
         let own = places.div_ceil(split_k * subgroup_width(caps));
-        let fragments = tile_m * tile_n / (FRAGMENT * FRAGMENT) / (subgroups_m * subgroups_n);
-        tiles as usize * parts as usize * (fragments * own * threads * lane_columns) as usize
+        tiles as usize * parts as usize * (self.fragments() * own * threads * lane_columns) as usize
+    }
+
+    /// Matrices of results that a subgroup has; none without cooperative matrices.
+    fn fragments(self) -> u32 {
+        let LinearTile::Cooperative { tile_m, tile_n, subgroups_m, subgroups_n, .. } = self else { return 0 };
+        tile_m * tile_n / (FRAGMENT * FRAGMENT) / (subgroups_m * subgroups_n)
     }
 
     /// Threads of a workgroup.
@@ -546,7 +557,7 @@ impl Linear {
             return unfit("num_outputs", found, "all columns of a norm");
         }
         if self.tile.parts() > 1 {
-            let tiles = self.tile.num_tiles(b.rows.capacity as u32, p.num_outputs);
+            let tiles = self.tile.num_tiles([b.rows.capacity as u32, p.num_outputs]);
             let room = b.parts.map_or((0, 0), |parts| (parts.sums.num_elems(), parts.arrivals.num_elems()));
             let needed = (self.tile.part_sums(caps, tiles), tiles as usize);
             if room.0 < needed.0 || room.1 < needed.1 {
@@ -607,6 +618,7 @@ impl Kernel for Linear {
             LinearTile::Staged { tile_k, thread_m, thread_n, split_k, ahead, .. } => definitions
                 .u32("TILE_K", tile_k)
                 .u32("AHEAD", ahead)
+                .flag("ONE_AHEAD", ahead == 1)
                 .u32("THREAD_M", thread_m)
                 .u32("THREAD_N", thread_n)
                 .u32("SPLIT_K", split_k)
@@ -621,6 +633,7 @@ impl Kernel for Linear {
                 let definitions = definitions
                     .u32("TILE_K", tile_k)
                     .u32("AHEAD", ahead)
+                    .flag("ONE_AHEAD", ahead == 1)
                     .u32("FRAGMENTS_M", tile_m / subgroups_m / FRAGMENT)
                     .u32("FRAGMENTS_N", tile_n / subgroups_n / FRAGMENT)
                     .u32("STEPS", tile_k / split_k / FRAGMENT)

@@ -98,15 +98,16 @@ impl<'a> Recorder<'a> {
             Phase::Prefill { .. } => self.expected_rows(rows).max(MAX_FEW_ROWS + 1),
             _ => self.step.capacity,
         };
-        let outputs = (num_outputs, weight.num_rows as u32);
+        let outputs = (weight.dtype, num_outputs, weight.num_rows as u32);
         let merges = matches!(input, Input::Merge { .. });
         let caps = self.model.gpu().caps();
         let product = self.phase.product(caps, self.model.precision(), num_rows, outputs, merges);
         let Product::ManyRows { norm_apart: true, .. } = product else { return product };
-        let numbers_of_rows = [num_rows, rows.capacity].map(|rows| rows as u32);
+        let [num_rows, most_rows, in_features] =
+            [num_rows, rows.capacity, weight.in_features].map(|count| count as u32);
         self.halves(rows)
             .and_then(|halves| halves.parts.as_ref())
-            .and_then(|_| LinearTile::in_parts(caps, numbers_of_rows, num_outputs, weight.in_features as u32))
+            .and_then(|_| LinearTile::in_parts(caps, [num_rows, num_outputs], most_rows, in_features, weight.dtype))
             .map_or(product, |tile| Product::ManyRows { tile, norm_apart: true })
     }
 

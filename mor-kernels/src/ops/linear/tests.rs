@@ -16,7 +16,7 @@ fn tiles(gpu: &Gpu) -> Vec<LinearTile> {
     if !gpu.caps().cooperative_matrices {
         println!("\"{}\" has no cooperative matrices: their tiles are not run", gpu.summary().name);
     }
-    let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, 64, 64, false);
+    let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, [64, 64], DType::F32, false);
     let mut tiles = vec![on_cpu, UNEVEN];
     tiles.extend(LinearTile::candidates(gpu.caps()));
     tiles.retain(|tile| tile.fits(gpu.caps()));
@@ -78,7 +78,7 @@ fn every_cooperative_tile_suits_some_shape() {
         };
         for num_rows in (16..=2048).step_by(16) {
             for num_outputs in [34, 576, 960, 1600, 2048, 3072, 5120, 6144, 16384] {
-                let tile = LinearTile::for_shape(&caps, num_rows, num_outputs, true);
+                let tile = LinearTile::for_shape(&caps, [num_rows, num_outputs], DType::F16, true);
                 assert!(tile.size()[0] <= num_rows, "{tile:?} for {num_rows} rows");
                 assert!(tile.fits(&caps), "{tile:?} on {caps:?}");
                 assert!(tile.num_norm_parts(num_outputs).is_none_or(|parts| parts <= num_outputs / 16 + 8), "{tile:?}");
@@ -102,6 +102,7 @@ fn products_match_oracle() {
             (DType::BF16, 64, 512, 64),
             (DType::F32, 65, 130, 256),
             (DType::F16, 130, 96, 264),
+            (DType::F16, 300, 292, 72),
             (DType::BF16, 33, 34, 4096),
             (DType::Q8, 7, 34, 56),
             (DType::Q8, 65, 130, 256),
@@ -296,7 +297,8 @@ fn long_products_of_few_rows_are_in_parts() {
         ..parity::gpu().caps().clone()
     };
     let parts = |caps: &DeviceCaps, num_rows, num_outputs, in_features| {
-        LinearTile::in_parts(caps, [num_rows, num_rows], num_outputs, in_features).map_or(1, LinearTile::parts)
+        let tile = LinearTile::in_parts(caps, [num_rows, num_outputs], num_rows, in_features, DType::F16);
+        tile.map_or(1, LinearTile::parts)
     };
     for (num_rows, num_outputs, in_features, expected) in [
         (170, 2048, 8192, 4),
@@ -530,7 +532,7 @@ fn refuses_wrong_shapes() {
         weight_dtype: DType::F16,
         prologue: PrologueKind::Compact,
         epilogue: EpilogueKind::Store,
-        tile: LinearTile::for_shape(gpu.caps(), 64, 6, false),
+        tile: LinearTile::for_shape(gpu.caps(), [64, 6], DType::F32, false),
     };
     let bindings = LinearBindings {
         rows: &rows,
