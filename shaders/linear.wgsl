@@ -1,7 +1,7 @@
 // linear: y = x W^T for many rows, with RMSNorm before it and an epilogue after it.
 // Math      y[i, o] = sum_k f(x)[i, k] * w[o, k]; f: identity, or RMSNorm of row r = active_rows[i].row; then
 //           shared/epilogue.wgsl. A norm between two products may be both's: the first, of rows out[r], leaves next_x[i] =
-//           next_weight * out[r] and next_squares[p, i], what the squares of part p of the row add up to; the second
+//           next_weight / 16 * out[r] and next_squares[p, i], what the squares of part p of the row add up to; the second
 //           divides y[i] by the root mean square
 // Why       every value fetched is used many times. STAGED: a workgroup shares tiles of x and w in workgroup memory,
 //           the next tiles in flight while these are multiplied, and SPLIT_K parts of it multiply a slice of K each,
@@ -41,7 +41,7 @@
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
 //           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and 4 * TILE_M more, with PARTED 16
 // Numerics  f32; sums in ascending k, slices and then parts added in ascending order, whoever adds them. NORM, SCALED: the
-//           product of x * norm_weight is divided by the root mean square. COOPERATIVE: x, or x * norm_weight, and w are
+//           product of x * norm_weight is divided by the root mean square. COOPERATIVE: x, or x * norm_weight / 16, and w are
 //           rounded to f16, infinite above 65504; exact products, sums in f32 in the matrix unit's order
 // Source    Llama projections (arXiv 2302.13971); MoR block end (arXiv 2507.10524)
 #if COOPERATIVE
@@ -106,6 +106,14 @@ alias Inner = f32;
 @group(0) @binding(10) var<storage, read> next_weight: array<Columns>;
 @group(0) @binding(11) var<storage, read_write> next_x: array<HalfColumns>;
 @group(0) @binding(12) var<storage, read_write> next_squares: array<f32>;
+#endif
+
+// What rows are multiplied with beside a norm's weight, until they are divided by their root mean square: as halves, which end at 65504,
+// they would become infinite at a sixteenth of the size. A power of two, so that nothing else is rounded otherwise.
+#if COOPERATIVE
+const HEADROOM: f32 = 0.0625;
+#else
+const HEADROOM: f32 = 1.0;
 #endif
 
 // K.
@@ -225,7 +233,7 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
             let value = x_ahead[($SET) * X_LOADS + l];
 #if NORM
             square[l] += select(0.0, dot(value, value), staged < units);
-            stage_x(tile_row(at, X_COLUMNS), column, value * norm_ahead[$SET]);
+            stage_x(tile_row(at, X_COLUMNS), column, value * (HEADROOM * norm_ahead[$SET]));
 #else
             stage_x(tile_row(at, X_COLUMNS), at % X_COLUMNS, value);
 #endif
@@ -358,7 +366,7 @@ fn main(
         }
         let m = thread + r * THREADS;
         if m < TILE_M {
-            scratch[m / WIDTH][m % WIDTH] = inverseSqrt(sum / f32(in_features()) + params.eps);
+            scratch[m / WIDTH][m % WIDTH] = inverseSqrt(sum / f32(in_features()) + params.eps) / HEADROOM;
         }
     }
 #endif
@@ -454,7 +462,7 @@ fn main(
             let at = m * SQUARES_STRIDE + c;
             sum += scratch[at / WIDTH][at % WIDTH];
         }
-        factors[m] = inverseSqrt(sum / f32(in_features()) + params.eps);
+        factors[m] = inverseSqrt(sum / f32(in_features()) + params.eps) / HEADROOM;
     }
     workgroupBarrier();
 #endif
@@ -601,7 +609,7 @@ fn main(
             epilogue(first_entry + tile_row, entry, params.first_output + column, v, read);
 #if NEXT_NORM
             let y = layer_output(v, read);
-            next_x[((first_entry + tile_row) * params.out_stride + column) / WIDTH] = pack_halves(y * next_weight[column / WIDTH]);
+            next_x[((first_entry + tile_row) * params.out_stride + column) / WIDTH] = pack_halves(y * (HEADROOM * next_weight[column / WIDTH]));
             square[i] += dot(y, y);
 #endif
         }

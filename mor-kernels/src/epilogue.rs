@@ -68,7 +68,7 @@ pub enum Epilogue<'a> {
         out: &'a Tensor,
         /// `[out_stride]` f32, the norm's.
         next_weight: &'a Tensor,
-        /// `[n, out_stride]` f16: `next_weight * out`, compact.
+        /// `[n, out_stride]` f16: `next_weight / 16 * out`, compact.
         next_x: &'a Tensor,
         /// `[num_parts, n]` f32, see [`LinearTile::num_norm_parts`](crate::ops::LinearTile::num_norm_parts): sums of squares of parts of the
         /// rows of `out`, compact.

@@ -24,7 +24,7 @@ pub enum Prologue<'a> {
     },
     /// RMSNorm of rows that [`Epilogue::Scaled`] has multiplied with the norm's weight; of [`Linear`](super::Linear) alone.
     Scaled {
-        /// `[n, K]` f16.
+        /// `[n, K]` f16, a sixteenth of these products.
         x: &'a Tensor,
         /// `[num_parts, n]` f32, n padded by [`ROW_PADDING`](crate::rows::ROW_PADDING).
         squares: &'a Tensor,

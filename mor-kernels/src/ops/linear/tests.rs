@@ -396,7 +396,9 @@ fn norms_between_products_match_oracle() {
             let x = halves_of(&rng.normals(num_active.max(1) * in_features));
             let x = Tensor::from_slice(gpu, "x", DType::F16, &[num_active.max(1), in_features], &x).expect("it fits");
             let (weight, w) = parity::upload_weight(gpu, rng, width, in_features, DType::F16);
-            let residual = rng.normals(num_rows * width);
+            let mut residual = rng.normals(num_rows * width);
+            // Beyond what f16 holds.
+            residual.iter_mut().take(2 * width).for_each(|v| *v *= 1e5);
             let next_weight = rng.normals(width);
             let num_parts = first.num_norm_parts(width as u32).expect("it multiplies halves");
             let part_stride = num_active + ROW_PADDING as usize;
@@ -443,7 +445,8 @@ fn norms_between_products_match_oracle() {
             parity::assert_close(&format!("{what} out"), &got, &want, Tolerance::F32);
             let (scaled, factors) = norm_factors(&got, &next_weight, 1e-5);
             let seen: Vec<half::f16> = gpu.read(&next_x).expect("the device answers");
-            assert_eq!(seen[..num_active * width], halves_of(&scaled), "{what} next_x");
+            let sixteenths: Vec<f32> = scaled.iter().map(|v| v / 16.0).collect();
+            assert_eq!(seen[..num_active * width], halves_of(&sixteenths), "{what} next_x");
             let squares = next_squares.read(gpu);
             let sums = |i| squares.chunks(part_stride).map(|part| part[i]).sum();
             let sums: Vec<f32> = (0..num_active).map(sums).collect();
@@ -454,7 +457,7 @@ fn norms_between_products_match_oracle() {
             let out = Output::new(gpu, num_active * width);
             let prologue = Prologue::Scaled { x: &next_x, squares: &next_squares.tensor, num_parts };
             run(second, prologue, Epilogue::Store { out: &out.tensor }, &weight, width);
-            let y = linear(&halves(&scaled), &halves(&w), width);
+            let y: Vec<f32> = linear(&halves(&sixteenths), &halves(&w), width).iter().map(|v| 16.0 * v).collect();
             let want: Vec<f32> =
                 y.chunks(width).zip(&factors).flat_map(|(y, f)| y.iter().map(move |v| v * f)).collect();
             parity::assert_close(&format!("{what} then {second:?}"), &out.read(gpu), &want, Tolerance::F32);
@@ -469,6 +472,50 @@ fn norms_between_products_match_oracle() {
             }
         }
     });
+}
+
+/// Rows times the weight of a norm that f16 does not hold are normed all the same.
+#[test]
+fn norms_of_large_rows_are_finite() {
+    let gpu = parity::gpu();
+    let mut rng = Rng::new("linear large rows");
+    let (num_rows, num_outputs, in_features) = (18, 36, 136);
+    let x: Vec<f32> = rng.normals(num_rows * in_features).iter().map(|v| v * 1e5).collect();
+    let norm_weight = rng.normals(in_features);
+    let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::F16);
+    let active = parity::some_rows(&mut rng, num_rows, num_rows);
+    let rows = parity::row_set(gpu, &active);
+    let (scaled, factors) = norm_factors(&gather(&active, &x, in_features), &norm_weight, 1e-5);
+    let sixteenths: Vec<f32> = scaled.iter().map(|v| v / 16.0).collect();
+    let (x, norm_weight) = (parity::upload(gpu, &x), parity::upload(gpu, &norm_weight));
+    for tile in tiles(gpu).into_iter().filter(|tile| tile.fuses_norm()) {
+        let tile = for_columns(tile, num_outputs);
+        let out = Output::new(gpu, num_rows * num_outputs);
+        let prologue = Prologue::Norm { x: &x, weight: &norm_weight };
+        let kernel = Linear {
+            in_features: in_features as u32,
+            weight_dtype: DType::F16,
+            prologue: prologue.kind(),
+            epilogue: EpilogueKind::Store,
+            tile,
+        };
+        let params = LinearParams {
+            num_outputs: num_outputs as u32,
+            out_stride: num_outputs as u32,
+            in_features: in_features as u32,
+            eps: 1e-5,
+            scale: 1.0,
+            ..Default::default()
+        };
+        let epilogue = Epilogue::Store { out: &out.tensor };
+        let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue, parts: None };
+        dispatch(gpu, kernel, &bindings, &params, num_rows);
+        let y = product(tile, &sixteenths, &w, in_features);
+        let factors = factors.iter().map(|factor| 16.0 * factor);
+        let want: Vec<f32> =
+            y.chunks(num_outputs).zip(factors).flat_map(|(y, f)| y.iter().map(move |v| v * f)).collect();
+        parity::assert_close(&format!("linear {tile:?} of large rows"), &out.read(gpu), &want, Tolerance::F32);
+    }
 }
 
 /// What batch invariance rests on: a row's results have the same bits wherever it stands and whatever is beside it.
