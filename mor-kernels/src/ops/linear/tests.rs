@@ -1,5 +1,6 @@
 //! Parity of `linear`.
 
+use super::tiles::{COOPERATIVE_TILES, cooperative_tile};
 use super::*;
 use crate::Gpu;
 use crate::oracle::linear::{epilogue, gather, halves, linear, norm_factors};
