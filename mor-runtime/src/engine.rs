@@ -170,11 +170,16 @@ pub(crate) fn most_prefill_rows(model: &MorModel, kv_bytes: u64, batch_invariant
     }
     let taken = model.weights().num_bytes() + kv_bytes;
     let left = summary.memory_bytes.map_or(u64::MAX, |memory| memory.saturating_sub(taken));
-    // A quarter, since there are other tensors.
     let [of_row, _] = model.step_bytes_of_row();
-    let fits = ((left / 4).saturating_sub(model.step_bytes_of_all()) / of_row).min(model.most_step_rows() as u64);
+    let fits = rows_that_fit(left, model.step_bytes_of_all(), of_row).min(model.most_step_rows() as u64);
     let has_matrices = model.precision() == Precision::F16 && caps.cooperative_matrices && !batch_invariant;
     rows_of_discrete(model.config(), has_matrices, fits)
+}
+
+/// Rows of `of_row` bytes each, beside `of_all` bytes however many they are, in a quarter of the `left` bytes, since there are other
+/// tensors.
+fn rows_that_fit(left: u64, of_all: u64, of_row: u64) -> u64 {
+    (left / 4).saturating_sub(of_all) / of_row
 }
 
 /// [`most_prefill_rows`] of a discrete GPU whose memory has room for so many: a power of two, as the sizes that plans are made for.
@@ -643,5 +648,8 @@ mod tests {
         assert_eq!(rows_of_discrete(&with_unshared_layers, true, u64::MAX), 2048);
         assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, 3000), 2048);
         assert_eq!(rows_of_discrete(&config("360m-vanilla"), true, 0), ROWS_BESIDE_DECODING);
+        // What rows share is not counted for each of them: 32 MiB of part sums and 48 KiB a row in a quarter of 1 GiB.
+        assert_eq!(rows_that_fit(1 << 30, 32 << 20, 48 << 10), 4778);
+        assert_eq!(rows_that_fit(64 << 20, 32 << 20, 48 << 10), 0);
     }
 }
