@@ -71,8 +71,8 @@ impl Phase {
     }
 
     /// The kernels for about `num_rows` rows, of up to [`MAX_FEW_ROWS`] no more than those, times `num_outputs` of the
-    /// `weight_rows` rows of a weight of `weight_dtype`; `merges` if the rows are merged from parts of attention. Products of halves, on cooperative
-    /// matrices, are for models that are stored as such.
+    /// `weight_rows` rows of a weight of `weight_dtype`; `merges` if the rows are merged from parts of attention. Products of
+    /// halves, on cooperative matrices, are for models that are stored as such.
     pub(super) fn product(
         self,
         caps: &DeviceCaps,
