@@ -69,6 +69,8 @@ struct Report {
     quantization: Option<&'static str>,
     phase: &'static str,
     context: usize,
+    /// Of each sequence in the step: the last ones of a prompt that is read in several.
+    step_tokens: usize,
     batch: usize,
     /// `routed`, `by-capacity` or `full-depth`.
     depths: &'static str,
@@ -165,6 +167,7 @@ impl Report {
             quantization: session.config().quantization.map(mor_model::Quantization::as_str),
             phase: args.phase.name(),
             context: args.context,
+            step_tokens: profile.num_tokens,
             batch: args.batch,
             depths: args.mode.name(),
             step_us: profile.device_micros,
@@ -176,8 +179,10 @@ impl Report {
     }
 
     fn to_text(&self, storage: &str) -> String {
+        let in_steps = self.phase == Phase::Prefill.name() && self.step_tokens < self.context;
+        let tokens = if in_steps { format!("the last {} of ", self.step_tokens) } else { String::new() };
         let mut text = format!(
-            "{}, {storage}, on \"{}\" ({}): {} of {} tokens, {} at a time, depths {}\n",
+            "{}, {storage}, on \"{}\" ({}): {} of {tokens}{} tokens, {} at a time, depths {}\n",
             self.model, self.device, self.driver, self.phase, self.context, self.batch, self.depths
         );
         let parts: Vec<_> = self.parts.iter().map(|part| format!("{} {:.1}", part.name, part.us)).collect();

@@ -246,6 +246,7 @@ fn steps_are_profiled() {
         assert!(kernels.iter().any(|found| found["kernel"] == kernel), "{report}");
         let share: f64 = kernels.iter().map(|kernel| kernel["share"].as_f64().unwrap()).sum();
         assert_eq!(report["depths"], "by-capacity");
+        assert_eq!(report["step_tokens"], if phase == "decode" { 1 } else { 40 });
         assert!((share - 1.0).abs() < 1e-6 && report["step_us"].as_f64().unwrap() > 0.0, "{report}");
         assert!(kernels.iter().any(|kernel| kernel["weights_gb_per_s"].is_f64()), "{report}");
 
@@ -263,6 +264,10 @@ fn steps_are_profiled() {
     }
     let table = stdout(&["profile", "--model", &model, "--context", "16"]);
     assert!(table.contains("| linear_decode | ") && table.contains(" us (coda "), "{table}");
+    let mut in_steps = command(&["profile", "--model", &model, "--context", "40", "--phase", "prefill"]);
+    let output = in_steps.env("MOR_PREFILL_CHUNK", "32").output().expect("the program starts");
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains(": prefill of the last 32 of 40 tokens, 1 at a time"), "{table}");
 }
 
 #[test]

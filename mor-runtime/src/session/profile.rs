@@ -18,6 +18,8 @@ use crate::runner::{Feed, Runner, RunnerOptions, Work};
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepProfile {
+    /// Tokens of each sequence that the step reads: of a prompt the last ones, as many as it takes at a time.
+    pub num_tokens: usize,
     /// Device time of a step among others like it.
     pub device_micros: f64,
     /// Host time to record and submit a step.
@@ -63,7 +65,7 @@ impl Session {
             }
         }
         let plan = runner.decode_plan(model, num_sequences, context)?;
-        profile(model.gpu(), &plan)
+        profile(model.gpu(), &plan, 1)
     }
 
     /// Where the time of a prefill step goes that reads the same number of tokens of each of `num_sequences` sequences, the last
@@ -99,7 +101,7 @@ impl Session {
             let end = last.min(begin + chunk);
             runner.submit(model, &Work { feeds: &feeds(begin, end), max_context: end, ..Work::default() })?.wait()?;
         }
-        profile(model.gpu(), &runner.repeatable_prefill(model, &feeds(last, context))?)
+        profile(model.gpu(), &runner.repeatable_prefill(model, &feeds(last, context))?, chunk)
     }
 
     /// `len` tokens to measure prompts with, the same ones for every length. They look like none in particular: of tokens in the
@@ -131,7 +133,7 @@ const PROFILED_STEPS: usize = 32;
 /// A measurement of slow steps has fewer, so that it takes about so many microseconds.
 const PROFILED_MICROS: f64 = 1e6;
 
-fn profile(gpu: &Gpu, plan: &Plan) -> Result<StepProfile> {
+fn profile(gpu: &Gpu, plan: &Plan, num_tokens: usize) -> Result<StepProfile> {
     let of_one = timing::device_micros(gpu, plan, 1)?;
     let steps = (PROFILED_MICROS / of_one.max(1.0)).clamp(1.0, PROFILED_STEPS as f64) as u32;
     let device_micros = timing::device_micros(gpu, plan, steps)?;
@@ -145,5 +147,5 @@ fn profile(gpu: &Gpu, plan: &Plan) -> Result<StepProfile> {
     let host_micros = start.elapsed().as_secs_f64() * 1e6 / f64::from(steps);
     gpu.wait_idle()?;
     let dispatches = timing::profile(gpu, plan, steps)?;
-    Ok(StepProfile { device_micros, host_micros, parts, dispatches })
+    Ok(StepProfile { num_tokens, device_micros, host_micros, parts, dispatches })
 }
