@@ -266,6 +266,7 @@ fn steps_are_profiled() {
     assert!(table.contains("| linear_decode | ") && table.contains(" us (coda "), "{table}");
     let mut in_steps = command(&["profile", "--model", &model, "--context", "40", "--phase", "prefill"]);
     let output = in_steps.env("MOR_PREFILL_CHUNK", "32").output().expect("the program starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let table = String::from_utf8(output.stdout).unwrap();
     assert!(table.contains(": prefill of the last 32 of 40 tokens, 1 at a time"), "{table}");
 }

@@ -56,6 +56,20 @@ fn room_for_parts(gpu: &Gpu) -> [Tensor; 2] {
     [sums, Tensor::zeros(gpu, "arrivals", DType::U32, &[64]).expect("it fits")]
 }
 
+/// The kernel of a product with so many outputs and inputs that ends in `scale * y`, and what it is called with.
+fn stored(
+    tile: LinearTile,
+    weight_dtype: DType,
+    prologue: &Prologue<'_>,
+    [num_outputs, in_features]: [usize; 2],
+    scale: f32,
+) -> (Linear, LinearParams) {
+    let [num_outputs, in_features] = [num_outputs, in_features].map(|count| count as u32);
+    let kernel = Linear { in_features, weight_dtype, prologue: prologue.kind(), epilogue: EpilogueKind::Store, tile };
+    let out_stride = num_outputs;
+    (kernel, LinearParams { num_outputs, out_stride, in_features, eps: 1e-5, scale, ..Default::default() })
+}
+
 /// The product of `x` and `w` as `tile` rounds them.
 fn product(tile: LinearTile, x: &[f32], w: &[f32], in_features: usize) -> Vec<f32> {
     match tile {
@@ -143,21 +157,7 @@ fn products_match_oracle() {
                 let want: Vec<f32> = want.iter().map(|v| v * 0.5).collect();
                 let out = Output::new(gpu, num_active * num_outputs);
                 let epilogue = Epilogue::Store { out: &out.tensor };
-                let kernel = Linear {
-                    in_features: in_features as u32,
-                    weight_dtype: dtype,
-                    prologue: prologue.kind(),
-                    epilogue: EpilogueKind::Store,
-                    tile,
-                };
-                let params = LinearParams {
-                    num_outputs: num_outputs as u32,
-                    out_stride: num_outputs as u32,
-                    in_features: in_features as u32,
-                    eps: 1e-5,
-                    scale: 0.5,
-                    ..Default::default()
-                };
+                let (kernel, params) = stored(tile, dtype, &prologue, [num_outputs, in_features], 0.5);
                 let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue, parts: None };
                 dispatch(gpu, kernel, &bindings, &params, num_active);
                 let what = format!(
@@ -347,17 +347,7 @@ fn parts_match_oracle() {
             let x = parity::upload(gpu, &x);
             let (weight, w) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, dtype);
             let prologue = Prologue::Stream { x: &x };
-            let epilogue = EpilogueKind::Store;
-            let (features, outputs) = (in_features as u32, num_outputs as u32);
-            let kernel =
-                Linear { in_features: features, weight_dtype: dtype, prologue: prologue.kind(), epilogue, tile };
-            let params = LinearParams {
-                num_outputs: outputs,
-                out_stride: outputs,
-                in_features: features,
-                scale: 1.0,
-                ..Default::default()
-            };
+            let (kernel, params) = stored(tile, dtype, &prologue, [num_outputs, in_features], 1.0);
             let run = || {
                 let out = Output::new(gpu, num_active * num_outputs);
                 let epilogue = Epilogue::Store { out: &out.tensor };
@@ -493,21 +483,7 @@ fn norms_of_large_rows_are_finite() {
         let tile = for_columns(tile, num_outputs);
         let out = Output::new(gpu, num_rows * num_outputs);
         let prologue = Prologue::Norm { x: &x, weight: &norm_weight };
-        let kernel = Linear {
-            in_features: in_features as u32,
-            weight_dtype: DType::F16,
-            prologue: prologue.kind(),
-            epilogue: EpilogueKind::Store,
-            tile,
-        };
-        let params = LinearParams {
-            num_outputs: num_outputs as u32,
-            out_stride: num_outputs as u32,
-            in_features: in_features as u32,
-            eps: 1e-5,
-            scale: 1.0,
-            ..Default::default()
-        };
+        let (kernel, params) = stored(tile, DType::F16, &prologue, [num_outputs, in_features], 1.0);
         let epilogue = Epilogue::Store { out: &out.tensor };
         let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue, parts: None };
         dispatch(gpu, kernel, &bindings, &params, num_rows);
@@ -538,21 +514,7 @@ fn rows_do_not_depend_on_their_place() {
             let mut first: Option<Vec<u32>> = None;
             for active in [parity::some_rows(&mut rng, 3, 3), parity::some_rows(&mut rng, num_rows, num_rows)] {
                 let out = Output::new(gpu, active.len() * num_outputs);
-                let kernel = Linear {
-                    in_features: in_features as u32,
-                    weight_dtype: DType::F16,
-                    prologue: prologue.kind(),
-                    epilogue: EpilogueKind::Store,
-                    tile,
-                };
-                let params = LinearParams {
-                    num_outputs: num_outputs as u32,
-                    out_stride: num_outputs as u32,
-                    in_features: in_features as u32,
-                    eps: 1e-5,
-                    scale: 1.0,
-                    ..Default::default()
-                };
+                let (kernel, params) = stored(tile, DType::F16, &prologue, [num_outputs, in_features], 1.0);
                 let rows = parity::row_set(gpu, &active);
                 let epilogue = Epilogue::Store { out: &out.tensor };
                 let bindings = LinearBindings { rows: &rows, weight: &weight, prologue, epilogue, parts: None };

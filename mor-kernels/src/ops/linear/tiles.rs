@@ -15,8 +15,8 @@ pub(super) const FRAGMENT: u32 = 16;
 /// (`benches/runs/2026-11-29-nvidia-h200/steps-short-loops.txt`, `prefill-short-loops.txt`).
 pub(super) const SHORT_LOOP_ROWS: u32 = 64;
 
-/// Matrices of results of a subgroup up to which a thread has registers to unpack q8: 1,023 tokens of 1.7B take 2.5 % longer with 22
-/// than with 16, in q4 3 % less and in f16 too (`benches/runs/2026-11-30-nvidia-h200/steps-large-tiles.txt`).
+/// Matrices of results of a subgroup up to which a thread has registers to unpack q8: gate and up of 1,023 rows of 1.7B take 352 us with
+/// 22, and 335 with 16. In q4 they take 296 and 314, in f16 260 and 277 (`benches/runs/2026-11-30-nvidia-h200/steps-large-tiles.txt`).
 const MOST_Q8_FRAGMENTS: u32 = 20;
 
 /// Processors of an H200.
@@ -210,9 +210,9 @@ impl LinearTile {
             .0
     }
 
-    /// A tile whose workgroups multiply parts of `in_features` inputs each, where that is expected to end sooner than
-    /// [`LinearTile::for_shape`] for halves: few tiles leave processors idle, and take long for many inputs. With room in
-    /// [`PartSums`](super::PartSums) for `most_rows` rows.
+    /// A tile for a `shape` of about so many rows and so many columns whose workgroups multiply parts of `in_features` inputs each, where
+    /// that is expected to end sooner than [`LinearTile::for_shape`] for halves: few tiles leave processors idle, and take long for many
+    /// inputs. With room in [`PartSums`](super::PartSums) for `most_rows` rows.
     pub fn in_parts(
         caps: &DeviceCaps,
         shape: [u32; 2],
