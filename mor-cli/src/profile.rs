@@ -115,7 +115,8 @@ pub(crate) fn run(args: &ProfileArgs) -> anyhow::Result<()> {
     if args.context > limit {
         return Err(bad_input!("--context is {}, expected {limit} at most: the model's context", args.context));
     }
-    if args.phase == Phase::Prefill && args.batch > batch.prefill_rows {
+    // No rows at all are refused with the other options, by the name of where they come from.
+    if args.phase == Phase::Prefill && (1..args.batch).contains(&batch.prefill_rows) {
         return Err(bad_input!(
             "--batch is {}, expected {} at most: the rows of a step",
             args.batch,

@@ -221,6 +221,10 @@ fn measurements_that_cannot_be_made() {
         &["--batch is 8193", "8192"],
     );
     refused(&["profile", "--phase", "both"], &["both", "--phase"]);
+    let mut no_number = command(&["profile", "--model", &model, "--context", "9", "--phase", "prefill"]);
+    let output = no_number.env("MOR_PREFILL_CHUNK", "many").output().expect("the program starts");
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(message, "error: MOR_PREFILL_CHUNK is many, expected 16 or more\n");
 }
 
 #[test]
