@@ -21,25 +21,26 @@
 //           13 part_sums write [PARTED]; 14 arrivals write [PARTED]
 // Grid      (ceil(O / TILE_N), ceil(n / TILE_M), 1), PARTED: K_PARTS along z; one workgroup per tile of the output and part.
 //           A slice's threads own THREAD_M rows of THREAD_N columns each; COOPERATIVE: its subgroups own FRAGMENTS_M *
-//           FRAGMENTS_N fragments of 16x16 each
+//           FRAGMENTS_N fragments of EDGE x EDGE each
 // Spec      IN_FEATURES = K, or ANY_K: one kernel for products that differ in nothing but K; TILE_M <= ROW_PADDING, TILE_N, THREAD_M,
 //           THREAD_N even; X_BY_ROW; STAGED: TILE_K multiple of 8, WHOLE_TILES if that divides K, AHEAD tiles on their way,
 //           ONE_AHEAD if that is 1, WRITTEN_OUT if compilers may write the loop over them out, SPLIT_K slices of TILE_K in whole
 //           vec4s, if there are several THREAD_M * THREAD_N a multiple of 4 and a slice's sums no more than the memory of the tiles;
-//           COOPERATIVE, of STAGED: FRAGMENTS_M rows of FRAGMENTS_N fragments of each subgroup, STEPS * 16 = TILE_K /
-//           SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if that is at most 64 and the epilogue allows, SLICED
-//           if SPLIT_K > 1, ROWS_EARLY if a thread has registers for its rows' entries while it multiplies, X_F16 and
+//           COOPERATIVE, of STAGED: EDGE 16, or 8 (EDGE_8), FRAGMENTS_M rows of FRAGMENTS_N fragments of each subgroup, STEPS *
+//           EDGE = TILE_K / SPLIT_K, SUBGROUP_WIDTH the size of all subgroups, QUADS if that is at most EDGE * EDGE / 4 and the
+//           epilogue allows, SLICED if SPLIT_K > 1, ROWS_EARLY if a thread has registers for its rows' entries while it multiplies, X_F16 and
 //           OUT_F16 as x's producer and out's readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads;
 //           otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or
 //           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
 //           SWIGLU, QKV, BLOCK_END (RUNNING): the epilogue; KV_F16: QKV into f16 caches; SCALED, of
 //           COOPERATIVE and X_F16: another kernel has begun the norm, and left squares in PARTS parts; NEXT_NORM, of
-//           COOPERATIVE: RESIDUAL begins the next one, LANES = 16 / columns of a lane; PARTED, of COOPERATIVE without NORM:
-//           K_PARTS parts, no more than ceil(K / TILE_K), coherent storage; DELTA, of SWIGLU and QKV: added to
+//           COOPERATIVE: RESIDUAL begins the next one, LANES = EDGE / columns of a lane; PARTED, of COOPERATIVE without NORM
+//           and EDGE_8: K_PARTS parts, no more than ceil(K / TILE_K), coherent storage; DELTA, of SWIGLU and QKV: added to
 //           y; ENCODED, of RESIDUAL and the block ends: multiplied with what the layer adds up to
 // Limits    workgroup memory in bytes, STAGED: 16 * (TILE_M + TILE_N) * (TILE_K / 4 + 1), with NORM
 //           4 * TILE_M * (TILE_K / 4 + 2) more; COOPERATIVE: 8 * (TILE_M + TILE_N) * (TILE_K / 4 + 2) and
-//           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and 4 * TILE_M more, with PARTED 16
+//           1024 a subgroup, with NORM at least 4 * TILE_M * (TILE_K / 4 + 1), and 4 * TILE_M more, with PARTED 16;
+//           EDGE_8: 256 a subgroup, with NORM both, with SCALED 4 * TILE_M more
 // Numerics  f32; sums in ascending k, slices and then parts added in ascending order, whoever adds them. NORM, SCALED: the
 //           product of x * norm_weight is divided by the root mean square. COOPERATIVE: x, or x * norm_weight / 16, and w are
 //           rounded to f16, infinite above 65504; exact products, sums in f32 in the matrix unit's order
@@ -131,8 +132,17 @@ fn num_units() -> u32 {
 }
 
 #if COOPERATIVE
-const SUBGROUPS_M: u32 = TILE_M / (FRAGMENTS_M * 16u);
-const SUBGROUPS_N: u32 = TILE_N / (FRAGMENTS_N * 16u);
+#if EDGE_8
+alias MatrixA = coop_mat8x8<f16, A>;
+alias MatrixB = coop_mat8x8<f16, B>;
+alias Sums = coop_mat8x8<f32, C>;
+#else
+alias MatrixA = coop_mat16x16<f16, A>;
+alias MatrixB = coop_mat16x16<f16, B>;
+alias Sums = coop_mat16x16<f32, C>;
+#endif
+const SUBGROUPS_M: u32 = TILE_M / (FRAGMENTS_M * EDGE);
+const SUBGROUPS_N: u32 = TILE_N / (FRAGMENTS_N * EDGE);
 // Subgroups of a slice.
 const SLICE: u32 = SUBGROUPS_M * SUBGROUPS_N;
 const THREADS: u32 = SLICE * SPLIT_K * SUBGROUP_WIDTH;
@@ -265,7 +275,11 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
         all ^= bitcast<vec4<u32>>(norm_ahead[$SET]);
 #endif
         for (var i = 0u; i < params.in_features; i += params.num_outputs) {
+#if EDGE_8
+            tiles[i] = f16(f32(all.x ^ all.y ^ all.z ^ all.w));
+#else
             tiles[i] = TileUnit(vec4<f32>(all));
+#endif
         }
     }
 #endblock
@@ -289,12 +303,12 @@ fn main(
     let last_column = params.num_outputs - 1u;
 #if COOPERATIVE
     let slice = subgroup / SLICE;
-    let first_m = subgroup % SLICE / SUBGROUPS_N * FRAGMENTS_M * 16u;
-    let first_n = subgroup % SUBGROUPS_N * FRAGMENTS_N * 16u;
-    var sums: array<coop_mat16x16<f32, C>, FRAGMENTS_M * FRAGMENTS_N>;
+    let first_m = subgroup % SLICE / SUBGROUPS_N * FRAGMENTS_M * EDGE;
+    let first_n = subgroup % SUBGROUPS_N * FRAGMENTS_N * EDGE;
+    var sums: array<Sums, FRAGMENTS_M * FRAGMENTS_N>;
 #repeat m FRAGMENTS_M
 #repeat j FRAGMENTS_N
-    sums[m * FRAGMENTS_N + j] = coop_mat16x16<f32, C>();
+    sums[m * FRAGMENTS_N + j] = Sums();
 #endrepeat
 #endrepeat
 #else
@@ -394,15 +408,15 @@ fn main(
 #endif
 #if COOPERATIVE
 #repeat step STEPS
-        let c = (slice * STEPS + step) * 4u;
-        var b: array<coop_mat16x16<f16, B>, FRAGMENTS_N>;
+        let c = (slice * STEPS + step) * EDGE_UNITS;
+        var b: array<MatrixB, FRAGMENTS_N>;
 #repeat j FRAGMENTS_N
-        let start = W_TILE + (first_n + j * 16u) * STRIDE + c;
-        b[j] = coopLoad<coop_mat16x16<f16, B>>(&tiles[start], STRIDE);
+        let start = W_TILE + (first_n + j * EDGE) * STRIDE + c;
+        b[j] = coopLoad<MatrixB>(&tiles[start], STRIDE);
 #endrepeat
 #repeat m FRAGMENTS_M
-        let start = (first_m + m * 16u) * STRIDE + c;
-        let a = coopLoadT<coop_mat16x16<f16, A>>(&tiles[start], STRIDE);
+        let start = (first_m + m * EDGE) * STRIDE + c;
+        let a = coopLoadT<MatrixA>(&tiles[start], STRIDE);
 #repeat j FRAGMENTS_N
         sums[m * FRAGMENTS_N + j] = coopMultiplyAdd(a, b[j], sums[m * FRAGMENTS_N + j]);
 #endrepeat
@@ -560,7 +574,11 @@ fn main(
 #endif
 #repeat j FRAGMENTS_N
 #if !PARTED
+#if EDGE_8
+    coopStoreT(sums[m * FRAGMENTS_N + j], &results[subgroup * RESULT], EDGE);
+#else
     coopStoreT(sums[m * FRAGMENTS_N + j], &scratch[subgroup * PLACES], ROW_COLUMNS);
+#endif
 #if SLICED
     workgroupBarrier();
 #else
@@ -597,7 +615,11 @@ fn main(
 #else
             var v = Columns();
             for (var s = 0u; s < SPLIT_K; s++) {
+#if EDGE_8
+                v += result_columns(s * SLICE_PLACES + at);
+#else
                 v += scratch[s * SLICE_PLACES + at];
+#endif
             }
 #endif
 #if NORM

@@ -38,8 +38,8 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
                 &inputs,
                 Tolerance::F32,
             );
-            if gpu.caps().cooperative_matrices {
-                let kernel = AttentionPrefill::new(shape, num_rows as u32, true);
+            let kernel = AttentionPrefill::new(shape, num_rows as u32, true);
+            if kernel.can_write_halves(gpu.caps()) {
                 attention(criterion, gpu, &format!("{id}/half"), kernel, &inputs, Tolerance::F16);
             }
         }

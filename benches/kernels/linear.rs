@@ -17,7 +17,7 @@ const WEIGHT_POOL_BYTES: usize = 160 << 20;
 
 pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     let tile = |n, o, dtype, half_products| LinearTile::for_shape(gpu.caps(), [n, o], dtype, half_products);
-    let half_products = gpu.caps().cooperative_matrices;
+    let half_products = gpu.caps().cooperative_matrices.is_some();
     for shape in SHAPES {
         for (name, o, k) in projections(shape) {
             let id = format!("{}/{name}/512", shape.name);

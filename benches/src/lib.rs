@@ -192,7 +192,7 @@ fn time_per(
 /// The rate of a run that took `micros`, and its share of the device's peak.
 fn share(gpu: &Gpu, work: Work, micros: f64) -> String {
     static PEAKS: OnceLock<Peaks> = OnceLock::new();
-    let half_products = gpu.caps().cooperative_matrices;
+    let half_products = gpu.caps().cooperative_matrices.is_some();
     let peaks = PEAKS.get_or_init(|| Peaks::measure(gpu, half_products).expect("the device writes timestamps"));
     let (amount, peak, done) = match work {
         Work::Move(bytes) => (bytes, peaks.copy_bytes_per_s, "copied"),

@@ -37,7 +37,8 @@ struct Profile {
 struct Features {
     subgroup_sizes: Option<[u32; 2]>,
     shader_f16: bool,
-    cooperative_matrices: bool,
+    /// Rows, columns and depth of those that kernels multiply.
+    cooperative_matrices: Option<[u32; 3]>,
     coherent_storage: bool,
     timestamps: bool,
 }
@@ -86,7 +87,7 @@ impl From<AdapterSummary> for Report {
             features: Features {
                 subgroup_sizes: caps.subgroup_sizes.map(|(min, max)| [min, max]),
                 shader_f16: caps.shader_f16,
-                cooperative_matrices: caps.cooperative_matrices,
+                cooperative_matrices: caps.cooperative_matrices.map(|edge| [edge; 3]),
                 coherent_storage: caps.coherent_storage,
                 timestamps: caps.timestamps,
             },
@@ -116,6 +117,9 @@ impl Report {
             Some([min, max]) if min == max => format!("of {min}"),
             Some([min, max]) => format!("of {min} to {max}"),
         };
+        let matrices = features
+            .cooperative_matrices
+            .map_or("none".to_owned(), |size| format!("of {}", size.map(|n| n.to_string()).join("x")));
         let lanes = match profile.lanes {
             "subgroup" => "subgroup operations",
             _ => "workgroup memory",
@@ -126,10 +130,9 @@ impl Report {
             format!("   memory    {memory}"),
             format!("   profile   {} storage, {lanes} over {} lanes", profile.dtype, profile.lane_width),
             format!(
-                "   features  subgroups {subgroups}, f16 arithmetic {}, cooperative matrices {}, coherent storage {}, \
+                "   features  subgroups {subgroups}, f16 arithmetic {}, cooperative matrices {matrices}, coherent storage {}, \
                  timestamps {}",
                 yes_no(features.shader_f16),
-                yes_no(features.cooperative_matrices),
                 yes_no(features.coherent_storage),
                 yes_no(features.timestamps)
             ),
@@ -158,7 +161,7 @@ mod tests {
         let caps = DeviceCaps {
             subgroup_sizes: Some((8, 32)),
             shader_f16: false,
-            cooperative_matrices: false,
+            cooperative_matrices: None,
             packed_dots: false,
             coherent_storage: false,
             timestamps: true,

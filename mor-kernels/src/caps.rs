@@ -37,8 +37,9 @@ pub struct DeviceCaps {
     /// Whether the adapter computes in `f16`; reported only: but for cooperative matrices, kernels read half floats
     /// packed in `u32`.
     pub shader_f16: bool,
-    /// Whether subgroups, all of one size, multiply matrices of 16x16 f16 into sums in f32.
-    pub cooperative_matrices: bool,
+    /// Rows, columns and depth of the matrices of f16 that subgroups, all of one size, multiply into sums in f32, where they do: 16, or
+    /// Metal's 8.
+    pub cooperative_matrices: Option<u32>,
     /// Whether `dot4I8Packed` is an instruction, not a dozen.
     pub packed_dots: bool,
     /// Whether storage can be declared coherent, so that workgroups of one dispatch see what others write.

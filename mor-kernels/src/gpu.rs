@@ -467,17 +467,33 @@ const COOPERATIVE: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MAT
     .union(wgpu::Features::SHADER_F16)
     .union(wgpu::Features::SUBGROUP_BARRIER);
 
-/// Whether subgroups of `adapter` multiply 16x16 matrices of f16 into f32. Where subgroups vary in size, how many a
-/// workgroup has is unknown, and with it who multiplies what.
-fn multiplies_matrices(adapter: &wgpu::Adapter) -> bool {
-    let info = adapter.get_info();
-    adapter.features().contains(COOPERATIVE | wgpu::Features::SUBGROUP)
-        && info.subgroup_min_size == info.subgroup_max_size
-        && adapter.cooperative_matrix_properties().iter().any(|matrix| {
-            (matrix.m_size, matrix.n_size, matrix.k_size) == (16, 16, 16)
+/// Rows, columns and depth of cooperative matrices that kernels have variants for, best first.
+const MATRIX_EDGES: [u32; 2] = [16, 8];
+
+/// Of [`MATRIX_EDGES`] the first whose matrices of f16 subgroups of `adapter` multiply into f32. Where subgroups vary in size, how
+/// many a workgroup has is unknown, and with it who multiplies what.
+fn matrix_edge(adapter: &wgpu::Adapter) -> Option<u32> {
+    let (smallest, largest) = subgroup_sizes(&adapter.get_info());
+    if smallest != largest || !adapter.features().contains(COOPERATIVE | wgpu::Features::SUBGROUP) {
+        return None;
+    }
+    let offered = adapter.cooperative_matrix_properties();
+    MATRIX_EDGES.into_iter().find(|&edge| {
+        offered.iter().any(|matrix| {
+            [matrix.m_size, matrix.n_size, matrix.k_size] == [edge; 3]
                 && matrix.ab_type == wgpu::CooperativeScalarType::F16
                 && matrix.cr_type == wgpu::CooperativeScalarType::F32
         })
+    })
+}
+
+/// Smallest and largest subgroup of an adapter. Metal does not tell, so wgpu says 4 to 64; Apple's own GPUs have 32, a number that
+/// other software for them rests on, too: <https://github.com/ml-explore/mlx/blob/main/mlx/backend/metal/kernels/utils.h>.
+fn subgroup_sizes(info: &wgpu::AdapterInfo) -> (u32, u32) {
+    if info.backend == wgpu::Backend::Metal && info.name.starts_with("Apple") {
+        return (32, 32);
+    }
+    (info.subgroup_min_size, info.subgroup_max_size)
 }
 
 /// The features and limits a device is opened with: the adapter's own limits, not WebGPU's defaults.
@@ -489,7 +505,9 @@ fn wanted(adapter: &wgpu::Adapter, options: &GpuOptions) -> (wgpu::Features, wgp
     }
     if options.subgroups {
         features |= F::SUBGROUP;
-        if options.cooperative_matrices && multiplies_matrices(adapter) {
+        // A software rasteriser's matrices are loops over its lanes.
+        let is_cpu = adapter.get_info().device_type == wgpu::DeviceType::Cpu && !options.software_as_gpu;
+        if options.cooperative_matrices && !is_cpu && matrix_edge(adapter).is_some() {
             features |= COOPERATIVE;
         }
     }
@@ -545,11 +563,10 @@ fn summaries(adapters: &[wgpu::Adapter], options: &GpuOptions) -> Vec<AdapterSum
 fn summarise(index: usize, adapter: &wgpu::Adapter, features: wgpu::Features, limits: &wgpu::Limits) -> AdapterSummary {
     let info = adapter.get_info();
     let caps = DeviceCaps {
-        subgroup_sizes: features
-            .contains(wgpu::Features::SUBGROUP)
-            .then_some((info.subgroup_min_size, info.subgroup_max_size)),
+        subgroup_sizes: features.contains(wgpu::Features::SUBGROUP).then_some(subgroup_sizes(&info)),
         shader_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
-        cooperative_matrices: features.contains(COOPERATIVE | wgpu::Features::SUBGROUP),
+        cooperative_matrices: matrix_edge(adapter)
+            .filter(|_| features.contains(COOPERATIVE | wgpu::Features::SUBGROUP)),
         packed_dots: matches!(info.backend, wgpu::Backend::Vulkan | wgpu::Backend::Dx12),
         coherent_storage: features.contains(wgpu::Features::MEMORY_DECORATION_COHERENT),
         timestamps: features

@@ -62,13 +62,34 @@ pub fn on_every_profile(mut test: impl FnMut(&Gpu, &str)) {
 /// As [`on_every_profile`].
 pub fn on_every_profile_and_as_gpu(mut test: impl FnMut(&Gpu, &str)) {
     on_every_profile(&mut test);
-    if gpu().caps().is_cpu {
-        let [(_, options), ..] = profiles();
-        let options = GpuOptions { device: device(), software_as_gpu: true, ..options };
-        let gpu = Gpu::open(&options).unwrap_or_else(|error| panic!("{error}"));
-        test(&gpu, "unchecked, as a GPU");
+    if let Some(gpu) = as_gpu() {
+        test(gpu, "unchecked, as a GPU");
         gpu.check().expect("the device raised no error");
     }
+}
+
+/// As [`on_every_profile`], and where the adapter is a software rasteriser that multiplies cooperative matrices, as Mesa's does since
+/// 25.2, once more as if it were a GPU, unchecked.
+///
+/// # Panics
+/// As [`on_every_profile`].
+pub fn on_every_profile_and_with_matrices(mut test: impl FnMut(&Gpu, &str)) {
+    on_every_profile(&mut test);
+    if let Some(gpu) = as_gpu().filter(|gpu| gpu.caps().cooperative_matrices.is_some()) {
+        test(gpu, "unchecked, as a GPU");
+        gpu.check().expect("the device raised no error");
+    }
+}
+
+/// The adapter of the tests as if it were a GPU, if it is a software rasteriser.
+fn as_gpu() -> Option<&'static Gpu> {
+    static AS_GPU: OnceLock<Option<Gpu>> = OnceLock::new();
+    let open = || {
+        let [(_, options), ..] = profiles();
+        let options = GpuOptions { device: device(), software_as_gpu: true, ..options };
+        gpu().caps().is_cpu.then(|| Gpu::open(&options).unwrap_or_else(|error| panic!("{error}")))
+    };
+    AS_GPU.get_or_init(open).as_ref()
 }
 
 /// The unchecked device of [`on_every_profile`], for tests of one profile.

@@ -23,7 +23,7 @@ pub const WEBGPU_WORKGROUP_STORAGE_BYTES: u32 = 16 << 10;
 pub const WEBGPU_WORKGROUP_SIZE: u32 = 256;
 /// Workgroup memory of every device that is not clamped, bytes: the least that Metal and the desktop drivers offer.
 pub const NATIVE_WORKGROUP_STORAGE_BYTES: u32 = 32 << 10;
-/// Workgroup memory of every device with cooperative matrices, bytes: the least of their drivers, NVIDIA's.
+/// Workgroup memory of every device with cooperative matrices of 16x16, bytes: the least of their drivers, NVIDIA's.
 pub const COOPERATIVE_WORKGROUP_STORAGE_BYTES: u32 = 48 << 10;
 
 /// Types of vectors and routers.
@@ -67,14 +67,14 @@ fn devices() -> Vec<(String, DeviceCaps)> {
     let kinds = [(true, None), (true, Some((4, 4))), (true, Some((8, 8))), (false, None)]
         .into_iter()
         .chain(subgroups.map(|sizes| (false, Some(sizes))))
-        .map(|(is_cpu, sizes)| (is_cpu, sizes, false))
-        .chain([(false, Some((32, 32)), true)]);
+        .map(|(is_cpu, sizes)| (is_cpu, sizes, None))
+        .chain([16, 8].map(|edge| (false, Some((32, 32)), Some(edge))));
     let mut devices = Vec::new();
     for (is_cpu, subgroup_sizes, cooperative_matrices) in kinds {
         for webgpu_limits in [false, true] {
             let caps = DeviceCaps {
                 subgroup_sizes,
-                shader_f16: cooperative_matrices,
+                shader_f16: cooperative_matrices.is_some(),
                 cooperative_matrices,
                 packed_dots: subgroup_sizes == Some((32, 32)),
                 coherent_storage: !webgpu_limits,
@@ -83,7 +83,7 @@ fn devices() -> Vec<(String, DeviceCaps)> {
                 max_buffer_bytes: 256 << 20,
                 max_workgroup_storage_bytes: if webgpu_limits {
                     WEBGPU_WORKGROUP_STORAGE_BYTES
-                } else if cooperative_matrices {
+                } else if cooperative_matrices == Some(16) {
                     COOPERATIVE_WORKGROUP_STORAGE_BYTES
                 } else {
                     NATIVE_WORKGROUP_STORAGE_BYTES
@@ -99,7 +99,8 @@ fn devices() -> Vec<(String, DeviceCaps)> {
                 "{} with {}{}{}",
                 if is_cpu { "CPU" } else { "GPU" },
                 subgroup_sizes.map_or("no subgroups".to_owned(), |(min, max)| format!("subgroups of {min} to {max}")),
-                if cooperative_matrices { " and cooperative matrices" } else { "" },
+                cooperative_matrices
+                    .map_or(String::new(), |edge| format!(" and cooperative matrices of {edge}x{edge}")),
                 if webgpu_limits { " and WebGPU's limits" } else { "" },
             );
             devices.push((name, caps));
@@ -119,7 +120,7 @@ struct List {
 impl List {
     /// Whether most GPUs are of this kind: NVIDIA's and Apple's.
     fn is_likeliest(&self) -> bool {
-        self.caps.subgroup_sizes == Some((32, 32)) && !self.caps.cooperative_matrices
+        self.caps.subgroup_sizes == Some((32, 32)) && self.caps.cooperative_matrices.is_none()
     }
 
     fn add<K: Kernel + Debug>(&mut self, kernel: &K) {

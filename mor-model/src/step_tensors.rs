@@ -244,7 +244,7 @@ impl MorModel {
     fn half_tensors(&self, capacity: usize, decode: Option<Batching>) -> Result<Option<HalfTensors>> {
         let (gpu, caps) = (self.gpu(), self.gpu().caps());
         let adapts = self.weights().layers.iter().any(|layer| layer.projections().iter().any(|p| p.adapter.is_some()));
-        if decode.is_some() || self.precision() != Precision::F16 || !caps.cooperative_matrices || adapts {
+        if decode.is_some() || self.precision() != Precision::F16 || caps.cooperative_matrices.is_none() || adapts {
             return Ok(None);
         }
         let halves = |label, columns: usize| Tensor::zeros(gpu, label, DType::F16, &[capacity, columns]);
@@ -256,7 +256,7 @@ impl MorModel {
             squares: Tensor::zeros(gpu, "squares", DType::F32, &squares)?,
             attention: attention.then(|| halves("attention.half", self.q_dim())).transpose()?,
             mlp: halves("mlp.half", self.mlp_dim())?,
-            parts: caps.coherent_storage.then(|| self.part_tensors()).transpose()?,
+            parts: LinearTile::has_parts(caps).then(|| self.part_tensors()).transpose()?,
         }))
     }
 
@@ -301,8 +301,7 @@ impl MorModel {
 
     /// Bytes that [`MorModel::step_tensors`] allocates however many rows there are.
     pub fn step_bytes_of_all(&self) -> u64 {
-        let caps = self.gpu().caps();
-        let adds_parts = self.precision() == Precision::F16 && caps.cooperative_matrices && caps.coherent_storage;
+        let adds_parts = self.precision() == Precision::F16 && LinearTile::has_parts(self.gpu().caps());
         if adds_parts { 4 * LinearTile::MOST_PART_SUMS as u64 } else { 0 }
     }
 

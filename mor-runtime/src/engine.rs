@@ -172,7 +172,7 @@ pub(crate) fn most_prefill_rows(model: &MorModel, kv_bytes: u64, batch_invariant
     let left = summary.memory_bytes.map_or(u64::MAX, |memory| memory.saturating_sub(taken));
     let [of_row, _] = model.step_bytes_of_row();
     let fits = rows_that_fit(left, model.step_bytes_of_all(), of_row).min(model.most_step_rows() as u64);
-    let has_matrices = model.precision() == Precision::F16 && caps.cooperative_matrices && !batch_invariant;
+    let has_matrices = model.precision() == Precision::F16 && caps.cooperative_matrices.is_some() && !batch_invariant;
     rows_of_discrete(model.config(), has_matrices, fits)
 }
 

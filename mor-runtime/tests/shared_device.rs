@@ -149,7 +149,7 @@ fn devices_with_too_little_are_refused() {
     // What a program gets that asks for nothing: WebGPU's defaults, which suffice, without subgroups.
     let plain = open(&wgpu::DeviceDescriptor::default()).expect("the defaults suffice");
     assert_eq!(plain.caps().subgroup_sizes, None);
-    assert!(!plain.caps().timestamps && !plain.caps().cooperative_matrices);
+    assert!(!plain.caps().timestamps && plain.caps().cooperative_matrices.is_none());
     assert!(plain.caps().max_storage_binding_bytes <= 128 << 20);
 
     let required_limits = wgpu::Limits {

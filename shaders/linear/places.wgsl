@@ -1,14 +1,14 @@
 // Places of linear's results: which row and column of a tile, list entries and operands of the epilogue belong to what a lane stores
-// of each fragment of 16x16.
+// of each fragment.
 
 // Row of the tile that place `at` lies in, of the fragments in row m of their subgroups.
 fn place_row(at: u32, m: u32) -> u32 {
-    return (at / PLACES / SUBGROUPS_N * FRAGMENTS_M + m) * 16u + at % PLACES / ROW_COLUMNS;
+    return (at / PLACES / SUBGROUPS_N * FRAGMENTS_M + m) * EDGE + at % PLACES / ROW_COLUMNS;
 }
 
 // Its first column, of those in column j.
 fn place_column(at: u32, j: u32) -> u32 {
-    return (at / PLACES % SUBGROUPS_N * FRAGMENTS_N + j) * 16u + at % ROW_COLUMNS * WIDTH;
+    return (at / PLACES % SUBGROUPS_N * FRAGMENTS_N + j) * EDGE + at % ROW_COLUMNS * WIDTH;
 }
 
 // The places of a thread; the last one for those that are past the end.

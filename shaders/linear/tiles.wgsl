@@ -19,12 +19,47 @@ fn tile_row(i: u32, columns: u32) -> u32 {
     return i / (8u * columns) * 8u + in_8 / (WRITTEN * columns) + in_8 / columns % WRITTEN * (8u / WRITTEN);
 }
 
-const STRIDE: u32 = TILE_K / 4u + 2u;
-const W_TILE: u32 = TILE_M * STRIDE;
+#if EDGE_8
+// Metal loads matrices from arrays of their elements, not of vectors.
+alias TileUnit = f16;
+const STRIDE: u32 = TILE_K + 8u;
+// Units of an edge of a matrix.
+const EDGE_UNITS: u32 = EDGE;
+#else
 alias TileUnit = vec4<f16>;
+const STRIDE: u32 = TILE_K / 4u + 2u;
+const EDGE_UNITS: u32 = EDGE / 4u;
+#endif
+const W_TILE: u32 = TILE_M * STRIDE;
 // The tile of x, then that of w.
 var<workgroup> tiles: array<TileUnit, (TILE_M + TILE_N) * STRIDE>;
 
+#if EDGE_8
+fn stage(at: u32, value: vec4<f32>) {
+    let halves = vec4<f16>(value);
+    tiles[at] = halves.x;
+    tiles[at + 1u] = halves.y;
+    tiles[at + 2u] = halves.z;
+    tiles[at + 3u] = halves.w;
+}
+
+#if X_F16
+fn stage_x(m: u32, c: u32, value: XUnit) {
+    stage(m * STRIDE + 8u * c, vec4<f32>(unpack2x16float(value.x), unpack2x16float(value.y)));
+    stage(m * STRIDE + 8u * c + 4u, vec4<f32>(unpack2x16float(value.z), unpack2x16float(value.w)));
+}
+#else
+fn stage_x(m: u32, c: u32, value: XUnit) {
+    stage(m * STRIDE + 4u * c, value);
+}
+#endif
+
+fn stage_w(n: u32, unit: u32, value: LoadUnit) {
+    let weights = unpack(value);
+    stage(W_TILE + n * STRIDE + 8u * unit, weights[0]);
+    stage(W_TILE + n * STRIDE + 8u * unit + 4u, weights[1]);
+}
+#else
 #if X_F16
 fn stage_x(m: u32, c: u32, value: XUnit) {
     tiles[m * STRIDE + 2u * c] = vec4<f16>(vec4<f32>(unpack2x16float(value.x), unpack2x16float(value.y)));
@@ -41,13 +76,14 @@ fn stage_w(n: u32, unit: u32, value: LoadUnit) {
     tiles[W_TILE + n * STRIDE + 2u * unit] = vec4<f16>(weights[0]);
     tiles[W_TILE + n * STRIDE + 2u * unit + 1u] = vec4<f16>(weights[1]);
 }
+#endif
 
 // Who holds which element of a matrix is the driver's secret: sums reach the epilogue through workgroup memory, one
 // fragment of each subgroup at a time.
-const RESULT: u32 = 256u;
+const RESULT: u32 = EDGE * EDGE;
 const RESULTS: u32 = SPLIT_K * SLICE * RESULT;
-// Columns of a row of it are 16 / WIDTH.
-const ROW_COLUMNS: u32 = 16u / WIDTH;
+// Columns of a row of it.
+const ROW_COLUMNS: u32 = EDGE / WIDTH;
 // Places of Columns in a fragment, and in one fragment of each subgroup of a slice.
 const PLACES: u32 = RESULT / WIDTH;
 const SLICE_PLACES: u32 = SLICE * PLACES;
@@ -92,7 +128,23 @@ const SQUARES_STRIDE: u32 = TILE_K / 4u + 1u;
 const SQUARES: u32 = TILE_M * SQUARES_STRIDE;
 var<workgroup> factors: array<f32, TILE_M>;
 #endif
-#if COOPERATIVE
+#if EDGE_8
+var<workgroup> results: array<f32, RESULTS>;
+
+fn result_columns(place: u32) -> Columns {
+    let at = place * WIDTH;
+#if QUADS
+    return Columns(results[at], results[at + 1u], results[at + 2u], results[at + 3u]);
+#else
+    return Columns(results[at], results[at + 1u]);
+#endif
+}
+#if NORM
+var<workgroup> scratch: array<Columns, (SQUARES + WIDTH - 1u) / WIDTH>;
+#elif SCALED
+var<workgroup> scratch: array<Columns, (TILE_M + WIDTH - 1u) / WIDTH>;
+#endif
+#elif COOPERATIVE
 #if NORM
 var<workgroup> scratch: array<Columns, (max(SQUARES, RESULTS) + WIDTH - 1u) / WIDTH>;
 #else

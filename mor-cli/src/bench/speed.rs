@@ -297,7 +297,7 @@ fn lanes(caps: &DeviceCaps) -> String {
 fn features(caps: &DeviceCaps) -> String {
     let all = [
         ("subgroups", caps.subgroup_sizes.is_some()),
-        ("cooperative matrices", caps.cooperative_matrices),
+        ("cooperative matrices", caps.cooperative_matrices.is_some()),
         ("timestamps", caps.timestamps),
     ];
     all.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect::<Vec<_>>().join(", ")

@@ -139,7 +139,7 @@ impl AttentionPrefill {
         // A row has 1 to 4 lanes.
         let width = caps.subgroup_sizes.map_or(0, |(width, _)| width);
         let halves = self.half_products
-            && caps.cooperative_matrices
+            && caps.cooperative_matrices == Some(FRAGMENT)
             && self.shape.kv_dtype == DType::F16
             && self.shape.head_dim.is_multiple_of(FRAGMENT)
             && (FRAGMENT..=4 * FRAGMENT).contains(&width);

@@ -5,7 +5,7 @@ mod tests;
 mod tiles;
 
 pub use self::tiles::LinearTile;
-use self::tiles::{FRAGMENT, SHORT_LOOP_ROWS, subgroup_width};
+use self::tiles::{SHORT_LOOP_ROWS, subgroup_width};
 use super::linear_decode::{Prologue, PrologueKind};
 use crate::caps::DeviceCaps;
 use crate::epilogue::{Epilogue, EpilogueKind, LinearParams, define_weight};
@@ -19,7 +19,7 @@ use crate::tensor::{DType, Tensor};
 /// Rows of a subgroup up to which a thread reads the entries of its own ones before it multiplies. For more it has no registers: gate
 /// and up of 1,365 rows of 360M take 82 us with 64 rows a subgroup, and 87 so. Where a tile is one fragment of rows high, steps of 4
 /// to 16 sequences are 1 % faster without (`benches/runs/2026-11-29-nvidia-h200/linear-epilogues.txt`).
-const MOST_EARLY_ROWS: u32 = 2 * FRAGMENT;
+const MOST_EARLY_ROWS: u32 = 32;
 
 /// `y = f(x) W^T`, weights and activations each read once for a tile of the output.
 ///
@@ -81,8 +81,10 @@ impl Linear {
         let unfit = |what, found, expected: &str| {
             Err(KernelError::Shape { kernel: Self::NAME, what, found, expected: expected.to_owned() })
         };
-        if matches!(self.tile, LinearTile::Cooperative { .. }) && !caps.cooperative_matrices {
-            return unfit("tile", format!("{:?}", self.tile), "one without cooperative matrices on this device");
+        if let LinearTile::Cooperative { edge, .. } = self.tile
+            && caps.cooperative_matrices != Some(edge)
+        {
+            return unfit("tile", format!("{:?}", self.tile), "one without such cooperative matrices on this device");
         }
         if !self.tile.is_valid(caps) {
             return unfit("tile", format!("{:?}", self.tile), "whole numbers of loads and columns for every thread");
@@ -214,7 +216,15 @@ impl Kernel for Linear {
                 .flag("WHOLE_TILES", self.in_features.is_multiple_of(tile_k))
                 .flag("WRITTEN_OUT", tile_m < SHORT_LOOP_ROWS),
             LinearTile::Cooperative {
-                tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns, parts, ..
+                edge,
+                tile_k,
+                subgroups_m,
+                subgroups_n,
+                split_k,
+                ahead,
+                lane_columns,
+                parts,
+                ..
             } => {
                 let definitions =
                     if parts > 1 { definitions.flag("PARTED", true).u32("K_PARTS", parts) } else { definitions };
@@ -222,21 +232,23 @@ impl Kernel for Linear {
                     .u32("TILE_K", tile_k)
                     .u32("AHEAD", ahead)
                     .flag("ONE_AHEAD", ahead == 1)
-                    .u32("FRAGMENTS_M", tile_m / subgroups_m / FRAGMENT)
-                    .u32("FRAGMENTS_N", tile_n / subgroups_n / FRAGMENT)
-                    .u32("STEPS", tile_k / split_k / FRAGMENT)
+                    .u32("EDGE", edge)
+                    .flag("EDGE_8", edge == 8)
+                    .u32("FRAGMENTS_M", tile_m / subgroups_m / edge)
+                    .u32("FRAGMENTS_N", tile_n / subgroups_n / edge)
+                    .u32("STEPS", tile_k / split_k / edge)
                     .u32("SUBGROUP_WIDTH", subgroup_width(caps))
                     .u32("SPLIT_K", split_k)
                     .flag("QUADS", lane_columns == 4)
                     .flag("SLICED", split_k > 1)
-                    .flag("ROWS_EARLY", tile_m > FRAGMENT && tile_m / subgroups_m <= MOST_EARLY_ROWS)
+                    .flag("ROWS_EARLY", tile_m > edge && tile_m / subgroups_m <= MOST_EARLY_ROWS)
                     .flag("STAGED", true)
                     .flag("WHOLE_TILES", self.in_features.is_multiple_of(tile_k))
                     .flag("WRITTEN_OUT", tile_m < SHORT_LOOP_ROWS)
                     .flag("COOPERATIVE", true);
                 // Those of a row of a fragment.
                 match self.epilogue {
-                    EpilogueKind::Scaled => definitions.u32("LANES", FRAGMENT / lane_columns),
+                    EpilogueKind::Scaled => definitions.u32("LANES", edge / lane_columns),
                     _ => definitions,
                 }
             }
@@ -261,6 +273,6 @@ impl Kernel for Linear {
 
     fn workgroup_storage_bytes(&self, _: &DeviceCaps) -> u32 {
         let arrived = if self.tile.parts() > 1 { 16 } else { 0 };
-        self.tile.storage_bytes(self.prologue == PrologueKind::Norm) + arrived
+        self.tile.storage_bytes(self.prologue) + arrived
     }
 }

@@ -42,7 +42,7 @@ pub(crate) fn uses_subgroups(variant: &Variant) -> bool {
     variant.flags.iter().any(asks)
 }
 
-/// Whether the specialisation multiplies cooperative matrices, which Vulkan alone offers.
+/// Whether the specialisation multiplies cooperative matrices, which Vulkan offers and, of 8x8, Metal.
 pub(crate) fn uses_matrices(variant: &Variant) -> bool {
     variant.flags.contains(&"COOPERATIVE")
 }

@@ -65,7 +65,7 @@ impl Phase {
 
     /// Whether [`Product::FewRows`] serves up to `num_rows` rows.
     pub(super) fn is_few(self, caps: &DeviceCaps, precision: Precision, num_rows: usize, merges: bool) -> bool {
-        let has_matrices = precision == Precision::F16 && caps.cooperative_matrices;
+        let has_matrices = precision == Precision::F16 && caps.cooperative_matrices.is_some();
         let most = if has_matrices && !merges { MAX_FEW_ROWS_BESIDE_MATRICES } else { MAX_FEW_ROWS };
         self != Phase::Invariant && num_rows <= most
     }
@@ -103,7 +103,7 @@ mod tests {
         DeviceCaps {
             subgroup_sizes: Some((32, 32)),
             shader_f16: cooperative_matrices,
-            cooperative_matrices,
+            cooperative_matrices: cooperative_matrices.then_some(16),
             packed_dots: true,
             coherent_storage: false,
             timestamps: false,

@@ -1,6 +1,6 @@
 //! Parity of `linear`.
 
-use super::tiles::{COOPERATIVE_TILES, cooperative_tile};
+use super::tiles::{COOPERATIVE_TILES, SMALL_TILES, cooperative_tile};
 use super::*;
 use crate::Gpu;
 use crate::oracle::linear::{epilogue, gather, halves, linear, norm_factors};
@@ -14,7 +14,7 @@ const UNEVEN: LinearTile =
 
 /// All tiles that [`LinearTile::for_shape`] may choose anywhere, as far as the device can run them, and [`UNEVEN`].
 fn tiles(gpu: &Gpu) -> Vec<LinearTile> {
-    if !gpu.caps().cooperative_matrices {
+    if gpu.caps().cooperative_matrices.is_none() {
         println!("\"{}\" has no cooperative matrices: their tiles are not run", gpu.summary().name);
     }
     let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, [64, 64], DType::F32, false);
@@ -27,7 +27,7 @@ fn tiles(gpu: &Gpu) -> Vec<LinearTile> {
 /// `tile` as wide as columns in multiples of `unit` allow.
 fn for_columns(mut tile: LinearTile, unit: usize) -> LinearTile {
     if let LinearTile::Cooperative { lane_columns, .. } = &mut tile {
-        *lane_columns = if unit.is_multiple_of(4) { 4 } else { 2 };
+        *lane_columns = if unit.is_multiple_of(4) { *lane_columns } else { 2 };
     }
     tile
 }
@@ -80,22 +80,33 @@ fn product(tile: LinearTile, x: &[f32], w: &[f32], in_features: usize) -> Vec<f3
 
 #[test]
 fn every_cooperative_tile_suits_some_shape() {
-    let mut unused: Vec<_> = COOPERATIVE_TILES.iter().map(|&(tile, _)| cooperative_tile(tile, 4)).collect();
+    let mut unused: Vec<_> = COOPERATIVE_TILES.iter().map(|&(tile, _)| cooperative_tile(16, tile, 4)).collect();
+    unused.extend(SMALL_TILES.iter().map(|&(tile, _)| cooperative_tile(8, tile, 2)));
     // Devices with less memory, with wider subgroups, and with memory for no such tile get one all the same.
-    for (width, kib, max_threads) in [(32, 48, 1024), (32, 32, 1024), (64, 64, 1024), (32, 32, 256), (32, 16, 256)] {
+    for (edge, width, kib, max_threads) in [
+        (16, 32, 48, 1024),
+        (16, 32, 32, 1024),
+        (16, 64, 64, 1024),
+        (16, 32, 32, 256),
+        (16, 32, 16, 256),
+        (8, 32, 32, 1024),
+        (8, 8, 32, 1024),
+        (8, 32, 16, 256),
+    ] {
         let caps = DeviceCaps {
             is_cpu: false,
-            cooperative_matrices: true,
+            cooperative_matrices: Some(edge),
             subgroup_sizes: Some((width, width)),
             max_workgroup_size: max_threads,
             max_workgroup_storage_bytes: kib << 10,
             ..parity::gpu().caps().clone()
         };
-        for num_rows in (16..=2048).step_by(16) {
+        for num_rows in (edge..=2048).step_by(edge as usize) {
             for num_outputs in [34, 576, 960, 1600, 2048, 3072, 5120, 6144, 16384] {
                 let tile = LinearTile::for_shape(&caps, [num_rows, num_outputs], DType::F16, true);
                 assert!(tile.size()[0] <= num_rows, "{tile:?} for {num_rows} rows");
                 assert!(tile.fits(&caps), "{tile:?} on {caps:?}");
+                assert!(edge == 16 || tile.multiplies_halves(), "{tile:?} on {caps:?}");
                 assert!(tile.num_norm_parts(num_outputs).is_none_or(|parts| parts <= num_outputs / 16 + 8), "{tile:?}");
                 unused.retain(|other| *other != tile);
             }
@@ -106,7 +117,7 @@ fn every_cooperative_tile_suits_some_shape() {
 
 #[test]
 fn products_match_oracle() {
-    parity::on_every_profile(|gpu, profile| {
+    parity::on_every_profile_and_with_matrices(|gpu, profile| {
         // Of quantised rows, K that fill their last group and K that do not.
         let shapes = [
             (DType::F32, 0, 34, 8),
@@ -179,7 +190,7 @@ fn products_match_oracle() {
 
 #[test]
 fn epilogues_match_oracle() {
-    parity::on_every_profile(|gpu, profile| {
+    parity::on_every_profile_and_with_matrices(|gpu, profile| {
         let mut rng = Rng::new("linear epilogues");
         let tiles = tiles(gpu);
         for (kind_index, kind) in EpilogueKind::ALL.into_iter().enumerate() {
@@ -248,7 +259,7 @@ fn epilogues_match_oracle() {
 /// Inputs and outputs in f16 are what those in f32 are when rounded, to the bit.
 #[test]
 fn halves_are_rounded_floats() {
-    parity::on_every_profile(|gpu, profile| {
+    parity::on_every_profile_and_with_matrices(|gpu, profile| {
         let mut rng = Rng::new("linear halves");
         let (in_features, num_rows) = (136, 150);
         let active = parity::some_rows(&mut rng, num_rows, num_rows);
@@ -290,7 +301,7 @@ fn halves_are_rounded_floats() {
 fn long_products_of_few_rows_are_in_parts() {
     let caps = DeviceCaps {
         is_cpu: false,
-        cooperative_matrices: true,
+        cooperative_matrices: Some(16),
         coherent_storage: true,
         subgroup_sizes: Some((32, 32)),
         max_workgroup_size: 1024,
@@ -318,15 +329,17 @@ fn long_products_of_few_rows_are_in_parts() {
         let what = format!("{num_rows} rows, {num_outputs} outputs, {in_features} inputs");
         assert_eq!(parts(&caps, num_rows, num_outputs, in_features), expected, "{what}");
     }
-    let incoherent = DeviceCaps { coherent_storage: false, ..caps };
+    let incoherent = DeviceCaps { coherent_storage: false, ..caps.clone() };
     assert_eq!(parts(&incoherent, 341, 2048, 8192), 1);
+    let metal = DeviceCaps { cooperative_matrices: Some(8), ..caps };
+    assert_eq!(parts(&metal, 341, 2048, 8192), 1);
 }
 
 /// Workgroups that multiply a part of the inputs each, whose numbers of tiles differ: the sums are those of all inputs, the same to
 /// the bit whoever comes last, and nothing is left over for the next dispatch.
 #[test]
 fn parts_match_oracle() {
-    parity::on_every_profile(|gpu, profile| {
+    parity::on_every_profile_and_with_matrices(|gpu, profile| {
         let mut rng = Rng::new("linear parts");
         let [sums, arrivals] = room_for_parts(gpu);
         let tiles: Vec<_> = tiles(gpu).into_iter().filter(|tile| tile.multiplies_halves()).collect();
@@ -372,7 +385,7 @@ fn parts_match_oracle() {
 /// another tile makes of both.
 #[test]
 fn norms_between_products_match_oracle() {
-    parity::on_every_profile(|gpu, profile| {
+    parity::on_every_profile_and_with_matrices(|gpu, profile| {
         let mut rng = Rng::new("linear norms");
         let (in_features, width) = (136, 136);
         let [sums, arrivals] = room_for_parts(gpu);
@@ -498,7 +511,7 @@ fn norms_of_large_rows_are_finite() {
 /// What batch invariance rests on: a row's results have the same bits wherever it stands and whatever is beside it.
 #[test]
 fn rows_do_not_depend_on_their_place() {
-    parity::on_every_profile(|gpu, profile| {
+    parity::on_every_profile_and_with_matrices(|gpu, profile| {
         let mut rng = Rng::new("linear places");
         let (in_features, num_outputs, num_rows) = (136, 68, 150);
         let (weight, _) = parity::upload_weight(gpu, &mut rng, num_outputs, in_features, DType::F16);

@@ -1,13 +1,15 @@
 //! How products of many rows are divided among workgroups, and which division serves which shape.
 
+use super::PrologueKind;
 use crate::caps::DeviceCaps;
 use crate::rows::ROW_PADDING;
 use crate::tensor::DType;
 
 /// Lanes of a subgroup for which the shader spells out its broadcasts: those of 256-bit vectors.
 const BROADCAST_LANES: u32 = 8;
-/// Rows, columns and depth of the matrices that a subgroup multiplies.
-pub(super) const FRAGMENT: u32 = 16;
+/// Rows, columns and depth of the matrices that [`COOPERATIVE_TILES`] are made of, and those of Metal.
+const EDGE: u32 = 16;
+const SMALL_EDGE: u32 = 8;
 
 /// Rows of a tile from which on the loop over inputs is kept short, rather than written out by compilers: instructions that ran a layer
 /// ago have to be fetched again, and prompts of 2,047 tokens take 2 to 4 % less so. Small tiles have few turns, of which one more is
@@ -21,7 +23,7 @@ const MOST_Q8_FRAGMENTS: u32 = 20;
 
 /// Processors of an H200.
 const PROCESSORS: u32 = 132;
-/// Fields of [`LinearTile::Cooperative`] in their order, but for the last, and about as many microseconds as a product with 960 inputs
+/// Fields of [`LinearTile::Cooperative`] from `tile_m` to `ahead`, and about as many microseconds as a product with 960 inputs
 /// takes an H200 of which every processor has one such tile, and two. Two take much less than twice as long where both fit: NVIDIA's
 /// driver gives a processor 48 KiB of workgroup memory in all. Fitted to the products of 360M with so many inputs, of 16 to 2,048 rows;
 /// they differ from it by 2 to 8 %, in the root mean square. Those are here that together served layers of 135M, 360M and 1.7B best: of
@@ -67,6 +69,16 @@ const ENDS_MICROS: f32 = 3.0;
 const PARTS: std::ops::RangeInclusive<u32> = 2..=4;
 const PART_MICROS: f32 = 2.25;
 const WORTH_PARTS: f32 = 0.98;
+/// The same for matrices of [`SMALL_EDGE`], with the workgroups that an output must have to be worth the tile. Not timed, for want of
+/// a device: a subgroup of the first has 32 x 32 results, as in Apple's own MLX (`steel_gemm_fused` of
+/// <https://github.com/ml-explore/mlx>), and others are for fewer rows, so that a GPU of ten to forty processors is filled.
+pub(super) const SMALL_TILES: [([u32; 7], u32); 5] = [
+    ([64, 64, 32, 2, 2, 1, 1], 80),
+    ([32, 64, 32, 1, 4, 1, 1], 80),
+    ([32, 32, 64, 2, 2, 1, 1], 80),
+    ([16, 32, 64, 1, 2, 2, 1], 0),
+    ([8, 32, 64, 1, 2, 2, 1], 0),
+];
 /// Fields of [`LinearTile::Staged`] in their order, with the workgroups that an output must have to be worth the tile, which is to
 /// say the GPU filled: measured on an H200 and an H100, see `benches/runs`. Tiles that WebGPU's default limits exclude have a smaller one
 /// after them.
@@ -104,6 +116,8 @@ pub enum LinearTile {
     },
     /// Tiles of x and w go through workgroup memory as f16; cooperative matrices, sums in f32.
     Cooperative {
+        /// Rows, columns and depth of a matrix.
+        edge: u32,
         /// Rows of a workgroup, at most [`ROW_PADDING`].
         tile_m: u32,
         /// Columns of a workgroup.
@@ -135,9 +149,35 @@ pub enum LinearTile {
     },
 }
 
-pub(super) fn cooperative_tile(fields: [u32; 7], lane_columns: u32) -> LinearTile {
+pub(super) fn cooperative_tile(edge: u32, fields: [u32; 7], lane_columns: u32) -> LinearTile {
     let [tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead] = fields;
-    LinearTile::Cooperative { tile_m, tile_n, tile_k, subgroups_m, subgroups_n, split_k, ahead, lane_columns, parts: 1 }
+    LinearTile::Cooperative {
+        edge,
+        tile_m,
+        tile_n,
+        tile_k,
+        subgroups_m,
+        subgroups_n,
+        split_k,
+        ahead,
+        lane_columns,
+        parts: 1,
+    }
+}
+
+/// [`SMALL_TILES`] for so many columns of a weight; none without such matrices.
+fn small_tiles(caps: &DeviceCaps, num_outputs: u32) -> impl Iterator<Item = (LinearTile, u32)> {
+    let lane_columns = lane_columns(caps, SMALL_EDGE, num_outputs);
+    SMALL_TILES
+        .iter()
+        .filter(|_| caps.cooperative_matrices == Some(SMALL_EDGE))
+        .map(move |&(tile, min_workgroups)| (cooperative_tile(SMALL_EDGE, tile, lane_columns), min_workgroups))
+}
+
+/// Columns of a row that a lane stores at a time, for so many columns of a weight and matrices of `edge`, if all numbers of columns are
+/// multiples of 4 where that one is.
+fn lane_columns(caps: &DeviceCaps, edge: u32, num_outputs: u32) -> u32 {
+    if num_outputs.is_multiple_of(4) && subgroup_width(caps) <= edge * edge / 4 { 4 } else { 2 }
 }
 
 /// [`STAGED_TILES`].
@@ -149,18 +189,17 @@ fn staged_tiles() -> impl Iterator<Item = (LinearTile, u32)> {
     })
 }
 
-/// [`COOPERATIVE_TILES`] that suit `num_rows` rows and `num_outputs` columns of a weight, with their times; none without cooperative
-/// matrices.
+/// [`COOPERATIVE_TILES`] that suit `num_rows` rows and `num_outputs` columns of a weight, with their times; none without such matrices.
 fn timed_tiles(
     caps: &DeviceCaps,
     [num_rows, num_outputs]: [u32; 2],
     weight_dtype: DType,
 ) -> impl Iterator<Item = (LinearTile, [f32; 2])> + '_ {
-    let wide = num_outputs.is_multiple_of(4) && subgroup_width(caps) <= FRAGMENT * FRAGMENT / 4;
+    let lane_columns = lane_columns(caps, EDGE, num_outputs);
     COOPERATIVE_TILES
         .iter()
-        .filter(|_| caps.cooperative_matrices && !caps.is_cpu)
-        .map(move |&(tile, times)| (cooperative_tile(tile, if wide { 4 } else { 2 }), times))
+        .filter(|_| caps.cooperative_matrices == Some(EDGE))
+        .map(move |&(tile, times)| (cooperative_tile(EDGE, tile, lane_columns), times))
         .filter(move |(tile, _)| tile.suits(caps, num_rows))
         .filter(move |(tile, _)| weight_dtype != DType::Q8 || tile.fragments() <= MOST_Q8_FRAGMENTS)
 }
@@ -190,7 +229,7 @@ impl LinearTile {
     pub const MOST_PART_SUMS: usize = 8 << 20;
 
     /// The tile for a `shape` of about so many rows and so many columns on a device with `caps`: of those that multiply cooperative
-    /// matrices the one that is expected to end first, of others the largest that fills a GPU. `half_products` allows activations and
+    /// matrices of 16x16 the one that is expected to end first, of others the largest that fills a GPU. `half_products` allows activations and
     /// weights to be rounded to f16, where the device has cooperative matrices.
     pub fn for_shape(caps: &DeviceCaps, shape: [u32; 2], weight_dtype: DType, half_products: bool) -> Self {
         if caps.is_cpu {
@@ -204,7 +243,9 @@ impl LinearTile {
         if let Some((tile, _)) = fastest_tile(caps, shape, weight_dtype).filter(|_| half_products) {
             return tile;
         }
-        staged_tiles()
+        small_tiles(caps, shape[1])
+            .filter(|_| half_products)
+            .chain(staged_tiles())
             .find(|&(tile, enough)| tile.num_tiles(shape) >= enough && tile.suits(caps, shape[0]))
             .expect("the last tile fits every device within WebGPU's limits")
             .0
@@ -249,9 +290,17 @@ impl LinearTile {
 
     /// The tiles that [`LinearTile::for_shape`] chooses from on a GPU with `caps`, for multiples of 4 columns.
     pub fn candidates(caps: &DeviceCaps) -> Vec<Self> {
-        let cooperative = COOPERATIVE_TILES.iter().filter(|_| caps.cooperative_matrices);
-        let cooperative = cooperative.map(|&(tile, _)| cooperative_tile(tile, 4));
-        staged_tiles().map(|(tile, _)| tile).chain(cooperative).filter(|tile| tile.fits(caps)).collect()
+        let cooperative = COOPERATIVE_TILES.iter().filter(|_| caps.cooperative_matrices == Some(EDGE));
+        let cooperative = cooperative.map(|&(tile, _)| cooperative_tile(EDGE, tile, lane_columns(caps, EDGE, 4)));
+        let small = small_tiles(caps, 4).map(|(tile, _)| tile);
+        let staged = staged_tiles().map(|(tile, _)| tile);
+        staged.chain(cooperative).chain(small).filter(|tile| tile.fits(caps)).collect()
+    }
+
+    /// Whether a device with `caps` has tiles that [`LinearTile::in_parts`] may choose: they take coherent storage, and barriers of the
+    /// device, which are SPIR-V's, as matrices of 16x16 are.
+    pub fn has_parts(caps: &DeviceCaps) -> bool {
+        caps.cooperative_matrices == Some(EDGE) && caps.coherent_storage
     }
 
     /// Tiles of a product of so many rows and columns.
@@ -262,12 +311,13 @@ impl LinearTile {
 
     /// Whether a device with `caps` can run it, and it is no higher than `num_rows` need: more would multiply padding.
     fn suits(self, caps: &DeviceCaps, num_rows: u32) -> bool {
-        self.size()[0] <= num_rows.next_multiple_of(FRAGMENT).max(FRAGMENT) && self.fits(caps)
+        let unit = if let LinearTile::Cooperative { edge, .. } = self { edge } else { EDGE };
+        self.size()[0] <= num_rows.next_multiple_of(unit).max(unit) && self.fits(caps)
     }
 
     /// Whether a device with `caps` can run it, whatever it reads and ends with.
     pub(super) fn fits(self, caps: &DeviceCaps) -> bool {
-        self.is_valid(caps) && self.storage_bytes(true) <= caps.max_workgroup_storage_bytes
+        self.is_valid(caps) && self.storage_bytes(PrologueKind::Norm) <= caps.max_workgroup_storage_bytes
     }
 
     /// Whether [`PrologueKind::Norm`](crate::ops::PrologueKind::Norm) is possible. Elsewhere every thread would compute the norm for
@@ -324,8 +374,8 @@ impl LinearTile {
     /// Elements of [`PartSums::sums`](super::PartSums::sums) that `tiles` tiles need: a thread's places of every fragment, the last
     /// perhaps of no use.
     pub(super) fn part_sums(self, caps: &DeviceCaps, tiles: u32) -> usize {
-        let LinearTile::Cooperative { split_k, lane_columns, parts, .. } = self else { return 0 };
-        let places = FRAGMENT * FRAGMENT / lane_columns;
+        let LinearTile::Cooperative { edge, split_k, lane_columns, parts, .. } = self else { return 0 };
+        let places = edge * edge / lane_columns;
         let threads = self.threads(caps);
         let own = places.div_ceil(split_k * subgroup_width(caps));
         tiles as usize * parts as usize * (self.fragments() * own * threads * lane_columns) as usize
@@ -333,8 +383,8 @@ impl LinearTile {
 
     /// Matrices of results that a subgroup has; none without cooperative matrices.
     fn fragments(self) -> u32 {
-        let LinearTile::Cooperative { tile_m, tile_n, subgroups_m, subgroups_n, .. } = self else { return 0 };
-        tile_m * tile_n / (FRAGMENT * FRAGMENT) / (subgroups_m * subgroups_n)
+        let LinearTile::Cooperative { edge, tile_m, tile_n, subgroups_m, subgroups_n, .. } = self else { return 0 };
+        tile_m * tile_n / (edge * edge) / (subgroups_m * subgroups_n)
     }
 
     /// Threads of a workgroup.
@@ -355,8 +405,8 @@ impl LinearTile {
         let divides = |n: u32, parts: u32, unit: u32| parts > 0 && n > 0 && n.is_multiple_of(parts * unit);
         let whole = match self {
             LinearTile::Staged { tile_m, tile_n, tile_k, thread_m, thread_n, split_k, ahead } => {
-                let sums_travel =
-                    (thread_m * thread_n).is_multiple_of(4) && 4 * tile_m * tile_n <= self.storage_bytes(false);
+                let sums_travel = (thread_m * thread_n).is_multiple_of(4)
+                    && 4 * tile_m * tile_n <= self.storage_bytes(PrologueKind::Compact);
                 divides(tile_m, thread_m, 1)
                     && divides(tile_n, thread_n, 1)
                     && divides(thread_n, 2, 1)
@@ -366,6 +416,7 @@ impl LinearTile {
                     && (split_k == 1 || sums_travel)
             }
             LinearTile::Cooperative {
+                edge,
                 tile_m,
                 tile_n,
                 tile_k,
@@ -376,14 +427,15 @@ impl LinearTile {
                 lane_columns,
                 parts,
             } => {
-                divides(tile_m, subgroups_m, FRAGMENT)
-                    && divides(tile_n, subgroups_n, FRAGMENT)
-                    && divides(tile_k, split_k, FRAGMENT)
+                matches!(edge, SMALL_EDGE | EDGE)
+                    && divides(tile_m, subgroups_m, edge)
+                    && divides(tile_n, subgroups_n, edge)
+                    && divides(tile_k, split_k, edge)
                     && ahead > 0
                     && parts > 0
-                    && (parts == 1 || caps.coherent_storage)
+                    && (parts == 1 || Self::has_parts(caps))
                     && matches!(lane_columns, 2 | 4)
-                    && lane_columns * subgroup_width(caps) <= FRAGMENT * FRAGMENT
+                    && lane_columns * subgroup_width(caps) <= edge * edge
             }
             LinearTile::Direct { tile_n, thread_n, .. } => divides(tile_n, thread_n, 1) && divides(thread_n, 2, 1),
         };
@@ -401,21 +453,28 @@ impl LinearTile {
         sums_squares && (1..=caps.max_workgroup_size).contains(&threads)
     }
 
-    /// Workgroup memory, in bytes.
-    pub(super) fn storage_bytes(self, norm: bool) -> u32 {
+    /// Workgroup memory, in bytes, with a `prologue`: [`PrologueKind::Norm`] takes the most.
+    pub(super) fn storage_bytes(self, prologue: PrologueKind) -> u32 {
         let (tile_m, tile_n, tile_k) = match self {
             LinearTile::Staged { tile_m, tile_n, tile_k, .. }
             | LinearTile::Cooperative { tile_m, tile_n, tile_k, .. } => (tile_m, tile_n, tile_k),
             LinearTile::Direct { .. } => return 0,
         };
+        let norm = prologue == PrologueKind::Norm;
         // In vectors of 16 bytes.
         let squares = if norm { (4 * tile_m * (tile_k / 4 + 1)).next_multiple_of(16) } else { 0 };
         let factors = if norm { 4 * tile_m } else { 0 };
         factors
             + match self {
-                LinearTile::Cooperative { subgroups_m, subgroups_n, split_k, .. } => {
-                    let results = 4 * split_k * subgroups_m * subgroups_n * FRAGMENT * FRAGMENT;
-                    8 * (tile_m + tile_n) * (tile_k / 4 + 2) + results.max(squares)
+                LinearTile::Cooperative { edge, subgroups_m, subgroups_n, split_k, .. } => {
+                    let results = 4 * split_k * subgroups_m * subgroups_n * edge * edge;
+                    let scratch = match prologue {
+                        // Whose results are no vectors, and have memory of their own.
+                        PrologueKind::Scaled { .. } if edge == SMALL_EDGE => results + 4 * tile_m,
+                        _ if edge == SMALL_EDGE => results + squares,
+                        _ => results.max(squares),
+                    };
+                    8 * (tile_m + tile_n) * (tile_k / 4 + 2) + scratch
                 }
                 _ => 16 * (tile_m + tile_n) * (tile_k / 4 + 1) + squares,
             }
