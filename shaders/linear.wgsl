@@ -31,7 +31,7 @@
 //           epilogue allows, SLICED if SPLIT_K > 1, ROWS_EARLY if a thread has registers for its rows' entries while it multiplies, X_F16 and
 //           OUT_F16 as x's producer and out's readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads;
 //           otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or
-//           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
+//           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; WIDE_LOADS: COOPERATIVE and WEIGHT_Q8; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
 //           SWIGLU, QKV, BLOCK_END (RUNNING): the epilogue; KV_F16: QKV into f16 caches; SCALED, of
 //           COOPERATIVE and X_F16: another kernel has begun the norm, and left squares in PARTS parts; NEXT_NORM, of
 //           COOPERATIVE: RESIDUAL begins the next one, LANES = EDGE / columns of a lane; PARTED, of COOPERATIVE without NORM
@@ -228,7 +228,7 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
         x_ahead[a * X_LOADS + l] = load_x(x_from[l], c);
     }
     for (var l = 0u; l < W_LOADS; l++) {
-        w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % TILE_UNITS);
+        w_ahead[a * W_LOADS + l] = load_w(w_from[l], next + (thread + l * THREADS) % TILE_RUNS * RUN);
     }
 #if NORM
     norm_ahead[a] = load_norm_weight(next * 2u + column);
@@ -251,8 +251,8 @@ fn add_row(m: u32, low: vec4<f32>, high: vec4<f32>, b: ptr<function, array<mat2x
     }
     for (var l = 0u; l < W_LOADS; l++) {
         let at = thread + l * THREADS;
-        if TILE_N * TILE_UNITS % THREADS == 0u || at < TILE_N * TILE_UNITS {
-            stage_w(tile_row(at, TILE_UNITS), at % TILE_UNITS, w_ahead[($SET) * W_LOADS + l]);
+        if TILE_N * TILE_RUNS % THREADS == 0u || at < TILE_N * TILE_RUNS {
+            stage_w(tile_row(at, TILE_RUNS), at % TILE_RUNS, w_ahead[($SET) * W_LOADS + l]);
         }
     }
 #endblock
@@ -345,7 +345,7 @@ fn main(
     }
     var w_from: array<u32, W_LOADS>;
     for (var l = 0u; l < W_LOADS; l++) {
-        let n = tile_row(thread + l * THREADS, TILE_UNITS);
+        let n = tile_row(thread + l * THREADS, TILE_RUNS);
         w_from[l] = row_start(min(first_column + n, last_column));
     }
     var x_ahead: array<XUnit, AHEAD * X_LOADS>;

@@ -16,7 +16,7 @@ use mor_kernels::tensor::{DType, Tensor};
 const WEIGHT_POOL_BYTES: usize = 160 << 20;
 
 pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
-    let tile = |n, o, dtype, half_products| LinearTile::for_shape(gpu.caps(), [n, o], dtype, half_products);
+    let tile = |n, o, half_products| LinearTile::for_shape(gpu.caps(), [n, o], half_products);
     let half_products = gpu.caps().cooperative_matrices.is_some();
     for shape in SHAPES {
         for (name, o, k) in projections(shape) {
@@ -24,11 +24,11 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
             // A software rasteriser takes seconds for each of the larger ones.
             let is_small = shape.name == "tinystories-5m";
             for (id, dtype) in formats(&id).into_iter().take(if gpu.caps().is_cpu && !is_small { 1 } else { 3 }) {
-                product(criterion, gpu, &id, [512, o, k], dtype, &[tile(512, o, dtype, false)]);
+                product(criterion, gpu, &id, [512, o, k], dtype, &[tile(512, o, false)]);
                 if half_products {
-                    product(criterion, gpu, &format!("{id}/half"), [512, o, k], dtype, &[tile(512, o, dtype, true)]);
+                    product(criterion, gpu, &format!("{id}/half"), [512, o, k], dtype, &[tile(512, o, true)]);
                 }
-                if let Some(tile) = LinearTile::in_parts(gpu.caps(), [512, o], 512, k, dtype) {
+                if let Some(tile) = LinearTile::in_parts(gpu.caps(), [512, o], 512, k) {
                     product(criterion, gpu, &format!("{id}/parts"), [512, o, k], dtype, &[tile]);
                 }
             }
@@ -43,9 +43,9 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
         for (name, o, k) in projections(shape).into_iter().chain([head]) {
             for n in [8, 16, 32, 64, 128, 256] {
                 for (id, dtype) in formats(&format!("360m/{name}/{n}")) {
-                    product(criterion, gpu, &id, [n, o, k], dtype, &[tile(n, o, dtype, false)]);
+                    product(criterion, gpu, &id, [n, o, k], dtype, &[tile(n, o, false)]);
                     if half_products {
-                        product(criterion, gpu, &format!("{id}/half"), [n, o, k], dtype, &[tile(n, o, dtype, true)]);
+                        product(criterion, gpu, &format!("{id}/half"), [n, o, k], dtype, &[tile(n, o, true)]);
                     }
                 }
             }
@@ -53,14 +53,7 @@ pub(crate) fn bench(criterion: &mut Criterion, gpu: &Gpu) {
     }
     for [n, o, k] in [[4096, 4096, 4096], [2048, 8192, 2048]] {
         let half = if half_products { "/half" } else { "" };
-        product(
-            criterion,
-            gpu,
-            &format!("{n}x{o}x{k}{half}"),
-            [n, o, k],
-            DType::F16,
-            &[tile(n, o, DType::F16, half_products)],
-        );
+        product(criterion, gpu, &format!("{n}x{o}x{k}{half}"), [n, o, k], DType::F16, &[tile(n, o, half_products)]);
     }
     for (name, o, k) in [("down", 960, 2560), ("gate_up", 5120, 960)] {
         for n in [16, 64, 128, 512] {

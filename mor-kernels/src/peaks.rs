@@ -115,7 +115,7 @@ impl Peaks {
         let number = |i: usize| ((i.wrapping_mul(2_654_435_761) >> 8) % 2048) as f32 / 1024.0 - 1.0;
         let numbers: Vec<f32> = (0..len).map(number).collect();
         let halves: Vec<half::f16> = numbers.iter().copied().map(half::f16::from_f32).collect();
-        let tile = LinearTile::for_shape(gpu.caps(), [n, n], DType::F16, half_products);
+        let tile = LinearTile::for_shape(gpu.caps(), [n, n], half_products);
         let x = match tile.multiplies_halves() {
             true => Tensor::from_slice(gpu, "x", DType::F16, &[len], &halves)?,
             false => Tensor::from_slice(gpu, "x", DType::F32, &[len], &numbers)?,

@@ -206,7 +206,7 @@ fn add_linear(list: &mut List) {
     for max_rows in [1, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1366, 1536, 2048, 4096] {
         for num_outputs in [34, 960, 1600, 2048, 3072, 4096, 5120, 49152] {
             for half_products in [false, true] {
-                let tile = LinearTile::for_shape(&list.caps, [max_rows, num_outputs], DType::F16, half_products);
+                let tile = LinearTile::for_shape(&list.caps, [max_rows, num_outputs], half_products);
                 if !tiles.contains(&tile) {
                     tiles.push(tile);
                 }
@@ -249,7 +249,7 @@ fn add_linear(list: &mut List) {
     }
     for max_rows in [170, 256, 341, 512] {
         let in_features = 8192;
-        let Some(tile) = LinearTile::in_parts(&list.caps, [max_rows, 2048], max_rows, in_features, DType::F16) else {
+        let Some(tile) = LinearTile::in_parts(&list.caps, [max_rows, 2048], max_rows, in_features) else {
             continue;
         };
         for (i, weight_dtype) in WEIGHT_DTYPES.into_iter().enumerate() {

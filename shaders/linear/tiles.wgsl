@@ -3,9 +3,11 @@
 
 const X_COLUMNS: u32 = TILE_K / X_UNIT;
 const TILE_UNITS: u32 = TILE_K / 8u;
+// Of what is loaded at once.
+const TILE_RUNS: u32 = TILE_UNITS / RUN;
 // Of a thread; some may have one less.
 const X_LOADS: u32 = (TILE_M * X_COLUMNS + THREADS - 1u) / THREADS;
-const W_LOADS: u32 = (TILE_N * TILE_UNITS + THREADS - 1u) / THREADS;
+const W_LOADS: u32 = (TILE_N * TILE_RUNS + THREADS - 1u) / THREADS;
 
 // 16 bytes of padding a row: an odd stride spreads the rows that lanes read at once over all banks.
 #if COOPERATIVE
@@ -34,47 +36,47 @@ const W_TILE: u32 = TILE_M * STRIDE;
 // The tile of x, then that of w.
 var<workgroup> tiles: array<TileUnit, (TILE_M + TILE_N) * STRIDE>;
 
+// Four elements of the row of a tile that begins at `row`.
+fn stage_quad(row: u32, quad: u32, values: vec4<f16>) {
 #if EDGE_8
-fn stage(at: u32, value: vec4<f32>) {
-    let halves = vec4<f16>(value);
-    tiles[at] = halves.x;
-    tiles[at + 1u] = halves.y;
-    tiles[at + 2u] = halves.z;
-    tiles[at + 3u] = halves.w;
+    let at = row + 4u * quad;
+    tiles[at] = values.x;
+    tiles[at + 1u] = values.y;
+    tiles[at + 2u] = values.z;
+    tiles[at + 3u] = values.w;
+#else
+    tiles[row + quad] = values;
+#endif
 }
 
 #if X_F16
 fn stage_x(m: u32, c: u32, value: XUnit) {
-    stage(m * STRIDE + 8u * c, vec4<f32>(unpack2x16float(value.x), unpack2x16float(value.y)));
-    stage(m * STRIDE + 8u * c + 4u, vec4<f32>(unpack2x16float(value.z), unpack2x16float(value.w)));
+    let low = vec4<f32>(unpack2x16float(value.x), unpack2x16float(value.y));
+    let high = vec4<f32>(unpack2x16float(value.z), unpack2x16float(value.w));
+    stage_quad(m * STRIDE, 2u * c, vec4<f16>(low));
+    stage_quad(m * STRIDE, 2u * c + 1u, vec4<f16>(high));
 }
 #else
 fn stage_x(m: u32, c: u32, value: XUnit) {
-    stage(m * STRIDE + 4u * c, value);
+    stage_quad(m * STRIDE, c, vec4<f16>(value));
 }
 #endif
 
-fn stage_w(n: u32, unit: u32, value: LoadUnit) {
+#if WIDE_LOADS
+fn stage_w(n: u32, run: u32, value: LoadUnit) {
+    let row = W_TILE + n * STRIDE;
     let weights = unpack(value);
-    stage(W_TILE + n * STRIDE + 8u * unit, weights[0]);
-    stage(W_TILE + n * STRIDE + 8u * unit + 4u, weights[1]);
+    stage_quad(row, 4u * run, weights[0]);
+    stage_quad(row, 4u * run + 1u, weights[1]);
+    stage_quad(row, 4u * run + 2u, weights[2]);
+    stage_quad(row, 4u * run + 3u, weights[3]);
 }
 #else
-#if X_F16
-fn stage_x(m: u32, c: u32, value: XUnit) {
-    tiles[m * STRIDE + 2u * c] = vec4<f16>(vec4<f32>(unpack2x16float(value.x), unpack2x16float(value.y)));
-    tiles[m * STRIDE + 2u * c + 1u] = vec4<f16>(vec4<f32>(unpack2x16float(value.z), unpack2x16float(value.w)));
-}
-#else
-fn stage_x(m: u32, c: u32, value: XUnit) {
-    tiles[m * STRIDE + c] = vec4<f16>(value);
-}
-#endif
-
 fn stage_w(n: u32, unit: u32, value: LoadUnit) {
+    let row = W_TILE + n * STRIDE;
     let weights = unpack(value);
-    tiles[W_TILE + n * STRIDE + 2u * unit] = vec4<f16>(weights[0]);
-    tiles[W_TILE + n * STRIDE + 2u * unit + 1u] = vec4<f16>(weights[1]);
+    stage_quad(row, 2u * unit, vec4<f16>(weights[0]));
+    stage_quad(row, 2u * unit + 1u, vec4<f16>(weights[1]));
 }
 #endif
 

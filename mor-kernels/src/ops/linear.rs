@@ -232,6 +232,7 @@ impl Kernel for Linear {
                     .u32("TILE_K", tile_k)
                     .u32("AHEAD", ahead)
                     .flag("ONE_AHEAD", ahead == 1)
+                    .flag("WIDE_LOADS", self.weight_dtype == DType::Q8)
                     .u32("EDGE", edge)
                     .flag("EDGE_8", edge == 8)
                     .u32("FRAGMENTS_M", tile_m / subgroups_m / edge)

@@ -98,7 +98,7 @@ impl<'a> Recorder<'a> {
             Phase::Prefill { .. } => self.expected_rows(rows).max(MAX_FEW_ROWS + 1),
             _ => self.step.capacity,
         };
-        let outputs = (weight.dtype, num_outputs, weight.num_rows as u32);
+        let outputs = [num_outputs, weight.num_rows as u32];
         let merges = matches!(input, Input::Merge { .. });
         let caps = self.model.gpu().caps();
         let product = self.phase.product(caps, self.model.precision(), num_rows, outputs, merges);
@@ -107,7 +107,7 @@ impl<'a> Recorder<'a> {
             [num_rows, rows.capacity, weight.in_features].map(|count| count as u32);
         self.halves(rows)
             .and_then(|halves| halves.parts.as_ref())
-            .and_then(|_| LinearTile::in_parts(caps, [num_rows, num_outputs], most_rows, in_features, weight.dtype))
+            .and_then(|_| LinearTile::in_parts(caps, [num_rows, num_outputs], most_rows, in_features))
             .map_or(product, |tile| Product::ManyRows { tile, norm_apart: true })
     }
 

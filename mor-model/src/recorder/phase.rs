@@ -2,7 +2,6 @@
 
 use mor_kernels::caps::DeviceCaps;
 use mor_kernels::ops::LinearTile;
-use mor_kernels::tensor::DType;
 
 use crate::device_weights::Precision;
 
@@ -71,14 +70,14 @@ impl Phase {
     }
 
     /// The kernels for about `num_rows` rows, of up to [`MAX_FEW_ROWS`] no more than those, times `num_outputs` of the
-    /// `weight_rows` rows of a weight of `weight_dtype`; `merges` if the rows are merged from parts of attention. Products of
+    /// `weight_rows` rows of a weight; `merges` if the rows are merged from parts of attention. Products of
     /// halves, on cooperative matrices, are for models that are stored as such.
     pub(super) fn product(
         self,
         caps: &DeviceCaps,
         precision: Precision,
         num_rows: usize,
-        (weight_dtype, num_outputs, weight_rows): (DType, u32, u32),
+        [num_outputs, weight_rows]: [u32; 2],
         merges: bool,
     ) -> Product {
         let (num_rows, num_outputs) = match self {
@@ -89,7 +88,7 @@ impl Phase {
             }
             _ => (num_rows as u32, num_outputs),
         };
-        let tile = LinearTile::for_shape(caps, [num_rows, num_outputs], weight_dtype, precision == Precision::F16);
+        let tile = LinearTile::for_shape(caps, [num_rows, num_outputs], precision == Precision::F16);
         // Of the rows of a prompt, every tile of columns would read whole rows again to norm them.
         Product::ManyRows { tile, norm_apart: self.is_prefill() || !tile.fuses_norm() }
     }
@@ -123,7 +122,7 @@ mod tests {
     fn few_rows_are_fewer_beside_matrices() {
         let decode = Phase::Decode { num_splits: 1 };
         let is_few = |cooperative, precision, num_rows, merges| {
-            let product = decode.product(&caps(cooperative), precision, num_rows, (DType::F16, 960, 960), merges);
+            let product = decode.product(&caps(cooperative), precision, num_rows, [960, 960], merges);
             matches!(product, Product::FewRows { max_rows } if max_rows as usize == num_rows)
         };
         let up_to = |cooperative, precision, merges| {

@@ -17,7 +17,7 @@ fn tiles(gpu: &Gpu) -> Vec<LinearTile> {
     if gpu.caps().cooperative_matrices.is_none() {
         println!("\"{}\" has no cooperative matrices: their tiles are not run", gpu.summary().name);
     }
-    let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, [64, 64], DType::F32, false);
+    let on_cpu = LinearTile::for_shape(&DeviceCaps { is_cpu: true, ..gpu.caps().clone() }, [64, 64], false);
     let mut tiles = vec![on_cpu, UNEVEN];
     tiles.extend(LinearTile::candidates(gpu.caps()));
     tiles.retain(|tile| tile.fits(gpu.caps()));
@@ -103,7 +103,7 @@ fn every_cooperative_tile_suits_some_shape() {
         };
         for num_rows in (edge..=2048).step_by(edge as usize) {
             for num_outputs in [34, 576, 960, 1600, 2048, 3072, 5120, 6144, 16384] {
-                let tile = LinearTile::for_shape(&caps, [num_rows, num_outputs], DType::F16, true);
+                let tile = LinearTile::for_shape(&caps, [num_rows, num_outputs], true);
                 assert!(tile.size()[0] <= num_rows, "{tile:?} for {num_rows} rows");
                 assert!(tile.fits(&caps), "{tile:?} on {caps:?}");
                 assert!(edge == 16 || tile.multiplies_halves(), "{tile:?} on {caps:?}");
@@ -309,7 +309,7 @@ fn long_products_of_few_rows_are_in_parts() {
         ..parity::gpu().caps().clone()
     };
     let parts = |caps: &DeviceCaps, num_rows, num_outputs, in_features| {
-        let tile = LinearTile::in_parts(caps, [num_rows, num_outputs], num_rows, in_features, DType::F16);
+        let tile = LinearTile::in_parts(caps, [num_rows, num_outputs], num_rows, in_features);
         tile.map_or(1, LinearTile::parts)
     };
     for (num_rows, num_outputs, in_features, expected) in [
@@ -555,7 +555,7 @@ fn refuses_wrong_shapes() {
         weight_dtype: DType::F16,
         prologue: PrologueKind::Compact,
         epilogue: EpilogueKind::Store,
-        tile: LinearTile::for_shape(gpu.caps(), [64, 6], DType::F32, false),
+        tile: LinearTile::for_shape(gpu.caps(), [64, 6], false),
     };
     let bindings = LinearBindings {
         rows: &rows,

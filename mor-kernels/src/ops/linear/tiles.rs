@@ -3,7 +3,6 @@
 use super::PrologueKind;
 use crate::caps::DeviceCaps;
 use crate::rows::ROW_PADDING;
-use crate::tensor::DType;
 
 /// Lanes of a subgroup for which the shader spells out its broadcasts: those of 256-bit vectors.
 const BROADCAST_LANES: u32 = 8;
@@ -16,10 +15,6 @@ const SMALL_EDGE: u32 = 8;
 /// staged for nothing: batches of 32 sequences decode 6 % slower with all loops short
 /// (`benches/runs/2026-11-29-nvidia-h200/steps-short-loops.txt`, `prefill-short-loops.txt`).
 pub(super) const SHORT_LOOP_ROWS: u32 = 64;
-
-/// Matrices of results of a subgroup up to which a thread has registers to unpack q8: gate and up of 1,023 rows of 1.7B take 352 us with
-/// 22, and 335 with 16. In q4 they take 296 and 314, in f16 260 and 277 (`benches/runs/2026-11-30-nvidia-h200/steps-large-tiles.txt`).
-const MOST_Q8_FRAGMENTS: u32 = 20;
 
 /// Processors of an H200.
 const PROCESSORS: u32 = 132;
@@ -193,7 +188,6 @@ fn staged_tiles() -> impl Iterator<Item = (LinearTile, u32)> {
 fn timed_tiles(
     caps: &DeviceCaps,
     [num_rows, num_outputs]: [u32; 2],
-    weight_dtype: DType,
 ) -> impl Iterator<Item = (LinearTile, [f32; 2])> + '_ {
     let lane_columns = lane_columns(caps, EDGE, num_outputs);
     COOPERATIVE_TILES
@@ -201,7 +195,6 @@ fn timed_tiles(
         .filter(|_| caps.cooperative_matrices == Some(EDGE))
         .map(move |&(tile, times)| (cooperative_tile(EDGE, tile, lane_columns), times))
         .filter(move |(tile, _)| tile.suits(caps, num_rows))
-        .filter(move |(tile, _)| weight_dtype != DType::Q8 || tile.fragments() <= MOST_Q8_FRAGMENTS)
 }
 
 /// Microseconds until the last of `workgroups` has ended, of a tile that takes a processor so long for one of them or for two, without
@@ -212,9 +205,9 @@ fn waves(workgroups: u32, [one, two]: [f32; 2], once: f32) -> f32 {
 }
 
 /// The one of [`timed_tiles`] whose waves are expected to end first, with its times.
-fn fastest_tile(caps: &DeviceCaps, shape: [u32; 2], weight_dtype: DType) -> Option<(LinearTile, [f32; 2])> {
+fn fastest_tile(caps: &DeviceCaps, shape: [u32; 2]) -> Option<(LinearTile, [f32; 2])> {
     let micros = |(tile, times): &(LinearTile, [f32; 2])| waves(tile.num_tiles(shape), *times, DISPATCH_MICROS);
-    timed_tiles(caps, shape, weight_dtype).min_by(|a, b| micros(a).total_cmp(&micros(b)))
+    timed_tiles(caps, shape).min_by(|a, b| micros(a).total_cmp(&micros(b)))
 }
 
 /// Size of all subgroups, where matrices are multiplied.
@@ -231,7 +224,7 @@ impl LinearTile {
     /// The tile for a `shape` of about so many rows and so many columns on a device with `caps`: of those that multiply cooperative
     /// matrices of 16x16 the one that is expected to end first, of others the largest that fills a GPU. `half_products` allows activations and
     /// weights to be rounded to f16, where the device has cooperative matrices.
-    pub fn for_shape(caps: &DeviceCaps, shape: [u32; 2], weight_dtype: DType, half_products: bool) -> Self {
+    pub fn for_shape(caps: &DeviceCaps, shape: [u32; 2], half_products: bool) -> Self {
         if caps.is_cpu {
             return match caps.subgroup_sizes {
                 Some((BROADCAST_LANES, BROADCAST_LANES)) => {
@@ -240,7 +233,7 @@ impl LinearTile {
                 _ => LinearTile::Direct { tile_m: 4, tile_n: 32, thread_n: 4 },
             };
         }
-        if let Some((tile, _)) = fastest_tile(caps, shape, weight_dtype).filter(|_| half_products) {
+        if let Some((tile, _)) = fastest_tile(caps, shape).filter(|_| half_products) {
             return tile;
         }
         small_tiles(caps, shape[1])
@@ -254,19 +247,13 @@ impl LinearTile {
     /// A tile for a `shape` of about so many rows and so many columns whose workgroups multiply parts of `in_features` inputs each, where
     /// that is expected to end sooner than [`LinearTile::for_shape`] for halves: few tiles leave processors idle, and take long for many
     /// inputs. With room in [`PartSums`](super::PartSums) for `most_rows` rows.
-    pub fn in_parts(
-        caps: &DeviceCaps,
-        shape: [u32; 2],
-        most_rows: u32,
-        in_features: u32,
-        weight_dtype: DType,
-    ) -> Option<Self> {
+    pub fn in_parts(caps: &DeviceCaps, shape: [u32; 2], most_rows: u32, in_features: u32) -> Option<Self> {
         let micros = |tile: Self, times, parts| {
             let workgroups = tile.num_tiles(shape) * parts;
             waves(workgroups, times, DISPATCH_MICROS + ENDS_MICROS) * in_features as f32 / TIMED_INPUTS / parts as f32
                 + if parts > 1 { PART_MICROS * parts as f32 } else { 0.0 }
         };
-        let (tile, times) = fastest_tile(caps, shape, weight_dtype)?;
+        let (tile, times) = fastest_tile(caps, shape)?;
         let whole = micros(tile, times, 1);
         let parted = |(mut tile, times): (Self, [f32; 2]), num_parts: u32| {
             if let Self::Cooperative { parts, .. } = &mut tile {
@@ -280,7 +267,7 @@ impl LinearTile {
                 && in_features.div_ceil(tile.tile_k()) >= num_parts;
             (tile.fits(caps) && is_fit).then(|| (tile, micros(tile, times, num_parts)))
         };
-        timed_tiles(caps, shape, weight_dtype)
+        timed_tiles(caps, shape)
             .flat_map(|timed| PARTS.map(move |parts| (timed, parts)))
             .filter_map(|(timed, parts)| parted(timed, parts))
             .min_by(|(_, a), (_, b)| a.total_cmp(b))
