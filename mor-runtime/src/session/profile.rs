@@ -1,6 +1,6 @@
 //! Where the time of a step goes: [`Session::profile_decode`], [`Session::profile_prefill`].
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mor_kernels::Gpu;
 use mor_kernels::ops::GpuSampling;
@@ -101,7 +101,12 @@ impl Session {
             let end = last.min(begin + chunk);
             runner.submit(model, &Work { feeds: &feeds(begin, end), max_context: end, ..Work::default() })?.wait()?;
         }
-        profile(model.gpu(), &runner.repeatable_prefill(model, &feeds(last, context))?, chunk)
+        let plan = runner.repeatable_prefill(model, &feeds(last, context))?;
+        let start = Instant::now();
+        while start.elapsed() < WARM_UP {
+            timing::device_micros(model.gpu(), &plan, 1)?;
+        }
+        profile(model.gpu(), &plan, chunk)
     }
 
     /// `len` tokens to measure prompts with, the same ones for every length. They look like none in particular: of tokens in the
@@ -127,6 +132,9 @@ impl Session {
     }
 }
 
+/// For how long a step is repeated before it is measured: the clock of a GPU falls while weights are read or quantised, and takes up to a
+/// second to rise again.
+const WARM_UP: Duration = Duration::from_secs(1);
 /// Most steps of one measurement; a profile makes four, and one more step. The other room that is left for them is for
 /// sequences ahead of others.
 const PROFILED_STEPS: usize = 32;
