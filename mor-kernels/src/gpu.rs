@@ -488,7 +488,7 @@ fn matrix_edge(adapter: &wgpu::Adapter) -> Option<u32> {
 }
 
 /// Smallest and largest subgroup of an adapter. Metal does not tell, so wgpu says 4 to 64; Apple's own GPUs have 32, a number that
-/// other software for them rests on, too: <https://github.com/ml-explore/mlx/blob/main/mlx/backend/metal/kernels/utils.h>.
+/// Apple's MLX rests on, too: <https://github.com/ml-explore/mlx/blob/main/mlx/backend/metal/matmul.cpp>.
 fn subgroup_sizes(info: &wgpu::AdapterInfo) -> (u32, u32) {
     if info.backend == wgpu::Backend::Metal && info.name.starts_with("Apple") {
         return (32, 32);

@@ -64,12 +64,12 @@ const ENDS_MICROS: f32 = 3.0;
 const PARTS: std::ops::RangeInclusive<u32> = 2..=4;
 const PART_MICROS: f32 = 2.25;
 const WORTH_PARTS: f32 = 0.98;
-/// The same for matrices of [`SMALL_EDGE`], with the workgroups that an output must have to be worth the tile. Not timed, for want of
-/// a device: a subgroup of the first has 32 x 32 results, as in Apple's own MLX (`steel_gemm_fused` of
-/// <https://github.com/ml-explore/mlx>), and others are for fewer rows, so that a GPU of ten to forty processors is filled.
+/// Fields of [`LinearTile::Cooperative`] from `tile_m` to `ahead` for matrices of [`SMALL_EDGE`], with the workgroups that an output must
+/// have to be worth the tile. Not timed, for want of a device: the first three are what Apple's MLX has for many results, in f32 and in
+/// f16, and for fewer (<https://github.com/ml-explore/mlx/blob/main/mlx/backend/metal/matmul.cpp>), the others for fewer rows than these.
 pub(super) const SMALL_TILES: [([u32; 7], u32); 5] = [
-    ([64, 64, 32, 2, 2, 1, 1], 80),
-    ([32, 64, 32, 1, 4, 1, 1], 80),
+    ([64, 64, 32, 2, 2, 1, 1], 256),
+    ([64, 32, 32, 2, 2, 1, 1], 256),
     ([32, 32, 64, 2, 2, 1, 1], 80),
     ([16, 32, 64, 1, 2, 2, 1], 0),
     ([8, 32, 64, 1, 2, 2, 1], 0),
