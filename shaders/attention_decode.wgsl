@@ -5,7 +5,7 @@
 // Why       one row is too little work for a large device unless its keys are divided; all query heads of a
 //           key-value head go together, so that K and V are read once; memory is busy only while every thread has loads on
 //           their way, so the next keys and values are fetched before the present ones are all computed with
-// Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32;
+// Shapes    active_rows [n]; q [n, H, D] f32; keys, values [slots, G, D] f32, f16 or blocks; kv_table u32;
 //           partial_out [n, H, NUM_SPLITS, D] f32; partial_stats [n, H, NUM_SPLITS, 2] f32; row-major, D a multiple of 8
 // Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 partial_out write;
 //           7 partial_stats write [SPLIT]
@@ -14,7 +14,7 @@
 // Spec      WORKGROUP_SIZE power of two; LANES threads share a key, 8 elements each; WIDTH threads, with SUBGROUP part of a
 //           subgroup, leave one partial result; HEADS <= 4 query heads of the GROUP_SIZE that share a kv head, in
 //           HEAD_BLOCKS workgroups; KEYS that a thread fetches at a time: WIDTH / LANES * KEYS divides PAGE_SIZE;
-//           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, HEAD_UNITS = D / 8; SPLIT: NUM_SPLITS > 1; KV_F16; KV_SLOTS:
+//           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, HEAD_UNITS = D / 8; SPLIT: NUM_SPLITS > 1; KV_F16 or KV_BLOCKS; KV_SLOTS:
 //           kv_table lists keys, not pages; SUBGROUP: WIDTH lanes exchange by subgroup operations; ALONE: with SUBGROUP,
 //           LANES = WORKGROUP_SIZE, so nothing is merged; workgroup memory (WORKGROUP_SIZE / WIDTH) * HEADS * (4 * D + 8)
 //           bytes, none with ALONE

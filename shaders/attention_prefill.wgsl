@@ -5,15 +5,15 @@
 //           of a row's first keys; should a later one be too far above it, all keys are gone through again. Small tiles let
 //           a processor have 16 subgroups at a time; the longest rows take as long as their tiles one after the other, so
 //           KEY_SLICES parts of a workgroup take turns at them
-// Shapes    active_rows [n], whose last entry holds n; q [n, H, D] f32; keys, values [slots, G, D] f32 or f16; kv_table u32;
+// Shapes    active_rows [n], whose last entry holds n; q [n, H, D] f32; keys, values [slots, G, D] f32, f16 or blocks; kv_table u32;
 //           out [n, H, D] f32, or f16 (OUT_F16); row-major, D a multiple of 8
 // Bindings  0 params uniform; 1 active_rows read; 2 q read; 3 keys read; 4 values read; 5 kv_table read; 6 out write
 // Grid      (H, ceil(n / BLOCK_Q), 1) workgroups; a thread has 4 rows, and of each tile 4 keys, then every
 //           COLUMNS-th unit of 8 elements; COOPERATIVE: SUBGROUP_WIDTH / 16 lanes of a slice have a row, at most 4
 // Spec      COLUMNS power of two; BLOCK_Q rows and BLOCK_K = 4 * COLUMNS keys a tile; WORKGROUP_SIZE = BLOCK_Q / 4 * COLUMNS;
 //           CHUNK_UNITS units of a head are staged at a time, NUM_CHUNKS times (ONE_CHUNK: once);
-//           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, GROUP_SIZE = H / G, HEAD_UNITS = D / 8; KV_F16; KV_SLOTS:
-//           kv_table lists keys, not pages; SUBGROUP: COLUMNS lanes exchange by subgroup operations; COOPERATIVE, with KV_F16:
+//           NUM_ATTENTION_HEADS = H, NUM_KEY_VALUE_HEADS = G, GROUP_SIZE = H / G, HEAD_UNITS = D / 8; KV_F16 or KV_BLOCKS; KV_SLOTS:
+//           kv_table lists keys, not pages; SUBGROUP: COLUMNS lanes exchange by subgroup operations; COOPERATIVE, with either:
 //           BLOCK_K 16, FRAGMENTS_D * 16 = D, WORKGROUP_SIZE = KEY_SLICES * BLOCK_Q / 16 * SUBGROUP_WIDTH,
 //           SLICED if KEY_SLICES > 1; OUT_F16, of COOPERATIVE: for a `linear` that multiplies halves; workgroup memory: see
 //           workgroup_storage_bytes of the wrapper

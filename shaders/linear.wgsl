@@ -32,7 +32,7 @@
 //           OUT_F16 as x's producer and out's readers have it; NORM, of STAGED: TILE_K / 4 divides the number of threads;
 //           otherwise THREAD_M = TILE_M, SPLIT_K = 1; BROADCAST: TILE_M and all subgroups 8; WEIGHT_F16 or WEIGHT_BF16 or
 //           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; WIDE_LOADS: COOPERATIVE and WEIGHT_Q8; STORE, GELU, RESIDUAL (RESIDUAL_COPY),
-//           SWIGLU, QKV, BLOCK_END (RUNNING): the epilogue; KV_F16: QKV into f16 caches; SCALED, of
+//           SWIGLU, QKV, BLOCK_END (RUNNING): the epilogue; KV_F16: QKV into f16 caches, KV_STAGED: or rows; SCALED, of
 //           COOPERATIVE and X_F16: another kernel has begun the norm, and left squares in PARTS parts; NEXT_NORM, of
 //           COOPERATIVE: RESIDUAL begins the next one, LANES = EDGE / columns of a lane; PARTED, of COOPERATIVE without NORM
 //           and EDGE_8: K_PARTS parts, no more than ceil(K / TILE_K), coherent storage; DELTA, of SWIGLU and QKV: added to

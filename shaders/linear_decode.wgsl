@@ -25,7 +25,7 @@
 //           BUILT_IN: and are added by built-in sums, LANES being the subgroup size; WEIGHT_F16 or WEIGHT_BF16 or
 //           neither, or QUANTISED: WEIGHT_Q8 or WEIGHT_Q4 in groups of GROUP; DIGITS, of WIDE; STORE, GELU,
 //           RESIDUAL (RESIDUAL_COPY), SWIGLU, QKV, BLOCK_END (RUNNING): the epilogue; KV_F16: QKV into
-//           f16 caches; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with
+//           f16 caches, KV_STAGED: or rows; DELTA, of SWIGLU and QKV: added to y; ENCODED, of RESIDUAL and the block ends: multiplied with
 //           what the layer adds up to
 // Limits    16 * ROWS * (2 * CHUNK * PARTS + CHUNK * PARTS / 4 + 1) bytes of workgroup memory, with DIGITS
 //           24 * ROWS * CHUNK * PARTS, with NORM 4 * ROWS * GROUPS * LANES more, without SUBGROUP 4 * GROUPS * LANES more;

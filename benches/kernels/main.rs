@@ -6,6 +6,7 @@ mod cross_entropy;
 mod decode_layers;
 mod embed_tokens;
 mod grid_exchange;
+mod kv_pack;
 mod linear;
 mod linear_decode;
 mod read_words;
@@ -30,13 +31,14 @@ fn main() {
         .measurement_time(std::time::Duration::from_secs(1))
         .configure_from_args();
     type Bench = fn(&mut Criterion, &Gpu);
-    let kernels: [(&str, Bench); 17] = [
+    let kernels: [(&str, Bench); 18] = [
         ("attention_decode", attention_decode::bench),
         ("attention_prefill", attention_prefill::bench),
         ("cross_entropy", cross_entropy::bench),
         ("decode_layers", decode_layers::bench),
         ("embed_tokens", embed_tokens::bench),
         ("grid_exchange", grid_exchange::bench),
+        ("kv_pack", kv_pack::bench),
         ("linear", linear::bench),
         ("linear_decode", linear_decode::bench),
         ("read_words", read_words::bench),

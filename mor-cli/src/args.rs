@@ -408,6 +408,7 @@ impl LoadArgs {
         SessionOptions {
             precision: self.dtype.precision(),
             quantize: self.quantization(),
+            quantize_kv: self.quantize.quantize_kv,
             batch: self.batch(),
             ..SessionOptions::default()
         }
@@ -464,6 +465,9 @@ pub(crate) struct QuantizeArg {
     /// Round the matrices to 8 or 4 bits a weight while loading
     #[arg(long, value_name = "FORMAT", value_enum)]
     quantize: Option<QuantizationArg>,
+    /// Keep keys and values in 8 bits: half the memory of f16
+    #[arg(long)]
+    pub(crate) quantize_kv: bool,
 }
 
 impl QuantizeArg {

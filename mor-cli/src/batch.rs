@@ -115,6 +115,7 @@ pub(crate) fn run(args: &BatchArgs) -> anyhow::Result<ExitCode> {
         let options = SessionOptions {
             precision: args.dtype.precision(),
             quantize: args.quantize.quantization(),
+            quantize_kv: args.quantize.quantize_kv,
             kv,
             depth,
             batch: batch.clone(),

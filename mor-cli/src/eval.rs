@@ -74,6 +74,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let options = SessionOptions {
         precision: args.dtype.precision(),
         quantize: args.quantize.quantization(),
+        quantize_kv: args.quantize.quantize_kv,
         kv,
         depth,
         ..SessionOptions::default()

@@ -28,6 +28,7 @@ pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
     let options = SessionOptions {
         precision: args.dtype.precision(),
         quantize: args.quantize.quantization(),
+        quantize_kv: args.quantize.quantize_kv,
         kv,
         depth,
         ..SessionOptions::default()

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use etcetera::BaseStrategy;
 use indicatif::{ProgressBar, ProgressStyle};
+use mor_kernels::tensor::DType;
 use mor_model::{Checkpoint, Dtype, MorConfig};
 use mor_runtime::chat::ChatTemplate;
 use mor_runtime::{
@@ -157,7 +158,8 @@ fn cache_folder() -> Option<PathBuf> {
 pub(crate) fn storage(session: &Session) -> String {
     let quantization = session.config().quantization;
     let matrices = quantization.map_or(String::new(), |format| format!(" with {format} matrices"));
-    format!("{}{matrices}", session.precision().as_str())
+    let caches = if session.model().kv_dtype() == DType::Block8 { ", K/V in 8 bits" } else { "" };
+    format!("{}{matrices}{caches}", session.precision().as_str())
 }
 
 /// A bar on standard error. indicatif draws nothing where that is no terminal.

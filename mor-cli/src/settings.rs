@@ -13,7 +13,8 @@ use crate::failure::{bad_input, usage_sentence};
 use crate::input::read_text;
 
 /// Options that have a variable in the environment: that of `--model` is `MOR_MODEL`.
-const IN_ENVIRONMENT: [&str; 7] = ["model", "device", "devices", "dtype", "kv", "persistent", "quantize"];
+const IN_ENVIRONMENT: [&str; 8] =
+    ["model", "device", "devices", "dtype", "kv", "persistent", "quantize", "quantize-kv"];
 
 /// Names another config file.
 const CONFIG_VARIABLE: &str = "MOR_CONFIG";
@@ -144,7 +145,7 @@ fn key(arg: &Arg) -> Option<&str> {
 
 fn variable(arg: &Arg) -> Option<String> {
     let key = key(arg).filter(|key| IN_ENVIRONMENT.contains(key))?;
-    Some(format!("MOR_{}", key.to_uppercase()))
+    Some(format!("MOR_{}", key.to_uppercase().replace('-', "_")))
 }
 
 fn is_flag(arg: &Arg) -> bool {

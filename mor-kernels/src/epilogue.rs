@@ -103,6 +103,8 @@ pub enum Epilogue<'a> {
         v_cache: &'a Tensor,
         /// Whether what follows q is added to the product.
         delta: bool,
+        /// Whether k and v are `[n, kv_dim]` f16 instead, compact, for [`KvPack`](crate::ops::KvPack).
+        staged: bool,
     },
     /// Expert choice: adds the gated result to the rows with [`END_GATED`](crate::rows::END_GATED).
     BlockEndExpert {
@@ -159,6 +161,10 @@ pub enum EpilogueKind {
     QkvF32Delta,
     /// [`Epilogue::Qkv`] with f16 caches and `delta`.
     QkvF16Delta,
+    /// [`Epilogue::Qkv`], `staged`.
+    QkvStaged,
+    /// [`Epilogue::Qkv`], `staged`, with `delta`.
+    QkvStagedDelta,
     /// [`Epilogue::BlockEndExpert`].
     BlockEndExpert,
     /// [`Epilogue::BlockEndToken`].
@@ -172,7 +178,7 @@ pub enum EpilogueKind {
 impl EpilogueKind {
     /// Every kind but [`EpilogueKind::Scaled`] and [`EpilogueKind::SwiGluF16`], which few kernels have: for tests that translate all
     /// specialisations.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Store,
         Self::Gelu,
         Self::Residual,
@@ -184,6 +190,8 @@ impl EpilogueKind {
         Self::QkvF16,
         Self::QkvF32Delta,
         Self::QkvF16Delta,
+        Self::QkvStaged,
+        Self::QkvStagedDelta,
         Self::BlockEndExpert,
         Self::BlockEndToken,
         Self::BlockEndExpertEncoded,
@@ -192,7 +200,20 @@ impl EpilogueKind {
 
     /// Whether something is added to the product first.
     pub const fn has_delta(self) -> bool {
-        matches!(self, Self::SwiGluDelta | Self::QkvF32Delta | Self::QkvF16Delta)
+        matches!(self, Self::SwiGluDelta | Self::QkvF32Delta | Self::QkvF16Delta | Self::QkvStagedDelta)
+    }
+
+    /// Whether it is [`Epilogue::Qkv`].
+    pub const fn is_qkv(self) -> bool {
+        matches!(
+            self,
+            Self::QkvF32
+                | Self::QkvF16
+                | Self::QkvF32Delta
+                | Self::QkvF16Delta
+                | Self::QkvStaged
+                | Self::QkvStagedDelta
+        )
     }
 
     /// Whether the result of the layer is multiplied by an encoding.
@@ -207,10 +228,8 @@ impl EpilogueKind {
             Self::Gelu => "GELU",
             Self::Residual | Self::ResidualCopy | Self::Scaled | Self::Encoded => "RESIDUAL",
             Self::SwiGlu | Self::SwiGluF16 | Self::SwiGluDelta => "SWIGLU",
-            Self::QkvF32 | Self::QkvF16 | Self::QkvF32Delta | Self::QkvF16Delta => "QKV",
-            Self::BlockEndExpert | Self::BlockEndExpertEncoded | Self::BlockEndToken | Self::BlockEndTokenEncoded => {
-                "BLOCK_END"
-            }
+            _ if self.is_qkv() => "QKV",
+            _ => "BLOCK_END",
         };
         definitions
             .flag(name, true)
@@ -218,7 +237,8 @@ impl EpilogueKind {
             .flag("RUNNING", matches!(self, Self::BlockEndToken | Self::BlockEndTokenEncoded))
             .flag("NEXT_NORM", self == Self::Scaled)
             .flag("OUT_F16", self == Self::SwiGluF16)
-            .flag("KV_F16", matches!(self, Self::QkvF16 | Self::QkvF16Delta))
+            .flag("KV_F16", self.is_qkv() && !matches!(self, Self::QkvF32 | Self::QkvF32Delta))
+            .flag("KV_STAGED", matches!(self, Self::QkvStaged | Self::QkvStagedDelta))
             .flag("DELTA", self.has_delta())
             .flag("ENCODED", self.is_encoded())
     }
@@ -237,6 +257,8 @@ impl<'a> Epilogue<'a> {
             Epilogue::SwiGlu { delta: false, out } if out.dtype() == DType::F16 => EpilogueKind::SwiGluF16,
             Epilogue::SwiGlu { delta: false, .. } => EpilogueKind::SwiGlu,
             Epilogue::SwiGlu { delta: true, .. } => EpilogueKind::SwiGluDelta,
+            Epilogue::Qkv { staged: true, delta: false, .. } => EpilogueKind::QkvStaged,
+            Epilogue::Qkv { staged: true, .. } => EpilogueKind::QkvStagedDelta,
             Epilogue::Qkv { k_cache, delta, .. } => match (k_cache.dtype() == DType::F16, delta) {
                 (false, false) => EpilogueKind::QkvF32,
                 (true, false) => EpilogueKind::QkvF16,

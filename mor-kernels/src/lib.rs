@@ -59,6 +59,7 @@ pub mod error;
 pub mod gpu;
 mod kept_file;
 pub mod kernel;
+pub mod kv_blocks;
 pub mod ops;
 #[cfg(feature = "oracle")]
 pub mod oracle;

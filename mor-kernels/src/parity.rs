@@ -332,6 +332,7 @@ pub fn upload_weight(
             }
             (tensor(&rows), seen)
         }
+        DType::Block8 => unreachable!("no weight is of that type"),
         DType::F32 | DType::U32 => (tensor(bytemuck::cast_slice(&values)), values),
     }
 }
@@ -384,16 +385,16 @@ impl EpilogueCase {
         let (out_rows, out_stride) = match kind {
             E::Store | E::Gelu => (num_active, num_columns),
             E::SwiGlu | E::SwiGluF16 | E::SwiGluDelta => (num_active, num_columns / 2),
-            E::QkvF32 | E::QkvF16 | E::QkvF32Delta | E::QkvF16Delta => (num_active, Self::Q_DIM),
+            _ if kind.is_qkv() => (num_active, Self::Q_DIM),
             E::Residual | E::ResidualCopy | E::BlockEndExpert | E::BlockEndToken => (num_rows, num_columns),
-            E::Scaled | E::Encoded | E::BlockEndExpertEncoded | E::BlockEndTokenEncoded => (num_rows, num_columns),
+            _ => (num_rows, num_columns),
         };
         // What is added lies behind what is written, with a gap.
         let delta_start = out_rows * out_stride + 8;
         let out_elems = if kind.has_delta() { delta_start + num_active * num_columns } else { out_rows * out_stride };
         let kv_elems = (num_active + 2) * Self::KV_DIM;
         // f16 caches are compared as the words that hold two halves each.
-        let kv_f16 = matches!(kind, E::QkvF16 | E::QkvF16Delta);
+        let kv_f16 = kind.is_qkv() && !matches!(kind, E::QkvF32 | E::QkvF32Delta);
         let (kv_words, kv_dtype) = if kv_f16 { (kv_elems / 2, DType::F16) } else { (kv_elems, DType::F32) };
         let cache = || {
             let mut output = Output::new(gpu, kv_words);
@@ -461,16 +462,15 @@ impl EpilogueCase {
             EpilogueKind::SwiGlu | EpilogueKind::SwiGluF16 | EpilogueKind::SwiGluDelta => {
                 Epilogue::SwiGlu { out, delta }
             }
-            EpilogueKind::QkvF32 | EpilogueKind::QkvF16 | EpilogueKind::QkvF32Delta | EpilogueKind::QkvF16Delta => {
+            _ if self.kind.is_qkv() => {
+                let staged = matches!(self.kind, EpilogueKind::QkvStaged | EpilogueKind::QkvStagedDelta);
                 let (k_cache, v_cache) = (&self.k_cache.tensor, &self.v_cache.tensor);
-                Epilogue::Qkv { rope: &self.rope, q: out, k_cache, v_cache, delta }
+                Epilogue::Qkv { rope: &self.rope, q: out, k_cache, v_cache, delta, staged }
             }
             EpilogueKind::BlockEndExpert | EpilogueKind::BlockEndExpertEncoded => {
                 Epilogue::BlockEndExpert { residual, hidden: out, gates, encoding }
             }
-            EpilogueKind::BlockEndToken | EpilogueKind::BlockEndTokenEncoded => {
-                Epilogue::BlockEndToken { residual, hidden: out, gates, running, encoding }
-            }
+            _ => Epilogue::BlockEndToken { residual, hidden: out, gates, running, encoding },
         }
     }
 

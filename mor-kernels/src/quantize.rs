@@ -59,7 +59,7 @@ impl Format {
         match dtype {
             DType::Q8 => Some(Q8),
             DType::Q4 => Some(Q4),
-            DType::F32 | DType::F16 | DType::BF16 | DType::U32 => None,
+            DType::F32 | DType::F16 | DType::BF16 | DType::Block8 | DType::U32 => None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! [`Tensor`]: a labelled, typed GPU buffer. It has no operators and no laziness.
 
 use crate::gpu::Gpu;
-use crate::{Result, quantize};
+use crate::{Result, kv_blocks, quantize};
 
 /// Element type of a tensor's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -16,6 +16,8 @@ pub enum DType {
     Q8,
     /// 4-bit integers in groups with a scale and an offset: a row as [`quantize`] packs it.
     Q4,
+    /// 8-bit blocks of keys or values that share a scale, as [`kv_blocks`] packs them.
+    Block8,
     /// 32-bit unsigned integers (also structs of them).
     U32,
 }
@@ -31,6 +33,7 @@ impl DType {
         match self {
             DType::F32 | DType::U32 => 4 * len,
             DType::F16 | DType::BF16 => 2 * len,
+            DType::Block8 => len.next_multiple_of(kv_blocks::BLOCK),
             DType::Q8 => quantize::Q8.row_bytes(len),
             DType::Q4 => quantize::Q4.row_bytes(len),
         }

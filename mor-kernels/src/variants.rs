@@ -9,8 +9,8 @@ use crate::epilogue::EpilogueKind;
 use crate::kernel::{self, Kernel};
 use crate::ops::{
     AttentionDecode, AttentionPrefill, AttentionShape, CrossEntropy, DecodeLayers, EmbedTokens, ExpertGate,
-    GridExchange, LayerRouting, LayersShape, Linear, LinearDecode, LinearTile, PrologueKind, ReadWords, RmsNorm,
-    RouterExpert, RouterToken, RouterTopk, SamplePartial, SampleToken, SlotsCompact, TokenGate, TokensCompact,
+    GridExchange, KvPack, LayerRouting, LayersShape, Linear, LinearDecode, LinearTile, PrologueKind, ReadWords,
+    RmsNorm, RouterExpert, RouterToken, RouterTopk, SamplePartial, SampleToken, SlotsCompact, TokenGate, TokensCompact,
 };
 use crate::rows::KvTable;
 use crate::tensor::DType;
@@ -159,6 +159,7 @@ pub fn all() -> Vec<Variant> {
             let kernel = RmsNorm::new(&list.caps, 960);
             list.add(&RmsNorm { half_output, ..kernel });
         }
+        list.add(&KvPack::default());
         list.add(&ReadWords::new(&list.caps));
         list.add(&SamplePartial::new(&list.caps));
         list.add(&SampleToken::new(&list.caps));
@@ -175,7 +176,7 @@ fn add_attention(list: &mut List) {
     // no power of two.
     let heads = [[9, 3, 8], [9, 3, 16], [9, 3, 64], [4, 4, 64], [10, 2, 64], [9, 3, 72], [9, 3, 128], [9, 3, 256]];
     for [num_attention_heads, num_key_value_heads, head_dim] in heads {
-        for kv_dtype in [DType::F32, DType::F16] {
+        for kv_dtype in [DType::F32, DType::F16, DType::Block8] {
             for kv_table in [KvTable::Pages, KvTable::Slots] {
                 let shape = AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table };
                 for (num_rows, half_products) in [(1, false), (1, true), (2700, true), (4096, true)] {

@@ -38,7 +38,7 @@ pub struct LayersTensors {
 impl LayersTensors {
     /// For steps of `step`, which has room for one row and the tensor that its rows come from, over the caches `kv`,
     /// with draws as `sample` has them; `None` where the model has what the kernel has not
-    /// (adapters, encodings, K/V that recursions share, routers of two matrices or with an auxiliary one, layers of different
+    /// (adapters, encodings, K/V that recursions share or of 8 bits, routers of two matrices or with an auxiliary one, layers of different
     /// types, a head of several parts), or the device cannot run it. Waits for trials of how many workgroups run at a time.
     ///
     /// # Errors
@@ -237,7 +237,12 @@ fn shape(model: &MorModel) -> Option<LayersShape> {
     let whole = [&weights.embed_tokens, &weights.lm_head]
         .iter()
         .all(|matrix| matrix.shards.len() == 1 && matrix.dtype == head_dtype);
-    if !plain || !linear || !whole || config.is_routed() != weights.routers.is_some() {
+    if !plain
+        || !linear
+        || !whole
+        || model.kv_dtype() == DType::Block8
+        || config.is_routed() != weights.routers.is_some()
+    {
         return None;
     }
     let routing = match config.mode {

@@ -25,6 +25,7 @@ pub struct MorModel {
     layout: LayerLayout,
     kv_layout: KvLayout,
     precision: Precision,
+    kv_dtype: DType,
     weights: DeviceWeights,
     batching: Batching,
     depth: DepthControl,
@@ -95,7 +96,21 @@ impl MorModel {
         let batching = if shares_weights { Batching::Depthwise } else { Batching::Lockstep };
         let weights = DeviceWeights::upload(gpu, checkpoint, precision, progress)?;
         let (gpu, depth, script) = (gpu.clone(), DepthControl::default(), None);
-        Ok(Self { gpu, config, layout, kv_layout, precision, weights, batching, depth, script })
+        let kv_dtype = precision.kv_dtype();
+        Ok(Self { gpu, config, layout, kv_layout, precision, kv_dtype, weights, batching, depth, script })
+    }
+
+    /// The model with keys and values in 8 bits, from the caches on that are made then: half the memory of f16, in
+    /// [blocks](mor_kernels::kv_blocks). Decode steps are layer by layer then.
+    #[must_use]
+    pub fn with_packed_kv(mut self) -> Self {
+        self.kv_dtype = DType::Block8;
+        self
+    }
+
+    /// Element type of K/V caches.
+    pub fn kv_dtype(&self) -> DType {
+        self.kv_dtype
     }
 
     /// The model with other depths, from the steps on that are recorded with it.
@@ -231,7 +246,7 @@ impl MorModel {
             num_attention_heads: self.config.num_attention_heads as u32,
             num_key_value_heads: self.config.num_key_value_heads as u32,
             head_dim: self.head_dim() as u32,
-            kv_dtype: self.precision.kv_dtype(),
+            kv_dtype: self.kv_dtype,
             kv_table: KvTable::Pages,
         }
     }

@@ -82,6 +82,8 @@ pub struct StepTensors {
     pub normed: Tensor,
     /// `[n, q columns]` and behind them, where layers have adapters of them, what is added to the columns of q, k and v.
     pub(crate) q: Tensor,
+    /// Keys and values `[n, kv_dim]` f16, each, on their way into caches of 8 bits.
+    pub(crate) kv_staged: Option<(Tensor, Tensor)>,
     pub(crate) attention: Tensor,
     pub(crate) attention_stats: Tensor,
     /// `[n, inner columns]` and behind them, where layers have adapters of them, what is added to those of gate and up.
@@ -227,6 +229,7 @@ impl MorModel {
             layer_out: f32s("layer_out", &[t, c])?,
             normed: f32s("normed", &[t, c])?,
             q: f32s("q", &[t, q_columns])?,
+            kv_staged: (self.kv_dtype() == DType::Block8).then(|| self.kv_staging_tensors(t)).transpose()?,
             attention: f32s("attention", &[num_partials, q_dim])?,
             attention_stats: f32s("attention_stats", &[num_partials, config.num_attention_heads, 2])?,
             mlp: f32s("mlp", &[t, mlp_columns])?,
@@ -258,6 +261,11 @@ impl MorModel {
             mlp: halves("mlp.half", self.mlp_dim())?,
             parts: LinearTile::has_parts(caps).then(|| self.part_tensors()).transpose()?,
         }))
+    }
+
+    fn kv_staging_tensors(&self, capacity: usize) -> Result<(Tensor, Tensor)> {
+        let staged = |label| Tensor::zeros(self.gpu(), label, DType::F16, &[capacity, self.kv_dim()]);
+        Ok((staged("k.staged")?, staged("v.staged")?))
     }
 
     fn part_tensors(&self) -> Result<(Tensor, Tensor)> {
@@ -295,6 +303,9 @@ impl MorModel {
         if self.precision() == Precision::F16 {
             per_row +=
                 (config.hidden_size + self.q_dim() + config.intermediate_size) / 2 + norm_parts(config.hidden_size);
+        }
+        if self.kv_dtype() == DType::Block8 {
+            per_row += self.kv_dim();
         }
         [per_row, self.logits_stride() + 4 * self.vocab_parts()].map(|elements| 4 * elements as u64)
     }

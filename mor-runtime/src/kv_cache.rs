@@ -30,7 +30,7 @@ impl PageClass {
 /// The page classes of a model: its unshared layers, and the recursions that its tokens may take.
 pub fn page_classes(model: &MorModel) -> Vec<PageClass> {
     let layout = model.kv_layout();
-    let row_bytes = model.precision().kv_dtype().row_bytes(model.kv_dim());
+    let row_bytes = model.kv_dtype().row_bytes(model.kv_dim());
     let mut classes: Vec<PageClass> = Vec::new();
     for buffer in 0..layout.num_buffers() {
         let layers = layout.layers().iter().filter(|layer| layer.buffer == buffer);
@@ -109,7 +109,7 @@ impl KvCache {
             rope: rope_table(model, max_positions)?,
             max_positions,
         };
-        let scratch = Tensor::zeros(gpu, "page", model.precision().kv_dtype(), &[PAGE_SIZE as usize, model.kv_dim()])?;
+        let scratch = Tensor::zeros(gpu, "page", model.kv_dtype(), &[PAGE_SIZE as usize, model.kv_dim()])?;
         Ok(Self { tensors, num_slots, scratch, classes, num_groups, max_pages })
     }
 
@@ -190,7 +190,7 @@ fn kv_buffers(
     model: &MorModel,
     slots: &[usize],
 ) -> Result<(Vec<(Tensor, Tensor)>, Option<(Tensor, Tensor, Vec<u32>)>)> {
-    let (gpu, dtype, width) = (model.gpu(), model.precision().kv_dtype(), model.kv_dim());
+    let (gpu, dtype, width) = (model.gpu(), model.kv_dtype(), model.kv_dim());
     let total: usize = slots.iter().sum();
     let caps = gpu.caps();
     if (total * dtype.row_bytes(width)) as u64 <= caps.max_storage_binding_bytes.min(caps.max_buffer_bytes) {

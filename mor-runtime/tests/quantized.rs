@@ -10,7 +10,10 @@ use mor_kernels::parity::{self, Rng};
 use mor_model::golden::{GoldenCase, GoldenTensors};
 use mor_model::oracle::Oracle;
 use mor_model::{Checkpoint, Dtype, Precision, Quantization, Routing};
-use mor_runtime::{Event, GenerateRequest, GpuOptions, ModelSource, SamplingParams, Session, SessionOptions};
+use mor_runtime::kv_cache::page_classes;
+use mor_runtime::{
+    BatchOptions, Event, GenerateRequest, GpuOptions, ModelSource, SamplingParams, Session, SessionOptions,
+};
 use serde_json::json;
 
 /// Largest perplexity, relative to that of the weights as trained.
@@ -110,9 +113,13 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn load(source: &Path, quantize: Option<Quantization>) -> Session {
+    let options = SessionOptions { precision: Some(Precision::F32), quantize, ..SessionOptions::default() };
+    load_with(source, options)
+}
+
+fn load_with(source: &Path, options: SessionOptions) -> Session {
     let gpu = GpuOptions { device: parity::device(), ..GpuOptions::default() };
-    let options = SessionOptions { gpu, precision: Some(Precision::F32), quantize, ..SessionOptions::default() };
-    Session::load(ModelSource::Folder(source.to_owned()), options).expect("the model loads")
+    Session::load(ModelSource::Folder(source.to_owned()), SessionOptions { gpu, ..options }).expect("the model loads")
 }
 
 /// Perplexity of the first documents, and their losses.
@@ -148,4 +155,83 @@ fn trained_models_keep_their_quality() {
             assert_eq!(losses[..again.len()], again, "{name} {format}");
         }
     }
+}
+
+/// Largest perplexity with keys and values in 8 bits, relative to that without.
+const LARGEST_KV_PERPLEXITY: f64 = 1.005;
+/// How far below the likeliest token's logit one may be that decode has drawn as such.
+const DRAWN_MARGIN: f32 = 0.1;
+
+#[test]
+fn keys_and_values_in_8_bits_keep_the_quality() {
+    for (name, precision) in MODELS.into_iter().zip([Precision::F32, Precision::F16]) {
+        let load = |quantize_kv| {
+            load_with(
+                &folder(name),
+                SessionOptions { precision: Some(precision), quantize_kv, ..SessionOptions::default() },
+            )
+        };
+        let (mut plain, mut packed) = (load(false), load(true));
+        let bytes = |session: &Session| page_classes(session.model()).iter().map(|class| class.page_bytes).sum::<u64>();
+        let width = if precision == Precision::F32 { 4 } else { 2 };
+        assert_eq!(bytes(&packed) * width, bytes(&plain), "{name}");
+
+        let ((expected, _), (found, _)) = (perplexity(&mut plain, 10), perplexity(&mut packed, 10));
+        println!("{name}: perplexity {found:.4} with packed K/V, {expected:.4} without, {:.5} of it", found / expected);
+        assert!(found <= LARGEST_KV_PERPLEXITY * expected, "{name}: {found}, without {expected}");
+
+        // What is decoded token by token is likeliest where the whole text is read at once, too.
+        let request = story(&packed, "Once upon a time there was");
+        let drawn = tokens(packed.generate(&request).expect("it fits").map(|event| event.expect("runs")));
+        assert_eq!(drawn.len(), request.max_new_tokens, "{name}");
+        let text = [&request.prompt[..], &drawn].concat();
+        let logits = packed.forward(&[text], Routing::Causal).expect("runs").sequences.remove(0).logits;
+        let vocab_size = packed.config().vocab_size;
+        for (row, token) in logits.chunks(vocab_size).skip(request.prompt.len() - 1).zip(&drawn) {
+            let largest = row.iter().fold(f32::NEG_INFINITY, |largest, logit| largest.max(*logit));
+            let logit = row[*token as usize];
+            assert!(
+                logit >= largest - DRAWN_MARGIN,
+                "{name}: {token} was drawn with {logit}, the largest is {largest}"
+            );
+        }
+    }
+}
+
+/// Sequences that begin alike, and share pages of blocks.
+#[test]
+fn packed_keys_and_values_are_the_same_in_any_batch() {
+    let beginning = "Once upon a time, in a house at the edge of a small village, there lived an old man who had a";
+    let texts = ["cat", "dog", "boat"].map(|end| format!("{beginning} {beginning} {end}"));
+    let load = || {
+        let batch = BatchOptions { max_sequences: 3, batch_invariant: true, ..BatchOptions::default() };
+        let precision = Some(Precision::F32);
+        load_with(
+            &folder(MODELS[0]),
+            SessionOptions { precision, quantize_kv: true, batch, ..SessionOptions::default() },
+        )
+    };
+    let (mut together, mut alone) = (load(), load());
+    let requests = texts.map(|text| story(&alone, &text));
+    let handles = requests.each_ref().map(|request| together.submit(request).expect("it fits"));
+    while together.step().expect("runs") {}
+    for (request, handle) in requests.iter().zip(handles) {
+        let expected = tokens(alone.generate(request).expect("it fits").map(|event| event.expect("runs")));
+        assert_eq!(tokens(std::iter::from_fn(|| handle.try_next())), expected);
+    }
+}
+
+/// 32 greedy tokens after a text.
+fn story(session: &Session, text: &str) -> GenerateRequest {
+    let prompt = session.tokenizer().expect("there is one").encode(text).expect("it is text");
+    GenerateRequest {
+        max_new_tokens: 32,
+        sampling: SamplingParams::greedy(),
+        ignore_eos: true,
+        ..GenerateRequest::new(prompt)
+    }
+}
+
+fn tokens(events: impl Iterator<Item = Event>) -> Vec<u32> {
+    events.filter_map(|event| if let Event::Token { token, .. } = event { Some(token) } else { None }).collect()
 }

@@ -9,7 +9,7 @@
 // RESIDUAL_COPY     as RESIDUAL, and into copy[r, o] too                         streams
 // SWIGLU            out[i, o/2] = silu(v[o]) * v[o + 1], o even                  compact [n, out_stride] of Inner
 // QKV               o < q_dim: q rotated into out, compact; then kv_dim columns of k, rotated, and kv_dim of v, into
-//                   the caches at the row's slot, if it has one
+//                   the caches at the row's slot, if it has one; KV_STAGED: at row i in place of the slot, compact
 // BLOCK_END         rows with END_GATED: out[r] += gate[r] * (residual[r] + v)
 // RUNNING           others: running[r] = residual[r] + v
 // DELTA             v + delta[i, o] in place of v: an adapter's product with the same rows, compact, of all columns, which
@@ -225,7 +225,11 @@ fn epilogue(i: u32, entry: ActiveRow, o: u32, product: Columns, read: Operands) 
     if o < params.q_dim {
         out[(i * params.q_dim + o) / WIDTH] = turned;
     } else if entry.kv_slot != NONE {
+#if KV_STAGED
+        let at = (i * params.kv_dim + o - params.q_dim) / WIDTH;
+#else
         let at = (entry.kv_slot * params.kv_dim + o - params.q_dim) / WIDTH;
+#endif
         let packed = pack_kv(turned);
         if is_value {
             v_cache[at - params.kv_dim / WIDTH] = packed;

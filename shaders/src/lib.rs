@@ -31,6 +31,7 @@ shaders![
     "decode_layers/routing",
     "embed_tokens",
     "grid_exchange",
+    "kv_pack",
     "linear",
     "linear/leave_part",
     "linear/places",

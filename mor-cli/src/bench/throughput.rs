@@ -509,7 +509,7 @@ impl KvBytes {
         let tokens = answers.iter().map(|answer| answer.depths.len()).sum::<usize>().max(1) as f64;
         let total = |layers: &[usize]| layers.iter().sum::<usize>() as f64;
         let per_layer = |layers: &[usize]| total(layers) / (layers.len() as f64 * tokens);
-        let entry_bytes = 2 * model.precision().kv_dtype().row_bytes(model.kv_dim());
+        let entry_bytes = 2 * model.kv_dtype().row_bytes(model.kv_dim());
         let used = samples.iter().map(|sample| sample.kv.used_bytes);
         let reserved = samples.iter().map(|sample| sample.kv.reserved_bytes);
         Self {

@@ -49,6 +49,7 @@ impl AttentionShape {
             .u32("GROUP_SIZE", self.group_size())
             .u32("HEAD_UNITS", self.head_units())
             .flag("KV_F16", self.kv_dtype == DType::F16)
+            .flag("KV_BLOCKS", self.kv_dtype == DType::Block8)
             .flag("KV_SLOTS", self.kv_table == KvTable::Slots)
     }
 
@@ -89,8 +90,8 @@ impl AttentionShape {
             let expected = format!("a positive multiple of num_key_value_heads = {}", self.num_key_value_heads);
             return shape("num_attention_heads", self.num_attention_heads.to_string(), expected);
         }
-        if !matches!(self.kv_dtype, DType::F32 | DType::F16) {
-            return shape("kv_dtype", format!("{:?}", self.kv_dtype), "F32 or F16".to_owned());
+        if !matches!(self.kv_dtype, DType::F32 | DType::F16 | DType::Block8) {
+            return shape("kv_dtype", format!("{:?}", self.kv_dtype), "F32, F16 or Block8".to_owned());
         }
         let q_row = (self.num_attention_heads * self.head_dim) as usize;
         if q.dtype() != DType::F32 || q.num_elems() < num_rows * q_row {
@@ -391,6 +392,8 @@ mod tests {
                 ([6, 2, 128], DType::F16, KvTable::Pages),
                 ([5, 1, 72], DType::F32, KvTable::Pages),
                 ([4, 1, 256], DType::F32, KvTable::Pages),
+                ([4, 2, 16], DType::Block8, KvTable::Slots),
+                ([6, 2, 64], DType::Block8, KvTable::Pages),
             ] {
                 let shape = shape(heads, kv_dtype, kv_table);
                 let inputs = AttentionInputs::random(&mut rng, &shape, &lens.map(|len| (1, len)), 1.0);

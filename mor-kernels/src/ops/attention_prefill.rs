@@ -140,7 +140,7 @@ impl AttentionPrefill {
         let width = caps.subgroup_sizes.map_or(0, |(width, _)| width);
         let halves = self.half_products
             && caps.cooperative_matrices == Some(FRAGMENT)
-            && self.shape.kv_dtype == DType::F16
+            && self.shape.kv_dtype != DType::F32
             && self.shape.head_dim.is_multiple_of(FRAGMENT)
             && (FRAGMENT..=4 * FRAGMENT).contains(&width);
         let fits = |tiles: &Tiles| {
@@ -329,6 +329,8 @@ mod tests {
                 ([4, 1, 136], DType::F16, KvTable::Pages, single),
                 ([2, 1, 256], DType::F32, KvTable::Pages, single),
                 ([2, 1, 256], DType::F16, KvTable::Pages, single),
+                ([4, 2, 16], DType::Block8, KvTable::Slots, ragged),
+                ([3, 1, 64], DType::Block8, KvTable::Pages, single),
             ] {
                 let [num_attention_heads, num_key_value_heads, head_dim] = heads;
                 let shape = AttentionShape { num_attention_heads, num_key_value_heads, head_dim, kv_dtype, kv_table };

@@ -1,6 +1,7 @@
 //! CPU reference of `attention_decode`, and the inputs that tests and benches of attention share.
 
 use crate::gpu::Gpu;
+use crate::kv_blocks::{BLOCK, pack_block, unpack_block};
 use crate::ops::AttentionShape;
 use crate::parity::{self, Rng};
 use crate::rows::{ActiveRow, KvTable, PAGE_SIZE, RowSet};
@@ -63,9 +64,9 @@ impl AttentionInputs {
             for key in 0..kv_len {
                 let slot = slot_of(shape.kv_table, &table, start, key);
                 for cache in &mut cache {
-                    for element in &mut cache[slot * slot_elems..][..slot_elems] {
-                        *element = round_to(shape.kv_dtype, rng.normal());
-                    }
+                    let row = &mut cache[slot * slot_elems..][..slot_elems];
+                    row.fill_with(|| rng.normal());
+                    round_to(shape.kv_dtype, row);
                 }
             }
             for row in 0..num_rows {
@@ -92,6 +93,13 @@ impl AttentionInputs {
     /// If the device refuses the memory.
     pub fn upload(&self, gpu: &Gpu, shape: &AttentionShape) -> AttentionTensors {
         let cache = |values: &[f32]| match shape.kv_dtype {
+            DType::Block8 => {
+                let blocks: Vec<u64> = values
+                    .chunks_exact(BLOCK)
+                    .map(|block| pack_block(block.try_into().expect("whole blocks")))
+                    .collect();
+                Tensor::from_slice(gpu, "cache", DType::Block8, &[values.len()], &blocks).expect("a test's buffer fits")
+            }
             DType::F16 => {
                 let halves: Vec<half::f16> = values.iter().map(|value| half::f16::from_f32(*value)).collect();
                 Tensor::from_slice(gpu, "cache", DType::F16, &[halves.len()], &halves).expect("a test's buffer fits")
@@ -154,8 +162,20 @@ fn slot_of(kind: KvTable, table: &[u32], start: u32, key: usize) -> usize {
     }
 }
 
-fn round_to(dtype: DType, value: f32) -> f32 {
-    if dtype == DType::F16 { half::f16::from_f32(value).to_f32() } else { value }
+fn round_to(dtype: DType, values: &mut [f32]) {
+    match dtype {
+        DType::F16 => values.iter_mut().for_each(|value| *value = half::f16::from_f32(*value).to_f32()),
+        DType::Block8 => {
+            for block in values.chunks_exact_mut(BLOCK) {
+                // Again, where rounding has made the largest smaller and with it the scale that it needs.
+                for _ in 0..3 {
+                    let packed = pack_block((&*block).try_into().expect("whole blocks"));
+                    block.copy_from_slice(&unpack_block(packed));
+                }
+            }
+        }
+        _ => {}
+    }
 }
 
 /// The partial results `([n, H, num_splits, D], [n, H, num_splits, 2])` of every split of the keys.

@@ -73,11 +73,12 @@ pub fn epilogue(
                 state.out[i * stride + o / 2] = (v[0] / (1.0 + (-v[0]).exp()) * v[1]) as f32;
                 continue;
             }
-            if matches!(kind, E::QkvF32 | E::QkvF16 | E::QkvF32Delta | E::QkvF16Delta) {
+            if kind.is_qkv() {
                 if o >= q_dim && entry.kv_slot == NONE {
                     continue;
                 }
-                let slot = entry.kv_slot as usize * kv_dim;
+                let is_staged = matches!(kind, E::QkvStaged | E::QkvStagedDelta);
+                let slot = if is_staged { i } else { entry.kv_slot as usize } * kv_dim;
                 let (a, b) = if o < q_dim + kv_dim {
                     let [cos, sin] =
                         state.rope[entry.position as usize * head_dim / 2 + o % head_dim / 2].map(f64::from);

@@ -6,6 +6,7 @@ pub mod cross_entropy;
 pub mod decode_layers;
 pub mod embed_tokens;
 pub mod grid_exchange;
+pub mod kv_pack;
 pub mod linear;
 pub mod linear_decode;
 pub mod read_words;

@@ -2,9 +2,10 @@
 
 use mor_kernels::Result;
 use mor_kernels::epilogue::{Epilogue, LinearParams};
+use mor_kernels::kv_blocks::BLOCK;
 use mor_kernels::ops::{
     AttentionDecode, AttentionDecodeBindings, AttentionDecodeParams, AttentionPrefill, AttentionPrefillBindings,
-    AttentionPrefillParams, AttentionShape,
+    AttentionPrefillParams, AttentionShape, KvPack, KvPackBindings, KvPackParams,
 };
 use mor_kernels::plan::PlanBuilder;
 use mor_kernels::rows::{KvTable, RowSet};
@@ -101,7 +102,9 @@ impl<'a> Recorder<'a> {
             _ => normed,
         };
         let first_norm = |rows| norm(rows, input, &weights.input_layernorm, first_normed(rows));
-        let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache, v_cache, delta: false };
+        let (k, v) = step.kv_staged.as_ref().map_or((k_cache, v_cache), |(k, v)| (k, v));
+        let staged = step.kv_staged.is_some();
+        let qkv = Epilogue::Qkv { rope: &self.kv.rope, q: &step.q, k_cache: k, v_cache: v, delta: false, staged };
         let behind_q = LinearParams { delta_start: step.q.shape()[0] as u32 * q_dim, ..base };
         if stores_apart {
             // Queries too, which those of `rows` replace, where a device cannot bind the rest of the weight.
@@ -111,6 +114,10 @@ impl<'a> Recorder<'a> {
         }
         let qkv_columns = if stores_kv && !stores_apart { 0..all_columns } else { 0..q_dim };
         self.record_projection(plan, rows, first_norm(rows), (&weights.qkv_proj, qkv_columns), qkv, behind_q)?;
+        if staged && stores_kv {
+            let bindings = KvPackBindings { rows: stores, k, v, k_cache, v_cache };
+            KvPack::default().record(plan, bindings, KvPackParams { num_units: kv_dim / BLOCK as u32 })?;
+        }
 
         let is_shared = self.model.layout().recursion(layer).is_some();
         let kv_table = if is_shared && config.kv == KvStrategy::Hybrid { KvTable::Slots } else { KvTable::Pages };

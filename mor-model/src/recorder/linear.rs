@@ -64,8 +64,8 @@ impl<'a> Recorder<'a> {
         let into_spare = |residual| Epilogue::Residual { residual, out: spare, copy: None };
         let behind = LinearParams { first_output: params.delta_start, out_stride: b.num_rows as u32, ..params };
         let (delta, delta_params, epilogue) = match epilogue {
-            Epilogue::Qkv { rope, q, k_cache, v_cache, .. } => {
-                (Epilogue::Store { out: q }, behind, Epilogue::Qkv { rope, q, k_cache, v_cache, delta: true })
+            Epilogue::Qkv { rope, q, k_cache, v_cache, staged, .. } => {
+                (Epilogue::Store { out: q }, behind, Epilogue::Qkv { rope, q, k_cache, v_cache, delta: true, staged })
             }
             Epilogue::SwiGlu { out, .. } => (Epilogue::Store { out }, behind, Epilogue::SwiGlu { out, delta: true }),
             Epilogue::Residual { residual, out, copy } => {

@@ -131,6 +131,7 @@ impl Session {
             }
         };
         let model = MorModel::load(&gpu, &checkpoint, precision, &mut progress)?.with_depth_control(options.depth)?;
+        let model = if options.quantize_kv { model.with_packed_kv() } else { model };
         let load_ms = start.elapsed().as_secs_f64() * 1e3;
         let adapter = &gpu.summary().name;
         tracing::info!(adapter, precision = precision.as_str(), bytes = total_bytes, load_ms, "loaded the model");

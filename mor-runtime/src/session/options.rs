@@ -62,6 +62,8 @@ pub struct SessionOptions {
     pub batch: BatchOptions,
     /// Quantises the matrices first.
     pub quantize: Option<Quantization>,
+    /// Keeps keys and values in 8 bits, half the memory of f16; see [`MorModel::with_packed_kv`](mor_model::MorModel::with_packed_kv).
+    pub quantize_kv: bool,
     /// Called while weights are uploaded.
     pub on_load: Option<Box<dyn FnMut(LoadProgress)>>,
 }

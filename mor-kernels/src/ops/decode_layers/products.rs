@@ -172,7 +172,7 @@ fn quad_elems(dtype: DType) -> u32 {
     match dtype {
         DType::F32 | DType::U32 => 4,
         DType::F16 | DType::BF16 => 8,
-        DType::Q8 => 16,
+        DType::Q8 | DType::Block8 => 16,
         DType::Q4 => 32,
     }
 }
