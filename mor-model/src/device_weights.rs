@@ -46,7 +46,7 @@ impl Precision {
         }
     }
 
-    /// Element type of K/V caches.
+    /// Element type of K/V caches, but of those that are [packed](crate::MorModel::with_packed_kv).
     pub const fn kv_dtype(self) -> DType {
         match self {
             Precision::F32 => DType::F32,
