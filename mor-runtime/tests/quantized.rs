@@ -12,7 +12,7 @@ use mor_model::oracle::Oracle;
 use mor_model::{Checkpoint, Dtype, Precision, Quantization, Routing};
 use mor_runtime::kv_cache::page_classes;
 use mor_runtime::{
-    BatchOptions, Event, GenerateRequest, GpuOptions, ModelSource, SamplingParams, Session, SessionOptions,
+    BatchOptions, Event, GenerateRequest, GpuOptions, KvStrategy, ModelSource, SamplingParams, Session, SessionOptions,
 };
 use serde_json::json;
 
@@ -198,26 +198,26 @@ fn keys_and_values_in_8_bits_keep_the_quality() {
     }
 }
 
-/// Sequences that begin alike, and share pages of blocks.
+/// Sequences that begin alike and share pages of blocks, with each strategy of who stores keys and values.
 #[test]
 fn packed_keys_and_values_are_the_same_in_any_batch() {
     let beginning = "Once upon a time, in a house at the edge of a small village, there lived an old man who had a";
     let texts = ["cat", "dog", "boat"].map(|end| format!("{beginning} {beginning} {end}"));
-    let load = || {
-        let batch = BatchOptions { max_sequences: 3, batch_invariant: true, ..BatchOptions::default() };
-        let precision = Some(Precision::F32);
-        load_with(
-            &folder(MODELS[0]),
-            SessionOptions { precision, quantize_kv: true, batch, ..SessionOptions::default() },
-        )
-    };
-    let (mut together, mut alone) = (load(), load());
-    let requests = texts.map(|text| story(&alone, &text));
-    let handles = requests.each_ref().map(|request| together.submit(request).expect("it fits"));
-    while together.step().expect("runs") {}
-    for (request, handle) in requests.iter().zip(handles) {
-        let expected = tokens(alone.generate(request).expect("it fits").map(|event| event.expect("runs")));
-        assert_eq!(tokens(std::iter::from_fn(|| handle.try_next())), expected);
+    for strategy in [KvStrategy::RecursionWise, KvStrategy::Sharing, KvStrategy::Hybrid] {
+        let load = || {
+            let batch = BatchOptions { max_sequences: 3, batch_invariant: true, ..BatchOptions::default() };
+            let (precision, kv) = (Some(Precision::F32), Some(strategy));
+            let options = SessionOptions { precision, kv, quantize_kv: true, batch, ..SessionOptions::default() };
+            load_with(&folder(MODELS[0]), options)
+        };
+        let (mut together, mut alone) = (load(), load());
+        let requests = texts.each_ref().map(|text| story(&alone, text));
+        let handles = requests.each_ref().map(|request| together.submit(request).expect("it fits"));
+        while together.step().expect("runs") {}
+        for (request, handle) in requests.iter().zip(handles) {
+            let expected = tokens(alone.generate(request).expect("it fits").map(|event| event.expect("runs")));
+            assert_eq!(tokens(std::iter::from_fn(|| handle.try_next())), expected, "{strategy:?}");
+        }
     }
 }
 
