@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use etcetera::BaseStrategy;
 use indicatif::{ProgressBar, ProgressStyle};
 use mor_kernels::tensor::DType;
-use mor_model::{Checkpoint, Dtype, MorConfig};
+use mor_model::{Checkpoint, Dtype, MorConfig, Quantization};
 use mor_runtime::chat::ChatTemplate;
 use mor_runtime::{
     AdapterKind, AdapterSummary, DeviceSelector, GpuOptions, LoadProgress, ModelSource, Session, SessionOptions,
@@ -160,6 +160,13 @@ pub(crate) fn storage(session: &Session) -> String {
     let matrices = quantization.map_or(String::new(), |format| format!(" with {format} matrices"));
     let caches = if session.model().kv_dtype() == DType::Block8 { ", K/V in 8 bits" } else { "" };
     format!("{}{matrices}{caches}", session.precision().as_str())
+}
+
+/// What of a session is quantised, for tables: `q8`, `q8 kv8`; empty for nothing.
+pub(crate) fn quantization(session: &Session) -> String {
+    let matrices = session.config().quantization.map(Quantization::as_str);
+    let caches = (session.model().kv_dtype() == DType::Block8).then_some("kv8");
+    matrices.into_iter().chain(caches).collect::<Vec<_>>().join(" ")
 }
 
 /// A bar on standard error. indicatif draws nothing where that is no terminal.

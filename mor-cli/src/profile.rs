@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::args::{LoadArgs, ModelArg, at_least_one};
 use crate::depth::DepthMode;
 use crate::failure::bad_input;
-use crate::model::{Model, storage};
+use crate::model::{Model, quantization, storage};
 use crate::output::{check_target, write_atomically};
 use crate::{print, print_json};
 
@@ -66,7 +66,7 @@ struct Report {
     device: String,
     driver: String,
     dtype: &'static str,
-    quantization: Option<&'static str>,
+    quantization: Option<String>,
     phase: &'static str,
     context: usize,
     /// Of each sequence in the step: the last ones of a prompt that is read in several.
@@ -165,7 +165,7 @@ impl Report {
             device: session.device().name.clone(),
             driver: session.device().driver.clone(),
             dtype: session.precision().as_str(),
-            quantization: session.config().quantization.map(mor_model::Quantization::as_str),
+            quantization: Some(quantization(session)).filter(|text| !text.is_empty()),
             phase: args.phase.name(),
             context: args.context,
             step_tokens: profile.num_tokens,

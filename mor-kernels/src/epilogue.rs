@@ -228,8 +228,10 @@ impl EpilogueKind {
             Self::Gelu => "GELU",
             Self::Residual | Self::ResidualCopy | Self::Scaled | Self::Encoded => "RESIDUAL",
             Self::SwiGlu | Self::SwiGluF16 | Self::SwiGluDelta => "SWIGLU",
-            _ if self.is_qkv() => "QKV",
-            _ => "BLOCK_END",
+            Self::QkvF32 | Self::QkvF16 | Self::QkvF32Delta | Self::QkvF16Delta => "QKV",
+            Self::QkvStaged | Self::QkvStagedDelta => "QKV",
+            Self::BlockEndExpert | Self::BlockEndExpertEncoded => "BLOCK_END",
+            Self::BlockEndToken | Self::BlockEndTokenEncoded => "BLOCK_END",
         };
         definitions
             .flag(name, true)

@@ -7,7 +7,7 @@ use mor_kernels::Gpu;
 use mor_kernels::caps::{DeviceCaps, Lanes};
 use mor_kernels::peaks::Peaks;
 use mor_model::oracle::Oracle;
-use mor_model::{Checkpoint, MorConfig, Quantization};
+use mor_model::{Checkpoint, MorConfig};
 use mor_runtime::{
     BatchOptions, Batching, DeviceSelector, Event, GenerateRequest, Precision, Routing, RuntimeError, SamplingParams,
     Session, Summary,
@@ -18,7 +18,7 @@ use super::{ModelArgs, is_without_timestamps};
 use crate::args::{LoadArgs, at_least_one};
 use crate::depth::DepthMode;
 use crate::failure::{bad_input, sentence};
-use crate::model::Model;
+use crate::model::{Model, quantization};
 use crate::output::check_target;
 use crate::{note, print};
 
@@ -262,7 +262,7 @@ fn describe(session: &Session, checkpoint: &Checkpoint, model: &Model, peaks: Op
         backend: device.backend.clone(),
         features: features(&device.caps),
         dtype: session.precision().as_str().to_owned(),
-        quantization: config.quantization.map(Quantization::as_str).unwrap_or_default().to_owned(),
+        quantization: quantization(session),
         lanes: lanes(&device.caps),
         copy_gb_per_s: peaks.map(|peaks| peaks.copy_bytes_per_s / 1e9),
         read_gb_per_s: peaks.map(|peaks| peaks.read_bytes_per_s / 1e9),
